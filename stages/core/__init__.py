@@ -1,0 +1,1 @@
+"""What several stages share; each module is one thing."""

@@ -1,0 +1,194 @@
+"""The bucket of photographs and records: listing it and reading its objects, checked."""
+
+import hashlib
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import obstore
+import pyarrow as pa
+import pyarrow.compute as pc
+from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.store import LocalStore, S3Store
+
+from stages.core import params
+from stages.core.command import UserError
+
+RECORDS = "metadata/"
+PHOTOGRAPHS = "bin-images/"
+# S3 answers in some 30 ms; 256 requests under way are 8,000 objects a second.
+IN_FLIGHT = 256
+# Results waiting behind a slow one. More than IN_FLIGHT, so that one slow object stops nobody.
+WINDOW = 4 * IN_FLIGHT
+LIST_PAGE = 1000
+READ_ATTEMPTS = 4
+
+Store = S3Store | LocalStore
+LISTING = pa.schema([("key", pa.string()), ("size", pa.int64()), ("etag", pa.string())])
+
+
+class ObjectError(Exception):
+    """One object cannot be had as it was listed; the text is the reason."""
+
+
+def open_bucket(bucket: params.Bucket) -> Store:
+    """Raises UserError where `bucket.url` is a folder that does not exist."""
+    parts = urlsplit(bucket.url)
+    if parts.scheme == "file":
+        folder = Path(unquote(parts.path))
+        if not folder.is_dir():
+            raise UserError(f"bucket.url: there is no folder {folder}")
+        return LocalStore(folder)
+    endpoint = bucket.endpoint or f"https://s3.{bucket.region}.amazonaws.com"
+    return S3Store(
+        parts.netloc,
+        prefix=parts.path.strip("/") or None,
+        region=bucket.region,
+        # Named also for Amazon's own, so that an AWS_ENDPOINT_URL meant for the DVC remote is
+        # not followed here.
+        endpoint=endpoint,
+        skip_signature=bucket.anonymous,
+        client_options={
+            "allow_http": endpoint.startswith("http://"),
+            "connect_timeout": timedelta(seconds=5),
+            "timeout": timedelta(seconds=30),
+        },
+        # 5xx, resets and time-outs are tried again, with jitter, for half a minute or so.
+        retry_config={
+            "backoff": {
+                "init_backoff": timedelta(milliseconds=250),
+                "max_backoff": timedelta(seconds=8),
+                "base": 2,
+            },
+            "max_retries": 10,
+            "retry_timeout": timedelta(seconds=45),
+        },
+    )
+
+
+@contextmanager
+def explained(bucket: params.Bucket) -> Iterator[None]:
+    """Turn what the store raises into a UserError that names the bucket and what to do."""
+    place = bucket.url + (f" at {bucket.endpoint}" if bucket.endpoint else "")
+    try:
+        yield
+    except BaseError as error:
+        raise UserError(f"{place} {_what_to_do(error, bucket)}") from None
+
+
+def list_objects(store: Store, prefix: str) -> pa.Table:
+    """Every object below `prefix` (it ends in "/"): key, size and etag (null in a folder).
+
+    S3 lists at most 1,000 keys a request, in the order of the keys, so a long listing is read in
+    parallel ranges, cut at the keys' first two digits.
+    """
+    pages = _pages(store, prefix)
+    first = next(pages, None)
+    if first is None:
+        return LISTING.empty_table()
+    if isinstance(store, LocalStore) or first.num_rows < LIST_PAGE:
+        tables = [first, *pages]
+    else:
+        last_key = first["key"][-1].as_py()
+        cuts = [f"{prefix}{number:02d}" for number in range(100)]
+        starts = [last_key, *(cut for cut in cuts if cut > last_key)]
+        with ThreadPoolExecutor(len(starts)) as pool:
+            ranges = pool.map(
+                lambda start, stop: _list_range(store, prefix, start, stop),
+                starts,
+                [*starts[1:], None],
+            )
+            tables = [first, *ranges]
+    return pa.concat_tables(tables).sort_by("key")
+
+
+def _list_range(store: Store, prefix: str, start: str, stop: str | None) -> pa.Table:
+    """The objects whose key is above `start` and not above `stop`."""
+    tables = [LISTING.empty_table()]
+    for page in _pages(store, prefix, start):
+        if stop is not None and page["key"][-1].as_py() > stop:
+            tables.append(page.filter(pc.less_equal(page["key"], stop)))
+            break
+        tables.append(page)
+    return pa.concat_tables(tables)
+
+
+def _pages(store: Store, prefix: str, offset: str | None = None) -> Iterator[pa.Table]:
+    stream = obstore.list(store, prefix, offset=offset, chunk_size=LIST_PAGE, return_arrow=True)
+    for batch in stream:
+        table = pa.table(batch)
+        etag = pc.replace_substring(table["e_tag"].cast(pa.string()), '"', "")
+        if isinstance(store, LocalStore):
+            # A folder's etag is made of inode and time, which differ from machine to machine.
+            etag = pa.nulls(len(table), pa.string())
+        yield pa.table(
+            [table["path"].cast(pa.string()), table["size"].cast(pa.int64()), etag],
+            schema=LISTING,
+        )
+
+
+def read_object(store: Store, key: str, size: int, etag: str | None) -> bytes:
+    """The object's bytes, as listed: of that size and etag, and of that MD5 where the etag is one.
+
+    An S3 etag of 32 hexadecimal digits is the content's MD5, but for objects encrypted with keys
+    of KMS or the customer. Raises ObjectError after READ_ATTEMPTS, and obstore's own errors where
+    the store does not answer.
+    """
+    problem = ""
+    for attempt in range(READ_ATTEMPTS):
+        if attempt:
+            time.sleep(0.1 * 4**attempt)
+        try:
+            result = obstore.get(store, key)
+            data = bytes(result.bytes())
+        except FileNotFoundError:
+            raise ObjectError("not found") from None
+        except PermissionDeniedError:
+            raise ObjectError("access denied") from None
+        found = (result.meta["e_tag"] or "").strip('"')
+        if etag is not None and found != etag:
+            raise ObjectError("changed since it was listed: run `dvc repro --force index`")
+        if len(data) != size:
+            problem = f"has {len(data)} bytes, {size} are listed"
+        elif etag is not None and _is_md5(etag) and _md5(data) != etag:
+            problem = f"content has the MD5 {_md5(data)}, its etag is {etag}"
+        else:
+            return data
+    raise ObjectError(problem)
+
+
+def _is_md5(etag: str) -> bool:
+    return re.fullmatch("[0-9a-f]{32}", etag) is not None
+
+
+def _md5(data: bytes) -> str:
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+def _what_to_do(error: BaseError, bucket: params.Bucket) -> str:
+    # A listing raises its HTTP status inside a generic error, as text.
+    text = str(error)
+    if "<Code>NoSuchBucket</Code>" in text:
+        return "does not exist: check bucket.url and bucket.endpoint"
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError) or "403 Forbidden" in text:
+        if bucket.anonymous:
+            return (
+                "refuses access: it does not allow anonymous reads; set bucket.anonymous to false,"
+                " and AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
+            )
+        return "refuses access: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    return (
+        f"cannot be read: {_cause(error)}. Check bucket.endpoint and the network; the next run goes"
+        " on where this one stopped"
+    )
+
+
+def _cause(error: BaseError) -> str:
+    """The first line of the error's text, short: obstore's carries a dump of all its sources."""
+    text = str(error).strip().splitlines()[0]
+    return text if len(text) <= 300 else text[:300] + "..."

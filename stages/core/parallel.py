@@ -1,0 +1,38 @@
+"""Many calls at once, their results in order, in bounded memory."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def map_in_order(
+    function: Callable[[T], R], items: Iterable[T], workers: int, window: int
+) -> Generator[R, None, None]:
+    """Yield function(item) in the order of items, with at most `window` results under way.
+
+    `items` is read lazily, only as far as the window reaches. An exception of one call is raised
+    at its place; calls not yet started are then cancelled.
+    """
+    pending: deque[Future[R]] = deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for item in items:
+            if len(pending) >= window:
+                yield pending.popleft().result()
+            pending.append(pool.submit(function, item))
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def usable_cores() -> int:
+    """The cores this process may run on, fewer than the machine's under taskset or a scheduler."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

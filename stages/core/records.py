@@ -1,0 +1,107 @@
+"""The inventory record of a bin (metadata/<id>.json), parsed."""
+
+import re
+from typing import Any, TypedDict
+
+import orjson
+import pyarrow as pa
+
+_MEASURE = pa.struct([("unit", pa.string()), ("value", pa.float64())])
+_ITEM = pa.struct(
+    [
+        ("asin", pa.string()),
+        ("name", pa.string()),
+        ("normalized_name", pa.string()),
+        ("quantity", pa.int32()),
+        ("height", _MEASURE),
+        ("length", _MEASURE),
+        ("width", _MEASURE),
+        ("weight", _MEASURE),
+    ]
+)
+#: A row of data/index.parquet: the record, then the photograph's object as it was listed.
+INDEX = pa.schema(
+    [
+        ("id", pa.string()),
+        ("quantity", pa.int32()),
+        ("items", pa.list_(_ITEM)),
+        ("image_fname", pa.string()),
+        ("key", pa.string()),
+        ("size", pa.int64()),
+        ("etag", pa.string()),
+    ]
+)
+_INT32_MAX = 2**31 - 1
+
+
+class Record(TypedDict):
+    """What a record holds. `quantity` is EXPECTED_QUANTITY, the count that the system believes."""
+
+    quantity: int
+    items: list[dict[str, Any]]
+    image_fname: str | None
+
+
+class RecordError(ValueError):
+    """The record cannot be used; the text is the reason, one of a few."""
+
+
+def is_bin_id(text: str) -> bool:
+    """Ids become parts of keys and of file names: no separators, dots, spaces or controls."""
+    return re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text) is not None
+
+
+def parse_record(data: bytes) -> Record:
+    """Parse a record's JSON. Raises RecordError where it has no usable quantity.
+
+    A null, missing or ill-typed detail of an item is null: it says nothing about the count.
+    """
+    try:
+        record = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        raise RecordError("not JSON") from None
+    if not isinstance(record, dict):
+        raise RecordError("not JSON of a record")
+    quantity = _integer(record.get("EXPECTED_QUANTITY"))
+    if quantity is None:
+        raise RecordError("no integer EXPECTED_QUANTITY")
+    contents = record.get("BIN_FCSKU_DATA")
+    items = contents if isinstance(contents, dict) else {}
+    return Record(
+        quantity=quantity,
+        items=[_item(asin, item) for asin, item in items.items() if isinstance(item, dict)],
+        image_fname=_text(record.get("image_fname")),
+    )
+
+
+def _item(asin: str, item: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "asin": _text(item.get("asin")) or asin,
+        "name": _text(item.get("name")),
+        "normalized_name": _text(item.get("normalizedName")),
+        "quantity": _integer(item.get("quantity")),
+        "height": _measure(item.get("height")),
+        "length": _measure(item.get("length")),
+        "width": _measure(item.get("width")),
+        "weight": _measure(item.get("weight")),
+    }
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _integer(value: Any) -> int | None:
+    """A count: a true integer, from 0 to what the index's column holds."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        return None
+    return value if 0 <= value <= _INT32_MAX else None
+
+
+def _measure(value: Any) -> dict[str, Any] | None:
+    if not isinstance(value, dict):
+        return None
+    number = value.get("value")
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        number = None
+    return {"unit": _text(value.get("unit")), "value": None if number is None else float(number)}

@@ -1,0 +1,228 @@
+import hashlib
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import obstore
+import pytest
+from obstore.store import LocalStore, S3Store
+
+from stages.core import bucket, params
+from stages.core.bucket import ObjectError, explained, list_objects, open_bucket, read_object
+from stages.core.command import UserError
+from tests.conftest import S3, MakeBucket, folder_bucket
+from tools.s3 import free_port
+
+KEY = "metadata/00001.json"
+CONTENT = b'{"EXPECTED_QUANTITY": 3}'
+MD5 = hashlib.md5(CONTENT, usedforsecurity=False).hexdigest()
+DENIED = b"""<?xml version="1.0" encoding="UTF-8"?>
+<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"""
+
+
+@pytest.fixture
+def one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the seconds between the attempts."""
+    monkeypatch.setattr(bucket, "READ_ATTEMPTS", 1)
+
+
+@pytest.fixture
+def few_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the 45 seconds in which a server may come back."""
+
+    def impatient(*arguments: Any, **options: Any) -> S3Store:
+        return S3Store(*arguments, **(options | {"retry_config": {"max_retries": 1}}))
+
+    monkeypatch.setattr(bucket, "S3Store", impatient)
+
+
+@pytest.fixture
+def denying_server() -> Iterator[str]:
+    """A server that answers every request as S3 does where there is no access."""
+
+    class Denial(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(403)
+            self.send_header("Content-Type", "application/xml")
+            self.send_header("Content-Length", str(len(DENIED)))
+            self.end_headers()
+            self.wfile.write(DENIED)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Denial) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def bucket_at(endpoint: str, *, anonymous: bool = True) -> params.Bucket:
+    return params.Bucket(
+        url="s3://aft-vbi-pds", region="us-east-1", endpoint=endpoint, anonymous=anonymous
+    )
+
+
+def listed(source: params.Bucket, prefix: str) -> list[dict[str, Any]]:
+    with explained(source):
+        rows: list[dict[str, Any]] = list_objects(open_bucket(source), prefix).to_pylist()
+    return rows
+
+
+@pytest.mark.parametrize("count", [0, 1, 1000, 1001])
+def test_listings_around_one_page_are_complete(s3: S3, count: int) -> None:
+    keys = [f"metadata/{number:05d}.json" for number in range(count)]
+    source = s3.make_bucket(dict.fromkeys(keys, b"{}"))
+    assert [row["key"] for row in listed(source, "metadata/")] == keys
+
+
+def test_a_listing_in_ranges_has_every_key_once(make_bucket: MakeBucket) -> None:
+    ids = [f"{number:05d}" for number in range(1, 1100)]
+    ids += [str(number) for number in range(1, 200)]
+    # More than a page between two cuts, and the cuts themselves.
+    ids += [str(number) for number in range(100_000, 101_050)]
+    ids += ["535234", "99999", "9999999", "00", "abc", "-1", "~"]
+    keys = {f"metadata/{bin_id}.json" for bin_id in ids} | {"metadata/10", "metadata/53"}
+    source = make_bucket(dict.fromkeys(keys, b"{}") | {"other/00001.json": b"{}"})
+    assert [row["key"] for row in listed(source, "metadata/")] == sorted(keys)
+
+
+def test_a_listing_has_sizes_and_in_s3_the_md5(make_bucket: MakeBucket) -> None:
+    source = make_bucket({KEY: CONTENT, "bin-images/00001.jpg": b"jpeg"})
+    etag = MD5 if source.endpoint else None
+    assert listed(source, "metadata/") == [{"key": KEY, "size": len(CONTENT), "etag": etag}]
+
+
+def test_keys_below_a_prefix_are_relative_to_it(s3: S3, tmp_path: Path) -> None:
+    objects = {f"deep/er/metadata/{number:04d}.json": b"{}" for number in range(1100)}
+    for whole in (s3.make_bucket(objects), folder_bucket(tmp_path / "bucket", objects)):
+        source = whole.model_copy(update={"url": f"{whole.url}/deep/er"})
+        rows = listed(source, "metadata/")
+        assert [row["key"] for row in rows] == [f"metadata/{n:04d}.json" for n in range(1100)]
+        assert read_object(open_bucket(source), rows[7]["key"], 2, rows[7]["etag"]) == b"{}"
+
+
+def test_a_folder_with_a_space_in_its_name_is_read(tmp_path: Path) -> None:
+    source = folder_bucket(tmp_path / "my bins é", {KEY: CONTENT})
+    assert [row["key"] for row in listed(source, "metadata/")] == [KEY]
+
+
+def test_an_empty_prefix_lists_nothing(make_bucket: MakeBucket) -> None:
+    assert listed(make_bucket({KEY: CONTENT}), "bin-images/") == []
+
+
+def test_an_object_is_read_as_it_was_put(make_bucket: MakeBucket) -> None:
+    content = bytes(range(256)) * 300
+    source = make_bucket({KEY: content, "metadata/empty": b""})
+    for row in listed(source, "metadata/"):
+        data = read_object(open_bucket(source), row["key"], row["size"], row["etag"])
+        assert data == (content if row["key"] == KEY else b"")
+
+
+def test_a_missing_object_is_an_object_error(make_bucket: MakeBucket) -> None:
+    store = open_bucket(make_bucket({KEY: CONTENT}))
+    with pytest.raises(ObjectError, match="not found"):
+        read_object(store, "metadata/00002.json", 3, None)
+
+
+@pytest.mark.usefixtures("one_attempt")
+def test_an_object_of_another_size_is_an_object_error(make_bucket: MakeBucket) -> None:
+    store = open_bucket(make_bucket({KEY: CONTENT}))
+    with pytest.raises(ObjectError, match=f"has {len(CONTENT)} bytes, 3 are listed"):
+        read_object(store, KEY, 3, None)
+
+
+def test_an_object_that_changed_is_an_object_error(s3: S3) -> None:
+    source = s3.make_bucket({KEY: CONTENT})
+    obstore.put(open_bucket(source), KEY, CONTENT.replace(b"3", b"4"))
+    with pytest.raises(ObjectError, match="changed since it was listed"):
+        read_object(open_bucket(source), KEY, len(CONTENT), MD5)
+
+
+class Answer:
+    """What obstore.get gives."""
+
+    def __init__(self, data: bytes, etag: str) -> None:
+        self.data, self.meta = data, {"e_tag": f'"{etag}"'}
+
+    def bytes(self) -> bytes:
+        return self.data
+
+
+def test_content_that_is_damaged_on_the_way_is_read_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # No server of ours damages what it sends.
+    answers = iter([CONTENT[:-1], CONTENT.replace(b"3", b"4"), CONTENT])
+    monkeypatch.setattr(obstore, "get", lambda *_: Answer(next(answers), MD5))
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    assert read_object(LocalStore(tmp_path), KEY, len(CONTENT), MD5) == CONTENT
+
+
+def test_content_that_stays_damaged_is_an_object_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    damaged = CONTENT.replace(b"3", b"4")
+    monkeypatch.setattr(obstore, "get", lambda *_: Answer(damaged, MD5))
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with pytest.raises(ObjectError, match=f"its etag is {MD5}"):
+        read_object(LocalStore(tmp_path), KEY, len(CONTENT), MD5)
+
+
+def test_an_etag_that_is_no_md5_is_only_compared(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Of an upload in parts.
+    etag = f"{MD5}-2"
+    monkeypatch.setattr(obstore, "get", lambda *_: Answer(CONTENT, etag))
+    assert read_object(LocalStore(tmp_path), KEY, len(CONTENT), etag) == CONTENT
+
+
+def test_a_missing_bucket_is_named(s3: S3) -> None:
+    with pytest.raises(UserError, match=r"s3://no-such-bucket at http\S+ does not exist"):
+        listed(s3.locate("no-such-bucket"), "metadata/")
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    source = folder_bucket(tmp_path / "bucket", {}).model_copy(update={"url": "file:///no/such"})
+    with pytest.raises(UserError, match=r"bucket\.url: there is no folder /no/such"):
+        listed(source, "metadata/")
+
+
+@pytest.mark.usefixtures("few_retries")
+def test_a_server_that_does_not_answer_is_named() -> None:
+    endpoint = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(UserError, match=f"s3://aft-vbi-pds at {endpoint} cannot be read") as caught:
+        listed(bucket_at(endpoint), "metadata/")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bucket_that_refuses_anonymous_reads_tells_what_to_set(denying_server: str) -> None:
+    with pytest.raises(UserError, match=r"s3://aft-vbi-pds.*refuses access.*bucket\.anonymous"):
+        listed(bucket_at(denying_server), "metadata/")
+
+
+def test_a_bucket_that_refuses_credentials_names_them(
+    denying_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    with pytest.raises(UserError, match=r"refuses access.*check AWS_ACCESS_KEY_ID"):
+        listed(bucket_at(denying_server, anonymous=False), "metadata/")
+
+
+def test_one_refused_object_is_an_object_error(denying_server: str) -> None:
+    with pytest.raises(ObjectError, match="access denied"):
+        read_object(open_bucket(bucket_at(denying_server)), KEY, 3, None)
+
+
+def test_an_endpoint_of_the_environment_is_not_followed(
+    monkeypatch: pytest.MonkeyPatch, s3: S3
+) -> None:
+    source = s3.make_bucket({KEY: CONTENT})
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    assert [row["key"] for row in listed(source, "metadata/")] == [KEY]

@@ -1,0 +1,272 @@
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dvc.utils.serialize import load_yaml
+from ruamel.yaml import YAML
+
+from stages.core.command import UserError
+from stages.core.params import Params, load_params
+from tests.conftest import REPOSITORY, changed_params, write_params
+
+RESNET = "train.resnet34"
+VIT = "train.vit"
+
+
+@pytest.fixture(scope="module")
+def published() -> Params:
+    return load_params(REPOSITORY / "params.yaml")
+
+
+def value_of(params: Params, key: str) -> Any:
+    value: Any = params
+    for name in key.split("."):
+        value = value[name] if isinstance(value, dict) else getattr(value, name)
+    return value
+
+
+def load_changed(tmp_path: Path, key: str, value: Any) -> Params:
+    path = tmp_path / "params.yaml"
+    YAML(typ="safe", pure=True).dump(changed_params({key: value}), path)
+    return load_params(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bucket.url", "s3://aft-vbi-pds"),
+        ("bucket.endpoint", None),
+        ("bucket.anonymous", True),
+        ("subset.quantities", [1, 2, 3, 4, 5]),
+        ("subset.bins", 220_000),
+        ("fetch.shard_bins", 1000),
+        ("resize.size", 224),
+        ("resize.fit", "squeeze"),
+        ("split.train", 198_000),
+        ("split.test", 22_000),
+        ("split.by", "group"),
+        (f"{RESNET}.optimizer", "adam"),
+        (f"{RESNET}.learning_rate", 0.001),
+        (f"{RESNET}.schedule", "constant"),
+        (f"{RESNET}.batch_size", 128),
+        (f"{RESNET}.epochs", 10),
+        (f"{RESNET}.mean", [0.53, 0.4495, 0.3624]),
+        (f"{RESNET}.std", [0.1691, 0.1476, 0.1114]),
+        (f"{RESNET}.pretrained", True),
+        (f"{VIT}.name", "google/vit-base-patch16-224-in21k"),
+        (f"{VIT}.optimizer", "adamw"),
+        (f"{VIT}.learning_rate", 0.00002),
+        (f"{VIT}.weight_decay", 0.01),
+        (f"{VIT}.schedule", "linear"),
+        (f"{VIT}.warmup_steps", 500),
+        (f"{VIT}.batch_size", 64),
+        (f"{VIT}.epochs", 5),
+        (f"{VIT}.mean", [0.5, 0.5, 0.5]),
+        (f"{VIT}.std", [0.5, 0.5, 0.5]),
+    ],
+)
+def test_the_repository_holds_the_published_experiment(
+    published: Params, key: str, value: Any
+) -> None:
+    assert value_of(published, key) == value
+
+
+def test_train_and_test_are_the_whole_subset(published: Params) -> None:
+    assert published.split.train + published.split.test == published.subset.bins
+
+
+def test_dvc_reads_the_same_values(published: Params) -> None:
+    # Counts written as 0 and fractions as 1e-3 are equal in both, also in type.
+    assert published.model_dump() == load_yaml(str(REPOSITORY / "params.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 0.001), ("5e-05", 0.00005), ("5e-5", 0.00005), ("1", 1.0), ("1.5E+1", 15.0)],
+)
+def test_every_notation_of_a_number_is_a_float(tmp_path: Path, text: str, value: float) -> None:
+    path = tmp_path / "params.yaml"
+    written = (REPOSITORY / "params.yaml").read_text("utf-8")
+    path.write_text(written.replace("learning_rate: 1e-3", f"learning_rate: {text}"), "utf-8")
+    learning_rate = load_params(path).train["resnet34"].learning_rate
+    assert isinstance(learning_rate, float)
+    assert learning_rate == value
+
+
+def test_values_cannot_be_changed_after_loading(published: Params) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        published.subset.bins = 3
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["colour", "bucket.colour", "split.colour", f"{RESNET}.colour", f"{VIT}.dropout"],
+)
+def test_an_unknown_key_is_named(tmp_path: Path, key: str) -> None:
+    with pytest.raises(UserError, match=f"{key}: there is no such key"):
+        load_changed(tmp_path, key, 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bucket.anonymous", "yes"),
+        ("bucket.anonymous", 1),
+        ("bucket.url", None),
+        ("index.max_rejects", True),
+        ("index.max_rejects", "0.5"),
+        ("subset.bins", "5"),
+        ("subset.bins", True),
+        ("subset.bins", 5.0),
+        ("subset.quantities", 3),
+        ("fetch.shard_bins", None),
+        ("resize.size", [224]),
+        ("split.seed", "0"),
+        ("train", []),
+        (f"{RESNET}.learning_rate", True),
+        (f"{RESNET}.learning_rate", "1e-3"),
+        (f"{RESNET}.horizontal_flip", "no"),
+        (f"{VIT}.config", [1]),
+    ],
+)
+def test_a_value_of_another_type_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"{key}: .*, not "):
+        load_changed(tmp_path, key, value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bucket.url", "aft-vbi-pds"),
+        ("bucket.url", "https://aft-vbi-pds.s3.amazonaws.com"),
+        ("bucket.url", "s3://"),
+        ("bucket.url", "file://relative/folder"),
+        ("bucket.region", ""),
+        ("bucket.endpoint", "localhost:9000"),
+        ("bucket.endpoint", "http://local host:9000"),
+        ("index.max_rejects", -0.1),
+        ("index.max_rejects", 1.1),
+        ("subset.quantities", [3]),
+        ("subset.quantities", [1, 2, 2]),
+        ("subset.bins", 0),
+        ("subset.seed", -1),
+        ("subset.seed", 2**32),
+        ("fetch.shard_bins", 0),
+        ("fetch.shard_bins", 10_001),
+        ("resize.size", 0),
+        ("resize.fit", "crop"),
+        ("resize.quality", 101),
+        ("split.train", 0),
+        ("split.test", -1),
+        ("split.by", "bin"),
+        (f"{RESNET}.library", "keras"),
+        (f"{RESNET}.name", "../weights"),
+        (f"{RESNET}.learning_rate", 0),
+        (f"{RESNET}.learning_rate", math.nan),
+        (f"{RESNET}.learning_rate", math.inf),
+        (f"{RESNET}.weight_decay", -0.1),
+        (f"{RESNET}.epochs", 0),
+        (f"{RESNET}.mean", [0.5, 0.5]),
+        (f"{VIT}.schedule", "cosine"),
+        (f"{VIT}.warmup_steps", -1),
+        ("evaluate.batch_size", 0),
+    ],
+)
+def test_an_impossible_value_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"{key}: .*, not "):
+        load_changed(tmp_path, key, value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "place"),
+    [
+        ("subset.quantities", [1, -2], "subset.quantities.1"),
+        ("subset.quantities", [1, 2**31], "subset.quantities.1"),
+        ("subset.quantities", [True, 2], "subset.quantities.0"),
+        (f"{RESNET}.mean", [0.5, math.nan, 0.5], f"{RESNET}.mean.1"),
+        (f"{RESNET}.std", [0.5, 0.5, 0.0], f"{RESNET}.std.2"),
+    ],
+)
+def test_a_wrong_element_is_named_by_its_place(
+    tmp_path: Path, key: str, value: Any, place: str
+) -> None:
+    with pytest.raises(UserError, match=f"{place}: "):
+        load_changed(tmp_path, key, value)
+
+
+@pytest.mark.parametrize("name", ["Big Model", "../up", "-dash", ""])
+def test_a_model_name_that_is_no_folder_name_is_refused(tmp_path: Path, name: str) -> None:
+    models = {name: changed_params({})["train"]["vit"]}
+    with pytest.raises(UserError, match=f"train.{name}: "):
+        load_changed(tmp_path, "train", models)
+
+
+@pytest.mark.parametrize("key", ["bucket", "subset.seed", f"{RESNET}.optimizer", "evaluate"])
+def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
+    values = changed_params({})
+    *blocks, last = key.split(".")
+    block = values
+    for name in blocks:
+        block = block[name]
+    del block[last]
+    path = tmp_path / "params.yaml"
+    YAML(typ="safe", pure=True).dump(values, path)
+    with pytest.raises(UserError, match=f"{key} is missing"):
+        load_params(path)
+
+
+@pytest.mark.usefixtures("workspace")
+def test_all_faults_are_named_at_once() -> None:
+    write_params({"subset.bins": 0, "resize.fit": "crop", "split.colour": 1})
+    with pytest.raises(UserError) as caught:
+        load_params()
+    for key in ("subset.bins", "resize.fit", "split.colour"):
+        assert key in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: b: c",
+        "subset: [1, 2",
+        "\tbins: 3",
+        "subset: 1\nsubset: 2\n",
+        "--- 1\n--- 2\n",
+        "bins: 2001-99-99",
+    ],
+)
+def test_what_is_not_yaml_is_said_to_be_so(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(text, "utf-8")
+    with pytest.raises(UserError, match="is not YAML"):
+        load_params(path)
+
+
+def test_bytes_that_are_not_utf8_are_not_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(b"bucket: \xff\xfe\xfa\n")
+    with pytest.raises(UserError, match="is not YAML"):
+        load_params(path)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "[1, 2]", "5", "text"])
+def test_a_file_without_blocks_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(text, "utf-8")
+    with pytest.raises(UserError, match="the file: "):
+        load_params(path)
+
+
+def test_a_missing_file_tells_where_to_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is missing: run from the repository's root"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_a_model_is_found_by_its_key(published: Params) -> None:
+    assert published.model("vit").library == "transformers"
+
+
+def test_an_unknown_model_is_named_with_those_there_are(published: Params) -> None:
+    with pytest.raises(UserError, match=r"no train\.gpt; it has resnet34, vit"):
+        published.model("gpt")

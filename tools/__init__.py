@@ -1,0 +1,1 @@
+"""What surrounds the pipeline: a local S3 server, drawn bins, the demo."""

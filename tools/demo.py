@@ -1,0 +1,168 @@
+"""The whole pipeline on drawn bins, an S3 server on loopback and a clone of this repository.
+
+`make demo` runs it and leaves the clone and the server for playing; `make demo-clean` removes both.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import obstore
+from obstore.store import S3Store
+from tqdm import tqdm
+
+from stages.core.parallel import map_in_order
+from tools.drawing import DrawnBin, drawn_bins
+from tools.s3 import free_port, start_server, stop_server
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "demo"
+CLONE = DEMO / "warehouse-classifier"
+BUCKETS = DEMO / "s3"
+LOG = DEMO / "s3.log"
+PID = DEMO / "s3.pid"
+
+DRAWN_BINS = 1900
+TRUNCATED_PHOTOGRAPH, GARBLED_RECORD = "00004", "00005"
+# Small photographs and a small ViT from random starts: minutes on two cores, without a hub.
+OVERRIDES = [
+    "bucket.url=s3://bins",
+    "subset.bins=1200",
+    "resize.size=64",
+    "split.train=1000",
+    "split.test=200",
+    "train.resnet34.pretrained=false",
+    "train.resnet34.batch_size=32",
+    "train.resnet34.epochs=5",
+    "train.resnet34.schedule=linear",
+    "train.vit.pretrained=false",
+    "+train.vit.config.hidden_size=96",
+    "+train.vit.config.intermediate_size=192",
+    "+train.vit.config.num_hidden_layers=4",
+    "+train.vit.config.num_attention_heads=4",
+    "+train.vit.config.patch_size=8",
+    "train.vit.learning_rate=5e-4",
+    "train.vit.warmup_steps=50",
+    "train.vit.batch_size=32",
+    "train.vit.epochs=14",
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
+    parser.add_argument("--clean", action="store_true", help="stop the server and remove demo/")
+    arguments = parser.parse_args()
+    clean()
+    if arguments.clean:
+        return
+    started = time.monotonic()
+    endpoint = serve_buckets()
+    try:
+        fill_bucket(endpoint)
+        make_clone(endpoint)
+        run_pipeline(endpoint)
+    except BaseException as error:
+        stop_server(PID)
+        if isinstance(error, subprocess.CalledProcessError):
+            sys.exit(f"demo: error: `{' '.join(error.cmd)}` failed; its output is above")
+        raise
+    show(endpoint, time.monotonic() - started)
+
+
+def clean() -> None:
+    """Stop the server and remove everything of an earlier demo."""
+    stop_server(PID)
+    if DEMO.exists():
+        print(f"removing the demo of before, {DEMO.relative_to(ROOT)}/")
+        shutil.rmtree(DEMO)
+
+
+def serve_buckets() -> str:
+    """Start an S3 server with two empty buckets; its URL."""
+    for bucket in ("bins", "storage"):
+        (BUCKETS / bucket).mkdir(parents=True)
+    return start_server(BUCKETS, free_port(), LOG, PID)
+
+
+def fill_bucket(endpoint: str) -> None:
+    """Draw the bins and put them into the bucket; one photograph and one record are broken."""
+    bucket = S3Store(
+        "bins", endpoint=endpoint, skip_signature=True, client_options={"allow_http": True}
+    )
+
+    def put(drawn: DrawnBin) -> None:
+        photograph, record = drawn.photograph, drawn.record
+        if drawn.id == TRUNCATED_PHOTOGRAPH:
+            photograph = photograph[: len(photograph) // 2]
+        if drawn.id == GARBLED_RECORD:
+            record = b"not a record"
+        obstore.put(bucket, f"bin-images/{drawn.id}.jpg", photograph)
+        obstore.put(bucket, f"metadata/{drawn.id}.json", record)
+
+    print(f"drawing {DRAWN_BINS} bins into the bucket s3://bins at {endpoint}")
+    bins = tqdm(drawn_bins(DRAWN_BINS, seed=0), total=DRAWN_BINS, unit=" bins", disable=None)
+    for _ in map_in_order(put, bins, workers=16, window=64):
+        pass
+
+
+def make_clone(endpoint: str) -> None:
+    """A clone of this repository's HEAD, whose DVC remote is the second bucket."""
+    print(f"cloning this repository (its last commit) to {CLONE.relative_to(ROOT)}")
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(CLONE)], check=True)
+    # A fresh machine's git has no identity, and experiments are commits.
+    in_clone("git", "config", "user.name", "Demo")
+    in_clone("git", "config", "user.email", "demo@localhost")
+    in_clone("git", "config", "commit.gpgsign", "false")
+    for key, value in {
+        "url": "s3://storage",
+        "endpointurl": endpoint,
+        "access_key_id": "demo",
+        "secret_access_key": "demo",
+    }.items():
+        in_clone("dvc", "remote", "modify", "--quiet", "--local", "storage", key, value)
+
+
+def run_pipeline(endpoint: str) -> None:
+    """The experiment, committed, so that later ones can be compared with it, and pushed."""
+    overrides = [*OVERRIDES, f"bucket.endpoint={endpoint}"]
+    settings = [word for override in overrides for word in ("--set-param", override)]
+    # Quiet, since DVC warns of every output that does not exist yet; the stages speak anyway.
+    in_clone("dvc", "exp", "run", "--quiet", "--name", "demo", *settings)
+    in_clone("git", "add", ".")
+    in_clone("git", "commit", "--quiet", "--message", "The demo's run")
+    in_clone("dvc", "push")
+
+
+def show(endpoint: str, seconds: float) -> None:
+    clone = CLONE.relative_to(ROOT)
+    print()
+    in_clone("dvc", "metrics", "show")
+    print(
+        f"""
+Done in {seconds / 60:.1f} minutes. The report: {clone}/reports/index.html
+
+The clone stays for playing, and the S3 server at {endpoint} goes on for it:
+  . .venv/bin/activate && cd {clone}
+  dvc exp run -S train.vit.learning_rate=1e-3   # runs train@vit, evaluate@vit and report
+  dvc plots diff HEAD workspace                 # writes dvc_plots/index.html
+  dvc exp show --only-changed
+  rm -r .dvc/cache models && dvc pull models/vit
+`make demo-clean` stops the server and removes it all."""
+    )
+
+
+def in_clone(*command: str) -> None:
+    """Run a command in the clone, with this environment's programs, without the user's AWS."""
+    programs = str(Path(sys.executable).parent)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
+    environment["PATH"] = os.pathsep.join([programs, environment["PATH"]])
+    sys.stdout.flush()
+    subprocess.run(command, cwd=CLONE, env=environment, check=True)
+
+
+if __name__ == "__main__":
+    main()
