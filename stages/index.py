@@ -1,0 +1,139 @@
+"""List the bucket and read every record: data/index.parquet, a row per bin."""
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from stages.core.bucket import (
+    IN_FLIGHT,
+    PHOTOGRAPHS,
+    RECORDS,
+    WINDOW,
+    ObjectError,
+    Store,
+    explained,
+    list_objects,
+    open_bucket,
+    read_object,
+)
+from stages.core.command import UserError, run_stage
+from stages.core.files import atomic_write, digest, unfinished, write_json
+from stages.core.params import load_params
+from stages.core.records import INDEX, RecordError, is_bin_id, parse_record
+from stages.core.shards import (
+    Reject,
+    RejectLimit,
+    Row,
+    build_shards,
+    shard_paths,
+    shards_of,
+    table_digest,
+)
+
+OUT = Path("data/index.parquet")
+COUNTS = Path("data/index.json")
+# The unit in which a killed run goes on.
+PART_RECORDS = 10_000
+
+
+def main() -> str:
+    params = load_params()
+    limit = RejectLimit("index.max_rejects", params.index.max_rejects)
+    with explained(params.bucket):
+        store = open_bucket(params.bucket)
+        photographs = list_objects(store, PHOTOGRAPHS)
+        listing = join_listings(list_objects(store, RECORDS), photographs)
+        if not len(listing):
+            raise UserError(f"{params.bucket.url} has no {RECORDS}<id>.json: check bucket.url")
+        with unfinished("index", digest(params.bucket.url, table_digest(listing))) as folder:
+            parts, rejects = build_shards(
+                folder,
+                shards_of(listing, PART_RECORDS),
+                partial(index_bin, store),
+                INDEX,
+                limit,
+                workers=IN_FLIGHT,
+                window=WINDOW,
+                unit=" records",
+            )
+            indexed = concatenate(parts, OUT)
+    counts = summarize(len(listing), indexed, rejects)
+    write_json(COUNTS, counts)
+    return f"{indexed} bins; {len(rejects)} records left out {counts['rejected'] or ''}".rstrip()
+
+
+def join_listings(records: pa.Table, photographs: pa.Table) -> pa.Table:
+    """A row per record, sorted by id, with its photograph's key, size and etag or nulls.
+
+    Columns: id, record_key, record_size, record_etag, key, size, etag.
+    """
+    records = _with_ids(records, RECORDS, ".json").rename_columns(
+        {"key": "record_key", "size": "record_size", "etag": "record_etag"}
+    )
+    photographs = _with_ids(photographs, PHOTOGRAPHS, ".jpg")
+    return records.join(photographs, "id", join_type="left outer").sort_by("id")
+
+
+def _with_ids(listing: pa.Table, prefix: str, suffix: str) -> pa.Table:
+    files = listing.filter(pc.ends_with(listing["key"], suffix))
+    ids = pc.utf8_slice_codeunits(files["key"], len(prefix))
+    return files.append_column("id", pc.utf8_slice_codeunits(ids, 0, -len(suffix)))
+
+
+def index_bin(store: Store, listed: Row) -> Row | Reject:
+    """Read and parse one record."""
+    bin_id = listed["id"]
+    if not is_bin_id(bin_id):
+        return Reject(bin_id, "impossible id")
+    if listed["key"] is None:
+        return Reject(bin_id, "no photograph")
+    try:
+        data = read_object(
+            store, listed["record_key"], listed["record_size"], listed["record_etag"]
+        )
+        record = parse_record(data)
+    except ObjectError as error:
+        return Reject(bin_id, f"unreadable: {error}")
+    except RecordError as error:
+        return Reject(bin_id, str(error))
+    return {
+        "id": bin_id,
+        **record,
+        "key": listed["key"],
+        "size": listed["size"],
+        "etag": listed["etag"],
+    }
+
+
+def concatenate(parts: Path, out: Path) -> int:
+    """Write all parts into one file, one at a time; the number of rows."""
+    rows = 0
+    with (
+        atomic_write(out) as temporary,
+        pq.ParquetWriter(temporary, INDEX, compression="zstd") as writer,
+    ):
+        for part in shard_paths(parts):
+            table = pq.read_table(part)
+            writer.write_table(table)
+            rows += len(table)
+    return rows
+
+
+def summarize(records: int, indexed: int, rejects: list[Reject]) -> dict[str, Any]:
+    """What data/index.json says: how many records there are, and why some were left out."""
+    reasons = Counter(reject.reason.partition(":")[0] for reject in rejects)
+    return {
+        "records": records,
+        "indexed": indexed,
+        "rejected": dict(sorted(reasons.items())),
+        "examples": [reject._asdict() for reject in rejects[:100]],
+    }
+
+
+if __name__ == "__main__":
+    run_stage("index", main)

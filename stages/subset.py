@@ -1,0 +1,57 @@
+"""Draw the experiment's bins from the index: data/subset.parquet, with their sibling groups."""
+
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from stages.core.command import UserError, run_stage
+from stages.core.draw import shuffled
+from stages.core.params import Subset, load_params
+from stages.core.shards import write_table
+from stages.core.siblings import sibling_groups
+
+INDEX = Path("data/index.parquet")
+OUT = Path("data/subset.parquet")
+COLUMNS = ["id", "quantity", "group", "key", "size", "etag"]
+
+
+def main() -> str:
+    params = load_params()
+    columns = ["id", "quantity", "items.list.element.asin", "key", "size", "etag"]
+    index = pq.ParquetFile(INDEX).read(columns)
+    subset = draw(with_groups(index), params.subset)
+    write_table(OUT, subset)
+    groups = pc.count_distinct(subset["group"]).as_py()
+    return f"{len(subset)} bins drawn, in {groups} sibling groups"
+
+
+def with_groups(index: pa.Table) -> pa.Table:
+    """The index with the column group, found over all bins: a chain may pass through any."""
+    items = index["items"].combine_chunks()
+    contents = pd.DataFrame(
+        {
+            "bin": pc.list_parent_indices(items),
+            "asin": pc.struct_field(pc.list_flatten(items), "asin"),
+        }
+    )
+    groups = sibling_groups(index["id"].to_pylist(), contents)
+    return index.append_column("group", pa.array(groups, pa.string())).select(COLUMNS)
+
+
+def draw(index: pa.Table, params: Subset) -> pa.Table:
+    """`params.bins` of the bins that have a quantity of `params.quantities`, sorted by id."""
+    fitting = index.filter(pc.is_in(index["quantity"], pa.array(params.quantities, pa.int32())))
+    if len(fitting) < params.bins:
+        raise UserError(
+            f"subset.bins is {params.bins}, but the bucket has {len(fitting)} bins with a quantity"
+            f" of subset.quantities {params.quantities}: lower subset.bins"
+        )
+    drawn = shuffled(fitting["id"].to_pylist(), "subset", params.seed)[: params.bins]
+    return fitting.filter(pc.is_in(fitting["id"], pa.array(drawn, pa.string()))).sort_by("id")
+
+
+if __name__ == "__main__":
+    run_stage("subset", main)

@@ -1,0 +1,131 @@
+from pathlib import Path
+from typing import Any
+
+import obstore
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stages import fetch
+from stages.core import params
+from stages.core.bucket import Store, list_objects, open_bucket, read_object
+from stages.core.command import UserError
+from stages.core.shards import IMAGES, Reject, read_rejects, shard_paths, write_table
+from tests.conftest import MakeBucket, bucket_params, folder_bucket, objects_of, write_params
+from tools.drawing import DrawnBin
+
+RAW = Path("data/raw")
+UNFETCHED = Path("data/unfetched.csv")
+
+
+class StopError(Exception):
+    """What breaks the work in these tests."""
+
+
+def prepare(
+    bucket: params.Bucket, drawn: list[DrawnBin], shard_bins: int = 1000, max_rejects: float = 0.0
+) -> None:
+    """Write params.yaml and the subset: all of these bins, as the bucket lists them."""
+    photographs = list_objects(open_bucket(bucket), "bin-images/").to_pylist()
+    listed = {Path(row["key"]).stem: row for row in photographs}
+    rows = [
+        {"id": one.id, "quantity": one.quantity, "group": one.id, **listed[one.id]}
+        for one in sorted(drawn, key=lambda one: one.id)
+    ]
+    overrides = {"fetch.shard_bins": shard_bins, "fetch.max_rejects": max_rejects}
+    write_params(bucket_params(bucket) | overrides)
+    write_table(Path("data/subset.parquet"), pa.Table.from_pylist(rows))
+
+
+def fetched() -> list[list[dict[str, Any]]]:
+    return [pq.read_table(path).to_pylist() for path in shard_paths(RAW)]
+
+
+def expected(drawn: list[DrawnBin]) -> list[dict[str, Any]]:
+    return [
+        {"id": one.id, "quantity": one.quantity, "image": one.photograph}
+        for one in sorted(drawn, key=lambda one: one.id)
+    ]
+
+
+@pytest.mark.usefixtures("workspace")
+def test_shards_hold_the_photographs_byte_for_byte(
+    make_bucket: MakeBucket, drawn: list[DrawnBin]
+) -> None:
+    prepare(make_bucket(objects_of(drawn)), drawn, shard_bins=50)
+    fetch.main()
+    shards = fetched()
+    assert [len(shard) for shard in shards] == [50, 50, 21]
+    assert sum(shards, []) == expected(drawn)  # noqa: RUF017
+    assert pq.read_schema(shard_paths(RAW)[0]).equals(IMAGES)
+    assert read_rejects(UNFETCHED) == []
+
+
+@pytest.mark.usefixtures("workspace")
+def test_a_vanished_photograph_is_listed(make_bucket: MakeBucket, drawn: list[DrawnBin]) -> None:
+    bucket = make_bucket(objects_of(drawn[:9]))
+    prepare(bucket, drawn[:9], max_rejects=0.2)
+    obstore.delete(open_bucket(bucket), "bin-images/00004.jpg")
+    fetch.main()
+    assert read_rejects(UNFETCHED) == [Reject("00004", "not found")]
+    assert fetched() == [expected([one for one in drawn[:9] if one.id != "00004"])]
+
+
+def test_too_many_vanished_photographs_stop_the_stage(
+    workspace: Path, tmp_path: Path, drawn: list[DrawnBin]
+) -> None:
+    bucket = folder_bucket(tmp_path / "bucket", objects_of(drawn[:9]))
+    prepare(bucket, drawn[:9], max_rejects=0.1)
+    obstore.delete(open_bucket(bucket), ["bin-images/00004.jpg", "bin-images/00006.jpg"])
+    with pytest.raises(UserError, match=r"fetch\.max_rejects .* 00004 \(not found\), 00006"):
+        fetch.main()
+    assert not (workspace / RAW).exists()
+    assert not (workspace / UNFETCHED).exists()
+
+
+@pytest.mark.usefixtures("workspace")
+def test_the_next_run_goes_on_where_one_failed(
+    tmp_path: Path, drawn: list[DrawnBin], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = folder_bucket(tmp_path / "bucket", objects_of(drawn[:40]))
+    prepare(bucket, drawn[:40], shard_bins=10)
+    read: list[str] = []
+
+    def read_until_stopped(store: Store, key: str, size: int, etag: str | None) -> bytes:
+        if key == "bin-images/00025.jpg":
+            raise StopError
+        return read_object(store, key, size, etag)
+
+    def read_and_note(store: Store, key: str, size: int, etag: str | None) -> bytes:
+        read.append(key)
+        return read_object(store, key, size, etag)
+
+    monkeypatch.setattr(fetch, "read_object", read_until_stopped)
+    with pytest.raises(StopError):
+        fetch.main()
+    assert not RAW.exists()
+    monkeypatch.setattr(fetch, "read_object", read_and_note)
+    fetch.main()
+    assert sorted(read) == [f"bin-images/{number:05d}.jpg" for number in range(21, 41)]
+    assert sum(fetched(), []) == expected(drawn[:40])  # noqa: RUF017
+
+
+@pytest.mark.usefixtures("workspace")
+def test_another_run_replaces_the_shards(tmp_path: Path, drawn: list[DrawnBin]) -> None:
+    bucket = folder_bucket(tmp_path / "bucket", objects_of(drawn[:20]))
+    prepare(bucket, drawn[:20], shard_bins=4)
+    fetch.main()
+    prepare(bucket, drawn[:20], shard_bins=15)
+    fetch.main()
+    assert [len(shard) for shard in fetched()] == [15, 5]
+
+
+def test_a_missing_folder_stops_the_stage(
+    workspace: Path, tmp_path: Path, drawn: list[DrawnBin]
+) -> None:
+    bucket = folder_bucket(tmp_path / "bucket", objects_of(drawn[:3]))
+    prepare(bucket, drawn[:3])
+    (tmp_path / "bucket").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"bucket\.url: there is no folder"):
+        fetch.main()
+    assert not (workspace / RAW).exists()

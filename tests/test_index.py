@@ -1,0 +1,235 @@
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from stages import index
+from stages.core import params
+from stages.core.bucket import Store, read_object
+from stages.core.command import UserError
+from stages.core.records import INDEX, parse_record
+from tests.conftest import (
+    MakeBucket,
+    bucket_params,
+    folder_bucket,
+    objects_of,
+    record_json,
+    write_params,
+)
+from tools.drawing import DrawnBin
+
+ITEM = {
+    "asin": "B000000001",
+    "name": None,
+    "normalized_name": None,
+    "quantity": 1,
+    "height": None,
+    "length": None,
+    "width": None,
+    "weight": None,
+}
+
+
+class StopError(Exception):
+    """What breaks the work in these tests."""
+
+
+def with_photographs(records: Mapping[str, bytes]) -> dict[str, bytes]:
+    return {f"metadata/{bin_id}.json": data for bin_id, data in records.items()} | {
+        f"bin-images/{bin_id}.jpg": b"a photograph" for bin_id in records
+    }
+
+
+def run_index(bucket: params.Bucket, max_rejects: float = 0.0) -> None:
+    write_params(bucket_params(bucket) | {"index.max_rejects": max_rejects})
+    index.main()
+
+
+def indexed() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table("data/index.parquet").to_pylist()
+    return rows
+
+
+def counts() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(Path("data/index.json").read_text("utf-8"))
+    return loaded
+
+
+@pytest.mark.usefixtures("workspace")
+def test_every_record_is_a_row_with_its_photograph(
+    make_bucket: MakeBucket, drawn: list[DrawnBin]
+) -> None:
+    bucket = make_bucket(objects_of(drawn))
+    run_index(bucket)
+    assert pq.read_schema("data/index.parquet").equals(INDEX)
+    rows = indexed()
+    assert [row["id"] for row in rows] == sorted(drawn_bin.id for drawn_bin in drawn)
+    bins = {drawn_bin.id: drawn_bin for drawn_bin in drawn}
+    for row in rows:
+        drawn_bin = bins[row["id"]]
+        assert row["quantity"] == drawn_bin.quantity
+        assert row["items"] == parse_record(drawn_bin.record)["items"]
+        assert row["key"] == f"bin-images/{row['id']}.jpg"
+        assert row["size"] == len(drawn_bin.photograph)
+        assert (row["etag"] is None) == (bucket.endpoint is None)
+    assert counts() == {"records": 121, "indexed": 121, "rejected": {}, "examples": []}
+
+
+@pytest.mark.usefixtures("workspace")
+def test_an_unpadded_twin_is_a_bin_of_its_own(make_bucket: MakeBucket) -> None:
+    twins = {
+        "01102": record_json(10, ["B000000001"]),
+        "1102": record_json(5, ["B000000002"], image_fname="1102.jpg"),
+    }
+    run_index(make_bucket(with_photographs(twins)))
+    rows = indexed()
+    assert [(row["id"], row["quantity"], row["image_fname"]) for row in rows] == [
+        ("01102", 10, None),
+        ("1102", 5, "1102.jpg"),
+    ]
+    assert rows[0]["items"] == [ITEM]
+
+
+@pytest.mark.usefixtures("workspace")
+def test_unusable_records_are_left_out_and_counted(make_bucket: MakeBucket) -> None:
+    records = {f"{number:05d}": record_json(2) for number in range(1, 9)}
+    records |= {"00003": b"{", "00004": b"<html>", "00005": record_json(2.5), "00006": b"[]"}
+    objects = with_photographs(records) | {
+        "bin-images/00099.jpg": b"a photograph without a record",
+        "metadata/odd id.json": record_json(1),
+        "bin-images/odd id.jpg": b"its photograph",
+        "metadata/README.txt": b"no record",
+    }
+    del objects["bin-images/00007.jpg"]
+    run_index(make_bucket(objects), max_rejects=0.7)
+    assert [row["id"] for row in indexed()] == ["00001", "00002", "00008"]
+    assert counts() == {
+        "records": 9,
+        "indexed": 3,
+        "rejected": {
+            "impossible id": 1,
+            "no integer EXPECTED_QUANTITY": 1,
+            "no photograph": 1,
+            "not JSON": 2,
+            "not JSON of a record": 1,
+        },
+        "examples": [
+            {"id": "00003", "reason": "not JSON"},
+            {"id": "00004", "reason": "not JSON"},
+            {"id": "00005", "reason": "no integer EXPECTED_QUANTITY"},
+            {"id": "00006", "reason": "not JSON of a record"},
+            {"id": "00007", "reason": "no photograph"},
+            {"id": "odd id", "reason": "impossible id"},
+        ],
+    }
+
+
+def test_too_many_unusable_records_stop_before_anything_is_written(
+    workspace: Path, tmp_path: Path
+) -> None:
+    records = {f"{number:05d}": b"{" if number % 2 else record_json(1) for number in range(1, 31)}
+    bucket = folder_bucket(tmp_path / "bucket", with_photographs(records))
+    with pytest.raises(UserError, match=r"15 of 30 .* index\.max_rejects \(0\.1\)") as caught:
+        run_index(bucket, max_rejects=0.1)
+    assert [f"{n:05d}" in str(caught.value) for n in range(1, 22, 2)] == [True] * 10 + [False]
+    assert not (workspace / "data").exists()
+
+
+@pytest.mark.usefixtures("workspace")
+def test_a_record_that_vanished_after_the_listing_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = {f"{number:05d}": record_json(1) for number in range(1, 5)}
+    bucket = folder_bucket(tmp_path / "bucket", with_photographs(records))
+    joined = index.join_listings
+
+    def join_and_lose(*listings: Any) -> Any:
+        (tmp_path / "bucket/metadata/00002.json").unlink()
+        return joined(*listings)
+
+    monkeypatch.setattr(index, "join_listings", join_and_lose)
+    run_index(bucket, max_rejects=0.5)
+    assert counts()["rejected"] == {"unreadable": 1}
+
+
+def test_a_bucket_without_records_is_named(workspace: Path, tmp_path: Path) -> None:
+    bucket = folder_bucket(tmp_path / "bucket", {"bin-images/00001.jpg": b"a photograph"})
+    with pytest.raises(UserError, match=r"has no metadata/<id>\.json: check bucket\.url"):
+        run_index(bucket)
+    assert not (workspace / "data").exists()
+
+
+def test_finished_parts_of_a_killed_run_are_not_read_again(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = {f"{number:05d}": record_json(number % 6) for number in range(1, 21)}
+    bucket = folder_bucket(tmp_path / "bucket", with_photographs(records))
+    monkeypatch.setattr(index, "PART_RECORDS", 5)
+    read: list[str] = []
+
+    def read_until_stopped(store: Store, key: str, size: int, etag: str | None) -> bytes:
+        if key == "metadata/00013.json":
+            raise StopError
+        return read_object(store, key, size, etag)
+
+    def read_and_note(store: Store, key: str, size: int, etag: str | None) -> bytes:
+        read.append(key)
+        return read_object(store, key, size, etag)
+
+    monkeypatch.setattr(index, "read_object", read_until_stopped)
+    with pytest.raises(StopError):
+        run_index(bucket)
+    assert not (workspace / "data/index.parquet").exists()
+    monkeypatch.setattr(index, "read_object", read_and_note)
+    run_index(bucket)
+    assert sorted(read) == [f"metadata/{number:05d}.json" for number in range(11, 21)]
+    assert [row["id"] for row in indexed()] == list(records)
+    assert [row["quantity"] for row in indexed()] == [number % 6 for number in range(1, 21)]
+
+
+def test_parts_are_read_again_where_the_bucket_has_changed(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = {f"{number:05d}": record_json(1) for number in range(1, 5)}
+    bucket = folder_bucket(tmp_path / "bucket", with_photographs(records))
+
+    def stop(*_: object) -> None:
+        raise StopError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "concatenate", stop)
+        with pytest.raises(StopError):
+            run_index(bucket)
+    changed = tmp_path / "bucket/metadata/00002.json"
+    changed.write_bytes(record_json(12))
+    run_index(bucket)
+    assert [row["quantity"] for row in indexed()] == [1, 12, 1, 1]
+    assert (workspace / "data/index.json").exists()
+
+
+@pytest.mark.usefixtures("workspace")
+def test_the_index_has_the_same_bytes_in_every_run(tmp_path: Path, drawn: list[DrawnBin]) -> None:
+    bucket = folder_bucket(tmp_path / "bucket", objects_of(drawn))
+    written = []
+    for _ in range(2):
+        run_index(bucket)
+        written.append(Path("data/index.parquet").read_bytes())
+    assert written[0] == written[1]
+
+
+def test_the_real_bins_are_indexed(workspace: Path, abid: Path) -> None:
+    folder = abid / "originals-1k"
+    bucket = params.Bucket(
+        url=folder.resolve().as_uri(), region="us-east-1", endpoint=None, anonymous=True
+    )
+    run_index(bucket)
+    assert counts() == {"records": 1013, "indexed": 1013, "rejected": {}, "examples": []}
+    rows = indexed()
+    assert sum(1 <= row["quantity"] <= 5 for row in rows) == 641
+    assert sum(row["image_fname"] is not None for row in rows) == 14
+    for row in rows[::50]:
+        assert row["size"] == (folder / row["key"]).stat().st_size
+    assert not list((workspace / ".cache").iterdir())

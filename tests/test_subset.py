@@ -1,0 +1,166 @@
+import random
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stages.core.command import UserError
+from stages.core.params import Subset
+from stages.core.shards import write_table
+from stages.subset import COLUMNS, draw, main, with_groups
+from tests.conftest import index_of, sibling_pairs, write_params
+
+
+def knobs(bins: int, seed: int = 0, quantities: tuple[int, ...] = (1, 2, 3, 4, 5)) -> Subset:
+    return Subset(quantities=list(quantities), bins=bins, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def index() -> pa.Table:
+    """Bins with 0 to 7 items and few ASINs, so that many are siblings."""
+    chance = random.Random(0)
+    return index_of(
+        {
+            f"{number:05d}": (chance.randrange(8), chance.sample("ABCDEFGH", 2))
+            for number in range(1, 401)
+        }
+    )
+
+
+def groups_by_id(table: pa.Table) -> dict[str, str]:
+    return dict(zip(table["id"].to_pylist(), table["group"].to_pylist(), strict=True))
+
+
+def test_only_bins_of_the_wanted_quantities_are_drawn(index: pa.Table) -> None:
+    subset = draw(with_groups(index), knobs(40, quantities=(2, 7)))
+    assert len(subset) == 40
+    assert set(subset["quantity"].to_pylist()) == {2, 7}
+
+
+def test_the_drawn_bins_are_sorted_and_keep_their_columns(index: pa.Table) -> None:
+    subset = draw(with_groups(index), knobs(100))
+    ids = subset["id"].to_pylist()
+    assert subset.schema.names == COLUMNS
+    assert ids == sorted(ids)
+    assert len(set(ids)) == 100
+    whole = {row["id"]: row for row in index.to_pylist()}
+    for row in subset.to_pylist():
+        for name in ("quantity", "key", "size", "etag"):
+            assert row[name] == whole[row["id"]][name]
+
+
+def test_the_order_of_the_index_does_not_matter(index: pa.Table) -> None:
+    order = random.Random(1).sample(range(len(index)), len(index))
+    one, two = with_groups(index), with_groups(index.take(pa.array(order)))
+    assert groups_by_id(one) == groups_by_id(two)
+    assert draw(one, knobs(100)).equals(draw(two, knobs(100)))
+
+
+def test_another_seed_draws_other_bins(index: pa.Table) -> None:
+    grouped = with_groups(index)
+    drawn = [set(draw(grouped, knobs(100, seed))["id"].to_pylist()) for seed in range(3)]
+    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
+
+
+def test_more_bins_hold_the_fewer(index: pa.Table) -> None:
+    grouped = with_groups(index)
+    few, many = (set(draw(grouped, knobs(bins))["id"].to_pylist()) for bins in (50, 150))
+    assert few < many
+
+
+def test_a_bin_that_is_gone_moves_at_most_one_other(index: pa.Table) -> None:
+    grouped = with_groups(index)
+    drawn = set(draw(grouped, knobs(100))["id"].to_pylist())
+    for gone in range(0, len(grouped), 40):
+        rest = pa.concat_tables([grouped.slice(0, gone), grouped.slice(gone + 1)])
+        again = set(draw(rest, knobs(100))["id"].to_pylist())
+        assert len(drawn - again) <= 1
+
+
+def test_the_draw_is_no_run_of_the_listing(index: pa.Table) -> None:
+    drawn = [int(bin_id) for bin_id in draw(with_groups(index), knobs(100))["id"].to_pylist()]
+    assert min(drawn) < 40
+    assert max(drawn) > 360
+    assert 140 < sum(drawn) / len(drawn) < 260
+
+
+def test_all_fitting_bins_can_be_drawn(index: pa.Table) -> None:
+    fitting = sum(1 <= quantity <= 5 for quantity in index["quantity"].to_pylist())
+    assert len(draw(with_groups(index), knobs(fitting))) == fitting
+
+
+def test_too_few_bins_are_counted_in_the_error(index: pa.Table) -> None:
+    with pytest.raises(UserError) as caught:
+        draw(with_groups(index), knobs(1000, quantities=(6, 7)))
+    fitting = sum(quantity in {6, 7} for quantity in index["quantity"].to_pylist())
+    for part in ("subset.bins is 1000", f"has {fitting} bins", "subset.quantities [6, 7]"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("contents", "groups"),
+    [
+        # 00002 has too many items to be drawn, and yet links the two.
+        (
+            {"00001": (2, ["A"]), "00002": (9, ["A", "B"]), "00003": (3, ["B"])},
+            {"00001": "00001", "00003": "00001"},
+        ),
+        (
+            {"00001": (2, ["A"]), "00003": (3, ["A"])},
+            {"00001": "00001", "00003": "00003"},
+        ),
+        (
+            {"00001": (2, ["A"]), "00002": (0, []), "00003": (3, ["A"])},
+            {"00001": "00001", "00003": "00003"},
+        ),
+        (
+            {"00001": (2, ["A"]), "1": (1, ["A"]), "2": (2, ["A"])},
+            {"00001": "00001", "1": "1", "2": "2"},
+        ),
+    ],
+    ids=["through an undrawn bin", "hole", "through an empty bin", "un-padded"],
+)
+def test_groups_are_found_over_all_bins(
+    contents: Mapping[str, tuple[int, list[str]]], groups: Mapping[str, str]
+) -> None:
+    subset = draw(with_groups(index_of(contents)), knobs(len(groups)))
+    assert groups_by_id(subset) == groups
+
+
+def test_bins_without_any_item_have_groups() -> None:
+    assert groups_by_id(with_groups(index_of({"00001": (1, []), "00002": (2, [])}))) == {
+        "00001": "00001",
+        "00002": "00002",
+    }
+
+
+def test_the_stage_writes_the_same_bytes_in_every_run(workspace: Path, index: pa.Table) -> None:
+    write_params({"subset.bins": 100})
+    write_table(workspace / "data/index.parquet", index)
+    written = []
+    for _ in range(2):
+        main()
+        written.append((workspace / "data/subset.parquet").read_bytes())
+    assert written[0] == written[1]
+    subset = pq.read_table(workspace / "data/subset.parquet")
+    assert subset.equals(draw(with_groups(index), knobs(100)))
+
+
+def test_real_siblings_share_their_group_and_no_others(
+    abid_index: pa.Table, abid_records: dict[str, bytes]
+) -> None:
+    # Union of the pairs found the plain way, without pandas.
+    expected = {bin_id: bin_id for bin_id in abid_records}
+    for one, two in sorted(sibling_pairs(abid_records)):
+        expected[two] = expected[one]
+    assert groups_by_id(with_groups(abid_index)) == expected
+
+
+def test_three_quarters_of_the_real_bins_have_a_sibling(abid_index: pa.Table) -> None:
+    sizes = Counter(with_groups(abid_index)["group"].to_pylist())
+    assert sum(size for size in sizes.values() if size > 1) / sizes.total() == pytest.approx(
+        0.75, abs=0.03
+    )
