@@ -16,7 +16,7 @@ import transformers
 from ruamel.yaml import YAML
 
 from tools.drawing import drawn_bins
-from tools.s3 import serving
+from tools.s3 import CLIENT_ENVIRONMENT, serving
 
 ROOT = Path(__file__).parent.parent
 STAGES = {
@@ -107,6 +107,7 @@ class Project:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "HOME": str(home),
             "HF_HUB_OFFLINE": "1",
+            **CLIENT_ENVIRONMENT,
         }
         self.run("git", "init", "--quiet", "--initial-branch=main")
         self.run("git", "config", "user.name", "Test")
@@ -269,5 +270,5 @@ def test_a_colleague_pulls_what_was_pushed(project: Project, tmp_path: Path) -> 
     assert (colleague / "models/vit/model.safetensors").exists()
     assert not (colleague / "models/resnet34").exists()
     project.run("dvc", "--cd", str(colleague), "pull")
-    for path in ("models/resnet34", "data/resized", "reports/index.html"):
+    for path in ("models/resnet34/model.safetensors", "data/resized", "reports/index.html"):
         assert (colleague / path).exists()

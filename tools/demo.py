@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from stages.core.parallel import map_in_order
 from tools.drawing import DrawnBin, drawn_bins
-from tools.s3 import free_port, start_server, stop_server
+from tools.s3 import CLIENT_ENVIRONMENT, free_port, start_server, stop_server
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "demo"
@@ -60,6 +60,7 @@ def main() -> None:
     if arguments.clean:
         return
     started = time.monotonic()
+    os.environ |= CLIENT_ENVIRONMENT
     endpoint = serve_buckets()
     try:
         fill_bucket(endpoint)
@@ -139,6 +140,7 @@ def run_pipeline(endpoint: str) -> None:
 
 def show(endpoint: str, seconds: float) -> None:
     clone = CLONE.relative_to(ROOT)
+    settings = " ".join(f"{name}={value}" for name, value in CLIENT_ENVIRONMENT.items())
     print()
     in_clone("dvc", "metrics", "show")
     print(
@@ -147,6 +149,7 @@ Done in {seconds / 60:.1f} minutes. The report: {clone}/reports/index.html
 
 The clone stays for playing, and the S3 server at {endpoint} goes on for it:
   . .venv/bin/activate && cd {clone}
+  export {settings}
   dvc exp run -S train.vit.learning_rate=1e-3   # runs train@vit, evaluate@vit and report
   dvc plots diff HEAD workspace                 # writes dvc_plots/index.html
   dvc exp show --only-changed
@@ -159,6 +162,7 @@ def in_clone(*command: str) -> None:
     """Run a command in the clone, with this environment's programs, without the user's AWS."""
     programs = str(Path(sys.executable).parent)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
+    environment |= CLIENT_ENVIRONMENT
     environment["PATH"] = os.pathsep.join([programs, environment["PATH"]])
     sys.stdout.flush()
     subprocess.run(command, cwd=CLONE, env=environment, check=True)

@@ -13,6 +13,13 @@ import psutil
 
 START_SECONDS = 20
 RCLONE = Path(sys.executable).with_name("rclone")
+# What its clients need. It answers a read of a range, as DVC reads files above 50 MB, with the
+# whole object's checksum, which botocore then holds against the range; so none may be uploaded.
+CLIENT_ENVIRONMENT = {
+    "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+    # A proxy cannot reach this machine's loopback.
+    "NO_PROXY": "127.0.0.1",
+}
 
 
 def free_port() -> int:
