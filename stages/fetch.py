@@ -3,14 +3,19 @@
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from obstore.store import LocalStore
 
 from stages.core.bucket import (
     IN_FLIGHT,
+    PHOTOGRAPHS,
     WINDOW,
     ObjectError,
     Store,
     explained,
+    list_objects,
     open_bucket,
     read_object,
 )
@@ -24,6 +29,8 @@ from stages.core.shards import (
     Row,
     build_shards,
     shards_of,
+    table_digest,
+    whole_parquet,
     write_rejects,
 )
 
@@ -35,22 +42,34 @@ REJECTS = Path("data/unfetched.csv")
 def main() -> str:
     params = load_params()
     limit = RejectLimit("fetch.max_rejects", params.fetch.max_rejects)
-    subset = pq.read_table(SUBSET)
-    key = digest(params.bucket, params.fetch.shard_bins, sha256_file(SUBSET))
-    with explained(params.bucket), unfinished("fetch", key) as folder:
-        shards, rejects = build_shards(
-            folder,
-            shards_of(subset, params.fetch.shard_bins),
-            partial(fetch_bin, open_bucket(params.bucket)),
-            IMAGES,
-            limit,
-            workers=IN_FLIGHT,
-            window=WINDOW,
-            unit=" photographs",
-        )
-        write_rejects(REJECTS, rejects)
-        publish_folder(shards, OUT)
+    with whole_parquet(SUBSET):
+        subset = pq.read_table(SUBSET)
+    with explained(params.bucket):
+        store = open_bucket(params.bucket)
+        state = folder_state(store, subset)
+        key = digest(params.bucket, params.fetch.shard_bins, sha256_file(SUBSET), state)
+        with unfinished("fetch", key) as folder:
+            shards, rejects = build_shards(
+                folder,
+                shards_of(subset, params.fetch.shard_bins),
+                partial(fetch_bin, store),
+                IMAGES,
+                limit,
+                workers=IN_FLIGHT,
+                window=WINDOW,
+                unit=" photographs",
+            )
+            write_rejects(REJECTS, rejects)
+            publish_folder(shards, OUT)
     return f"{len(subset) - len(rejects)} photographs; {len(rejects)} not to be had ({REJECTS})"
+
+
+def folder_state(store: Store, subset: pa.Table) -> str | None:
+    """What changes with any drawn photograph in a folder. None in S3: the subset has its etags."""
+    if not isinstance(store, LocalStore):
+        return None
+    listing = list_objects(store, PHOTOGRAPHS)
+    return table_digest(listing.filter(pc.is_in(listing["key"], subset["key"].combine_chunks())))
 
 
 def fetch_bin(store: Store, drawn: Row) -> Row | Reject:

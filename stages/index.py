@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from stages.core.bucket import (
     IN_FLIGHT,
+    LISTING,
     PHOTOGRAPHS,
     RECORDS,
     WINDOW,
@@ -33,6 +34,7 @@ from stages.core.shards import (
     shard_paths,
     shards_of,
     table_digest,
+    whole_parquet,
 )
 
 OUT = Path("data/index.parquet")
@@ -68,13 +70,12 @@ def main() -> str:
 
 
 def join_listings(records: pa.Table, photographs: pa.Table) -> pa.Table:
-    """A row per record, sorted by id, with its photograph's key, size and etag or nulls.
+    """A row per record, sorted by id, with its photograph's key, size, etag and stamp or nulls.
 
-    Columns: id, record_key, record_size, record_etag, key, size, etag.
+    The record's own are in record_key, record_size, record_etag and record_stamp.
     """
-    records = _with_ids(records, RECORDS, ".json").rename_columns(
-        {"key": "record_key", "size": "record_size", "etag": "record_etag"}
-    )
+    records = _with_ids(records, RECORDS, ".json")
+    records = records.rename_columns({name: f"record_{name}" for name in LISTING.names})
     photographs = _with_ids(photographs, PHOTOGRAPHS, ".jpg")
     return records.join(photographs, "id", join_type="left outer").sort_by("id")
 
@@ -118,7 +119,8 @@ def concatenate(parts: Path, out: Path) -> int:
         pq.ParquetWriter(temporary, INDEX, compression="zstd") as writer,
     ):
         for part in shard_paths(parts):
-            table = pq.read_table(part)
+            with whole_parquet(part):
+                table = pq.read_table(part)
             writer.write_table(table)
             rows += len(table)
     return rows

@@ -19,6 +19,7 @@ from stages.core.shards import (
     build_shards,
     read_rejects,
     shard_paths,
+    whole_parquet,
     write_rejects,
 )
 
@@ -55,8 +56,15 @@ def main() -> str:
 
 
 def shard_of(path: Path) -> Shard[Row]:
-    rows = pq.read_metadata(path).num_rows
-    return Shard(path.name, rows, lambda: pq.read_table(path).to_pylist())
+    with whole_parquet(path):
+        rows = pq.read_metadata(path).num_rows
+    return Shard(path.name, rows, partial(load_shard, path))
+
+
+def load_shard(path: Path) -> list[Row]:
+    with whole_parquet(path):
+        rows: list[Row] = pq.read_table(path).to_pylist()
+    return rows
 
 
 def resize_bin(knobs: params.Resize, row: Row) -> Row | Reject:

@@ -9,7 +9,7 @@ from stages.core.command import UserError, run_stage
 from stages.core.draw import shuffled
 from stages.core.files import write_csv
 from stages.core.params import Split, load_params
-from stages.core.shards import read_rejects
+from stages.core.shards import read_rejects, whole_parquet
 
 SUBSET = Path("data/subset.parquet")
 QUARANTINE = Path("data/quarantine.csv")
@@ -18,7 +18,8 @@ OUT = Path("data/split.csv")
 
 def main() -> str:
     params = load_params().split
-    bins = pd.read_parquet(SUBSET, columns=["id", "quantity", "group"])
+    with whole_parquet(SUBSET):
+        bins = pd.read_parquet(SUBSET, columns=["id", "quantity", "group"])
     unusable = {reject.id for reject in read_rejects(QUARANTINE)}
     sets = split(bins, unusable, params)
     write_csv(OUT, sets)

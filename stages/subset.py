@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from stages.core.command import UserError, run_stage
 from stages.core.draw import shuffled
 from stages.core.params import Subset, load_params
-from stages.core.shards import write_table
+from stages.core.shards import whole_parquet, write_table
 from stages.core.siblings import sibling_groups
 
 INDEX = Path("data/index.parquet")
@@ -21,7 +21,8 @@ COLUMNS = ["id", "quantity", "group", "key", "size", "etag"]
 def main() -> str:
     params = load_params()
     columns = ["id", "quantity", "items.list.element.asin", "key", "size", "etag"]
-    index = pq.ParquetFile(INDEX).read(columns)
+    with whole_parquet(INDEX):
+        index = pq.ParquetFile(INDEX).read(columns)
     subset = draw(with_groups(index), params.subset)
     write_table(OUT, subset)
     groups = pc.count_distinct(subset["group"]).as_py()

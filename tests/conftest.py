@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,10 @@ from stages.core.bucket import open_bucket
 from stages.core.jpeg import Pixels
 from stages.core.records import INDEX, parse_record
 from tools.drawing import DrawnBin, drawn_bins
-from tools.s3 import serving
+from tools.s3 import CLIENT_ENVIRONMENT, serving
+
+# For the clients in this process and in those that tests start; a user's proxy stays elsewhere.
+os.environ |= CLIENT_ENVIRONMENT
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -94,7 +94,18 @@ def test_a_listing_in_ranges_has_every_key_once(make_bucket: MakeBucket) -> None
 def test_a_listing_has_sizes_and_in_s3_the_md5(make_bucket: MakeBucket) -> None:
     source = make_bucket({KEY: CONTENT, "bin-images/00001.jpg": b"jpeg"})
     etag = MD5 if source.endpoint else None
-    assert listed(source, "metadata/") == [{"key": KEY, "size": len(CONTENT), "etag": etag}]
+    (row,) = listed(source, "metadata/")
+    del row["stamp"]
+    assert row == {"key": KEY, "size": len(CONTENT), "etag": etag}
+
+
+def test_the_stamp_tells_that_an_object_changed(make_bucket: MakeBucket) -> None:
+    source = make_bucket({KEY: CONTENT})
+    stamps = {listed(source, "metadata/")[0]["stamp"] for _ in range(2)}
+    obstore.put(open_bucket(source), KEY, CONTENT.replace(b"3", b"4"))
+    stamps |= {row["stamp"] for row in listed(source, "metadata/")}
+    assert len(stamps) == 2
+    assert None not in stamps
 
 
 def test_keys_below_a_prefix_are_relative_to_it(s3: S3, tmp_path: Path) -> None:
@@ -169,7 +180,7 @@ def test_content_that_stays_damaged_is_an_object_error(
     damaged = CONTENT.replace(b"3", b"4")
     monkeypatch.setattr(obstore, "get", lambda *_: Answer(damaged, MD5))
     monkeypatch.setattr("time.sleep", lambda _: None)
-    with pytest.raises(ObjectError, match=f"its etag is {MD5}"):
+    with pytest.raises(ObjectError, match=f"its etag is {MD5}: damaged, or encrypted by KMS"):
         read_object(LocalStore(tmp_path), KEY, len(CONTENT), MD5)
 
 
@@ -218,6 +229,14 @@ def test_a_bucket_that_refuses_credentials_names_them(
 def test_one_refused_object_is_an_object_error(denying_server: str) -> None:
     with pytest.raises(ObjectError, match="access denied"):
         read_object(open_bucket(bucket_at(denying_server)), KEY, 3, None)
+
+
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy"])
+def test_these_clients_reach_loopback_past_a_proxy_of_the_users(
+    monkeypatch: pytest.MonkeyPatch, s3: S3, name: str
+) -> None:
+    monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    assert [row["key"] for row in listed(s3.make_bucket({KEY: CONTENT}), "metadata/")] == [KEY]
 
 
 def test_an_endpoint_of_the_environment_is_not_followed(

@@ -1,3 +1,4 @@
+import errno
 import os
 import subprocess
 import sys
@@ -75,7 +76,46 @@ def test_ctrl_c_ends_with_its_own_code(
     assert capsys.readouterr().err == "fetch: interrupted\n"
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("a bug"), OSError("disk full")])
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "data/raw/.00000.parquet.partial"),
+            "[Errno 28] No space left on device: 'data/raw/.00000.parquet.partial': free some space"
+            " on the disk, and run again",
+        ),
+        # As pyarrow raises it.
+        (
+            OSError(errno.ENOSPC, "Error writing bytes to file"),
+            "[Errno 28] Error writing bytes to file: free some space on the disk, and run again",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "data/index.parquet"),
+            "[Errno 13] Permission denied: 'data/index.parquet': give this user access to it, and"
+            " run again",
+        ),
+        (
+            NotADirectoryError(errno.ENOTDIR, "Not a directory", "data/raw"),
+            "[Errno 20] Not a directory: 'data/raw': check this file and its folder, and run again",
+        ),
+    ],
+    ids=["disk full", "disk full, no file", "permission", "another"],
+)
+def test_a_file_that_the_system_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: OSError, text: str
+) -> None:
+    assert exit_of(raising(error), monkeypatch) == f"fetch: error: {text}"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("a bug"),
+        KeyError("a bug"),
+        OSError("of a library"),
+        ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
+    ],
+)
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr(sys, "argv", ["stage"])
     with pytest.raises(type(error)) as caught:

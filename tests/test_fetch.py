@@ -26,8 +26,8 @@ def prepare(
     bucket: params.Bucket, drawn: list[DrawnBin], shard_bins: int = 1000, max_rejects: float = 0.0
 ) -> None:
     """Write params.yaml and the subset: all of these bins, as the bucket lists them."""
-    photographs = list_objects(open_bucket(bucket), "bin-images/").to_pylist()
-    listed = {Path(row["key"]).stem: row for row in photographs}
+    photographs = list_objects(open_bucket(bucket), "bin-images/").drop_columns("stamp")
+    listed = {Path(row["key"]).stem: row for row in photographs.to_pylist()}
     rows = [
         {"id": one.id, "quantity": one.quantity, "group": one.id, **listed[one.id]}
         for one in sorted(drawn, key=lambda one: one.id)
@@ -108,6 +108,40 @@ def test_the_next_run_goes_on_where_one_failed(
     fetch.main()
     assert sorted(read) == [f"bin-images/{number:05d}.jpg" for number in range(21, 41)]
     assert sum(fetched(), []) == expected(drawn[:40])  # noqa: RUF017
+
+
+@pytest.mark.usefixtures("workspace")
+def test_a_photograph_that_changed_in_a_folder_since_a_failed_run_is_read_again(
+    tmp_path: Path, drawn: list[DrawnBin], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = folder_bucket(tmp_path / "bucket", objects_of(drawn[:20]))
+    prepare(bucket, drawn[:20], shard_bins=5)
+
+    def stop(*_: object) -> None:
+        raise StopError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fetch, "publish_folder", stop)
+        with pytest.raises(StopError):
+            fetch.main()
+    # Of the same size.
+    changed = drawn[2]._replace(photograph=bytes(len(drawn[2].photograph)))
+    obstore.put(open_bucket(bucket), f"bin-images/{changed.id}.jpg", changed.photograph)
+    fetch.main()
+    assert sum(fetched(), []) == expected([*drawn[:2], changed, *drawn[3:20]])  # noqa: RUF017
+
+
+@pytest.mark.usefixtures("workspace")
+def test_the_next_run_goes_on_though_an_undrawn_photograph_changed(
+    tmp_path: Path, drawn: list[DrawnBin]
+) -> None:
+    bucket = folder_bucket(tmp_path / "bucket", objects_of(drawn[:4]))
+    prepare(bucket, drawn[:3])
+    store, subset = open_bucket(bucket), pq.read_table("data/subset.parquet")
+    states = {fetch.folder_state(store, subset)}
+    obstore.put(store, f"bin-images/{drawn[3].id}.jpg", b"another")
+    states.add(fetch.folder_state(store, subset))
+    assert len(states) == 1
 
 
 @pytest.mark.usefixtures("workspace")

@@ -190,8 +190,9 @@ def test_finished_parts_of_a_killed_run_are_not_read_again(
     assert [row["quantity"] for row in indexed()] == [number % 6 for number in range(1, 21)]
 
 
+@pytest.mark.parametrize("quantity", [12, 2], ids=["another size", "the same size"])
 def test_parts_are_read_again_where_the_bucket_has_changed(
-    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantity: int
 ) -> None:
     records = {f"{number:05d}": record_json(1) for number in range(1, 5)}
     bucket = folder_bucket(tmp_path / "bucket", with_photographs(records))
@@ -204,18 +205,25 @@ def test_parts_are_read_again_where_the_bucket_has_changed(
         with pytest.raises(StopError):
             run_index(bucket)
     changed = tmp_path / "bucket/metadata/00002.json"
-    changed.write_bytes(record_json(12))
+    changed.write_bytes(record_json(quantity))
     run_index(bucket)
-    assert [row["quantity"] for row in indexed()] == [1, 12, 1, 1]
+    assert [row["quantity"] for row in indexed()] == [1, quantity, 1, 1]
     assert (workspace / "data/index.json").exists()
 
 
+def test_a_damaged_part_of_a_killed_run_is_named(tmp_path: Path) -> None:
+    (tmp_path / "00000.parquet").write_bytes(b"PAR1 damaged")
+    with pytest.raises(UserError, match=f"{tmp_path}/00000.parquet is damaged"):
+        index.concatenate(tmp_path, tmp_path / "index.parquet")
+
+
 @pytest.mark.usefixtures("workspace")
-def test_the_index_has_the_same_bytes_in_every_run(tmp_path: Path, drawn: list[DrawnBin]) -> None:
-    bucket = folder_bucket(tmp_path / "bucket", objects_of(drawn))
+def test_the_index_has_the_same_bytes_on_every_machine(
+    tmp_path: Path, drawn: list[DrawnBin]
+) -> None:
     written = []
-    for _ in range(2):
-        run_index(bucket)
+    for machine in ("one", "other"):
+        run_index(folder_bucket(tmp_path / machine, objects_of(drawn)))
         written.append(Path("data/index.parquet").read_bytes())
     assert written[0] == written[1]
 

@@ -1,12 +1,16 @@
+import errno
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from stages import fetch, resize, split, subset
 from stages.core.command import UserError
 from stages.core.shards import (
     IMAGES,
@@ -19,9 +23,11 @@ from stages.core.shards import (
     shard_name,
     shard_paths,
     table_digest,
+    whole_parquet,
     write_rejects,
     write_table,
 )
+from tests.conftest import write_params
 
 Work = Callable[[int], Row | Reject]
 SCHEMA = pa.schema([("id", pa.string())])
@@ -203,6 +209,83 @@ def test_shards_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
 def test_a_folder_without_shards_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(FileNotFoundError, match="has no Parquet shards"):
         shard_paths(tmp_path / name)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def damage_the_rows(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + bytes(len(data) // 2) + data[4 + len(data) // 2 :])
+
+
+def damage_the_footer(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:-200] + bytes(150) + data[-50:])
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, damage_the_rows, damage_the_footer])
+@pytest.mark.parametrize(
+    "read", [pq.read_table, pd.read_parquet, lambda path: pq.ParquetFile(path).read(["id"])]
+)
+def test_a_damaged_file_is_named_in_one_line(
+    tmp_path: Path, damage: Callable[[Path], None], read: Callable[[Path], object]
+) -> None:
+    path = tmp_path / "00001.parquet"
+    write_table(path, pa.table({"id": [f"{number:05d}" for number in range(2000)]}))
+    damage(path)
+    with (
+        pytest.raises(UserError, match=rf"{path} is damaged .*: remove it") as caught,
+        whole_parquet(path),
+    ):
+        read(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("data/raw has no Parquet shards"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        KeyError("a bug"),
+    ],
+)
+def test_what_is_no_damage_is_raised_as_it_is(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, whole_parquet(tmp_path / "00001.parquet"):
+        raise error
+    assert caught.value is error
+
+
+@pytest.mark.usefixtures("workspace")
+@pytest.mark.parametrize(
+    ("stage", "path"),
+    [
+        (fetch, "data/subset.parquet"),
+        (subset, "data/index.parquet"),
+        (split, "data/subset.parquet"),
+        (resize, "data/raw/00000.parquet"),
+    ],
+)
+def test_every_stage_names_a_damaged_input(stage: ModuleType, path: str) -> None:
+    write_params({})
+    Path(path).parent.mkdir(parents=True)
+    Path(path).write_bytes(b"PAR1 damaged")
+    with pytest.raises(UserError, match=f"{path} is damaged"):
+        stage.main()
+
+
+def test_a_shard_with_damaged_rows_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "00000.parquet"
+    write_table(path, pa.table({"id": [f"{number:05d}" for number in range(2000)]}))
+    damage_the_rows(path)
+    shard = resize.shard_of(path)
+    with pytest.raises(UserError, match=f"{path} is damaged"):
+        shard.load()
 
 
 @pytest.mark.parametrize(

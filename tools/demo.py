@@ -53,12 +53,8 @@ OVERRIDES = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
-    parser.add_argument("--clean", action="store_true", help="stop the server and remove demo/")
-    arguments = parser.parse_args()
+    argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__).parse_args()
     clean()
-    if arguments.clean:
-        return
     started = time.monotonic()
     os.environ |= CLIENT_ENVIRONMENT
     endpoint = serve_buckets()

@@ -17,8 +17,9 @@ RCLONE = Path(sys.executable).with_name("rclone")
 # whole object's checksum, which botocore then holds against the range; so none may be uploaded.
 CLIENT_ENVIRONMENT = {
     "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
-    # A proxy cannot reach this machine's loopback.
+    # A proxy cannot reach this machine's loopback. Some clients obey the one name, some the other.
     "NO_PROXY": "127.0.0.1",
+    "no_proxy": "127.0.0.1",
 }
 
 

@@ -29,7 +29,11 @@ LIST_PAGE = 1000
 READ_ATTEMPTS = 4
 
 Store = S3Store | LocalStore
-LISTING = pa.schema([("key", pa.string()), ("size", pa.int64()), ("etag", pa.string())])
+#: `stamp` tells whether an object changed on this machine: the etag or, in a folder, which has no
+#: etags, a text of inode, time and size. It may name unfinished work, and go into no output.
+LISTING = pa.schema(
+    [("key", pa.string()), ("size", pa.int64()), ("etag", pa.string()), ("stamp", pa.string())]
+)
 
 
 class ObjectError(Exception):
@@ -82,7 +86,7 @@ def explained(bucket: params.Bucket) -> Iterator[None]:
 
 
 def list_objects(store: Store, prefix: str) -> pa.Table:
-    """Every object below `prefix` (it ends in "/"): key, size and etag (null in a folder).
+    """Every object below `prefix` (it ends in "/"): key, size, etag (null in a folder) and stamp.
 
     S3 lists at most 1,000 keys a request, in the order of the keys, so a long listing is read in
     parallel ranges, cut at the keys' first two digits.
@@ -122,12 +126,11 @@ def _pages(store: Store, prefix: str, offset: str | None = None) -> Iterator[pa.
     stream = obstore.list(store, prefix, offset=offset, chunk_size=LIST_PAGE, return_arrow=True)
     for batch in stream:
         table = pa.table(batch)
-        etag = pc.replace_substring(table["e_tag"].cast(pa.string()), '"', "")
-        if isinstance(store, LocalStore):
-            # A folder's etag is made of inode and time, which differ from machine to machine.
-            etag = pa.nulls(len(table), pa.string())
+        stamp = pc.replace_substring(table["e_tag"].cast(pa.string()), '"', "")
+        # A folder's etag is made of inode and time, which differ from machine to machine.
+        etag = pa.nulls(len(table), pa.string()) if isinstance(store, LocalStore) else stamp
         yield pa.table(
-            [table["path"].cast(pa.string()), table["size"].cast(pa.int64()), etag],
+            [table["path"].cast(pa.string()), table["size"].cast(pa.int64()), etag, stamp],
             schema=LISTING,
         )
 
@@ -136,8 +139,9 @@ def read_object(store: Store, key: str, size: int, etag: str | None) -> bytes:
     """The object's bytes, as listed: of that size and etag, and of that MD5 where the etag is one.
 
     An S3 etag of 32 hexadecimal digits is the content's MD5, but for objects encrypted with keys
-    of KMS or the customer. Raises ObjectError after READ_ATTEMPTS, and obstore's own errors where
-    the store does not answer.
+    of KMS or the customer. Those are refused: obstore does not give the header that tells them
+    from damaged ones. Raises ObjectError after READ_ATTEMPTS, and obstore's own errors where the
+    store does not answer.
     """
     problem = ""
     for attempt in range(READ_ATTEMPTS):
@@ -156,7 +160,10 @@ def read_object(store: Store, key: str, size: int, etag: str | None) -> bytes:
         if len(data) != size:
             problem = f"has {len(data)} bytes, {size} are listed"
         elif etag is not None and _is_md5(etag) and _md5(data) != etag:
-            problem = f"content has the MD5 {_md5(data)}, its etag is {etag}"
+            problem = (
+                f"content has the MD5 {_md5(data)}, its etag is {etag}: damaged, or encrypted by"
+                " KMS, which is not supported (copy the bucket to one without, or to a folder)"
+            )
         else:
             return data
     raise ObjectError(problem)

@@ -1,8 +1,8 @@
 """Parquet shards: the unit in which bins are read, worked on, written and resumed."""
 
 import hashlib
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -166,6 +166,24 @@ def shard_paths(folder: Path) -> list[Path]:
     if not paths:
         raise FileNotFoundError(f"{folder} has no Parquet shards")
     return paths
+
+
+@contextmanager
+def whole_parquet(path: Path) -> Iterator[None]:
+    """Turn what pyarrow raises when it reads a damaged `path` into a UserError that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        # The file system's own errors have a number; pyarrow's for a damaged file have none.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path} is damaged ({reason}): remove it, and make it again with `dvc repro` or"
+            " `dvc pull`"
+        ) from None
 
 
 def write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
