@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 
 from stages.core.command import run_stage
-from stages.core.engine import evaluate, place
 from stages.core.files import read_csv, write_csv, write_json
+from stages.core.inference import default_device, evaluate, place
 from stages.core.loader import load_bins
 from stages.core.metrics import confusion_matrix, headline_metrics, recall_and_precision
 from stages.core.networks import load_classifier
@@ -23,7 +23,7 @@ def main(model: str) -> str:
     batch_size = load_params().evaluate.batch_size
     test_bins = load_bins(RESIZED, SPLIT, "test")
     classifier = load_classifier(MODELS / model)
-    place(classifier)
+    place(classifier, default_device())
     scores = evaluate(classifier, test_bins, batch_size)
 
     labels = classifier.labels

@@ -46,7 +46,7 @@ def main() -> str:
     sets = read_csv(SPLIT)
     subset = pd.read_parquet(SUBSET, columns=["id", "quantity"])
     bins = subset.merge(sets, on="id")
-    models = [model for model in params.train if (REPORTS / model / "metrics.json").exists()]
+    models = [model for model in params.train.models() if (REPORTS / model / "metrics.json").exists()]
     curves = {model: read_csv(REPORTS / model / "curves.csv") for model in models}
     per_quantity = {model: read_csv(REPORTS / model / "per_quantity.csv") for model in models}
     predictions = {model: read_csv(REPORTS / model / "predictions.csv") for model in models}
@@ -112,7 +112,7 @@ def read_photographs(ids: list[str]) -> dict[str, NDArray[np.uint8]]:
 
 def training_knobs(params: Params, models: list[str]) -> dict[str, list[Any]]:
     """Each knob of the train block with its value for each model."""
-    blocks = [params.train[model].model_dump() for model in models]
+    blocks = [params.model(model).model_dump() for model in models]
     return {knob: [block[knob] for block in blocks] for knob in blocks[0]}
 
 

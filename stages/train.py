@@ -1,18 +1,28 @@
-"""Train one model: models/<model> and reports/<model>/curves.csv."""
+"""Train one model: models/<model> and reports/<model>/curves.csv.
+
+A killed run goes on from its last checkpoint. `torchrun --nproc-per-node N -m stages.train <model>`
+trains with N processes a machine, on one machine or several.
+"""
 
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 import torch
 
+from stages.core import checkpoint
+from stages.core.checkpoint import StopRequest, Watch, restore_checkpoint, stop_requests
 from stages.core.command import run_stage
-from stages.core.engine import Epoch, place, train
-from stages.core.files import digest, publish_folder, unfinished, write_csv
-from stages.core.loader import load_bins
+from stages.core.distributed import Processes, joined_processes
+from stages.core.engine import Epoch, Trainer
+from stages.core.files import digest, digest_files, publish_folder, unfinished, write_csv
+from stages.core.inference import place
+from stages.core.launch import process_count, run_processes
+from stages.core.loader import load_sets
 from stages.core.networks import build_classifier, save_classifier
-from stages.core.params import load_params
+from stages.core.params import Params, load_params
 
 RESIZED = Path("data/resized")
 SPLIT = Path("data/split.csv")
@@ -22,28 +32,88 @@ REPORTS = Path("reports")
 
 
 def main(model: str) -> str:
-    knobs = load_params().model(model)
-    train_bins, test_bins = (load_bins(RESIZED, SPLIT, name) for name in ("train", "test"))
+    params = load_params()
+    params.model(model)
+    return run_processes(process_count(params.train.processes), train_model, model)
+
+
+def train_model(model: str) -> str:
+    """The work of each process; only the first one writes."""
+    params = load_params()
+    with joined_processes() as processes, ExitStack() as stack:
+        folder = ""
+        if processes.is_first:
+            key = inputs_digest(params, model)
+            folder = str(stack.enter_context(unfinished(f"train-{model}", key)))
+        work = Path(processes.agree(folder))
+        with stop_requests() as request:
+            trainer, epochs = train(params, model, work, processes, request)
+        if processes.is_first:
+            save_classifier(trainer.trained, trainer.knobs, work / "model")
+            publish_folder(work / "model", MODELS / model)
+            write_csv(REPORTS / model / "curves.csv", pd.DataFrame(map(asdict, epochs)))
+    return f"{len(trainer.train_bins)} bins, {len(epochs)} epochs"
+
+
+def train(
+    params: Params, model: str, work: Path, processes: Processes, request: StopRequest
+) -> tuple[Trainer, list[Epoch]]:
+    """Train, from the last checkpoint in the folder `work` if it has one."""
+    knobs = params.model(model)
+    train_bins, test_bins = load_sets(RESIZED, SPLIT, ["train", "test"], work, processes)
     labels = sorted({*train_bins.quantities.tolist(), *test_bins.quantities.tolist()})
     torch.manual_seed(knobs.seed)
     classifier = build_classifier(knobs, PRETRAINED / model, labels, train_bins.size)
-    place(classifier)
-    epochs: list[Epoch] = []
+    place(classifier, processes.device, deterministic=params.train.deterministic)
+    trainer = Trainer(
+        classifier, train_bins, test_bins, knobs, params.evaluate.batch_size, processes
+    )
+    path = work / checkpoint.NAME
+    resumed = restore_checkpoint(path, trainer.state, processes)
+    watch = Watch(processes, path, 60 * params.train.checkpoint_minutes, request)
+    if processes.is_first:
+        report_start(model, trainer, resumed=resumed)
     started = time.monotonic()
-    for epoch in train(classifier, train_bins, test_bins, knobs):
+    epochs = []
+    for epoch in trainer.train(watch):
         epochs.append(epoch)
+        if processes.is_first:
+            report_epoch(model, epoch, knobs.epochs, time.monotonic() - started)
+    return trainer, epochs
+
+
+def inputs_digest(params: Params, model: str) -> str:
+    """All that the trained weights depend on, but for the project's code and rounding."""
+    inputs = [*sorted(RESIZED.iterdir()), SPLIT, *sorted((PRETRAINED / model).iterdir())]
+    knobs, deterministic = params.model(model), params.train.deterministic
+    return digest(knobs, deterministic, torch.__version__, digest_files(inputs))
+
+
+def report_start(model: str, trainer: Trainer, *, resumed: bool) -> None:
+    state, knobs, steps = trainer.state, trainer.knobs, trainer.steps
+    print(
+        f"{model}: {len(trainer.train_bins)} bins on {trainer.processes.size} x"
+        f" {trainer.classifier.device.type}, {knobs.epochs} epochs of {steps} steps",
+        flush=True,
+    )
+    if resumed:
+        print(f"{model}: going on after epoch {state.epoch}, step {state.step}", flush=True)
+    if knobs.warmup_steps >= knobs.epochs * steps:
         print(
-            f"{model} epoch {epoch.epoch}/{knobs.epochs}:"
-            f" train loss {epoch.train_loss:.3f} accuracy {epoch.train_accuracy:.3f},"
-            f" test loss {epoch.test_loss:.3f} accuracy {epoch.test_accuracy:.3f},"
-            f" after {time.monotonic() - started:.0f} s",
+            f"{model}: warning: train.{model}.warmup_steps ({knobs.warmup_steps}) are all of the"
+            f" {knobs.epochs * steps} steps: the learning rate stays below its value",
             flush=True,
         )
-    with unfinished(f"train-{model}", digest(knobs)) as folder:
-        save_classifier(classifier, knobs, folder)
-        publish_folder(folder, MODELS / model)
-    write_csv(REPORTS / model / "curves.csv", pd.DataFrame(map(asdict, epochs)))
-    return f"{len(train_bins)} bins, {knobs.epochs} epochs in {time.monotonic() - started:.0f} s"
+
+
+def report_epoch(model: str, epoch: Epoch, epochs: int, seconds: float) -> None:
+    print(
+        f"{model} epoch {epoch.epoch}/{epochs}:"
+        f" train loss {epoch.train_loss:.3f} accuracy {epoch.train_accuracy:.3f},"
+        f" test loss {epoch.test_loss:.3f} accuracy {epoch.test_accuracy:.3f},"
+        f" after {seconds:.0f} s",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -1,20 +1,25 @@
-"""Small made things that several tests need: params, bins of coloured squares, tiny networks."""
+"""Small made things that several tests need: params, bins of drawn squares, tiny networks."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from ruamel.yaml import YAML
-from torch import nn
+from torch import Tensor, nn
 
-from stages.core.loader import Bins, load_bins
-from stages.core.networks import Classifier
+from stages.core import engine, inference
+from stages.core.distributed import Processes
+from stages.core.loader import Bins, load_sets
+from stages.core.networks import Classifier, build_classifier
 from stages.core.params import Model, load_params
 from stages.core.shards import IMAGES, shard_name, write_table
 
@@ -28,6 +33,19 @@ TINY_VIT: dict[str, Any] = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "intermediate_size": 32,
+}
+TINY_RESNET: dict[str, Any] = {
+    "model_type": "resnet",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16],
+    "depths": [1, 1],
+    "layer_type": "basic",
+}
+TINY_CONVNEXT: dict[str, Any] = {
+    "model_type": "convnext",
+    "num_stages": 2,
+    "hidden_sizes": [8, 16],
+    "depths": [1, 1],
 }
 # One per quantity, far apart, so that even a tiny network tells them.
 COLORS = [(220, 40, 40), (40, 200, 60), (50, 60, 220), (230, 210, 40), (200, 60, 210)]
@@ -62,6 +80,12 @@ def square(quantity: int, seed: int) -> bytes:
     return as_jpeg(pixels.clip(0, 255).astype(np.uint8))
 
 
+def noise(quantity: int, seed: int) -> bytes:
+    """A JPEG of noise: no gradient is 0 on it but for rounding, which Adam would make a step of."""
+    chance = np.random.default_rng([quantity, seed])
+    return as_jpeg(chance.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
+
+
 def as_jpeg(pixels: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
@@ -72,10 +96,12 @@ def pillow_pixels(data: bytes) -> NDArray[np.uint8]:
     return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-def bin_rows(quantities: Sequence[int]) -> list[dict[str, Any]]:
+def bin_rows(
+    quantities: Sequence[int], draw: Callable[[int, int], bytes] = square
+) -> list[dict[str, Any]]:
     """A bin of each quantity, with the ids 00001 and up."""
     return [
-        {"id": f"{number:05d}", "quantity": quantity, "image": square(quantity, number)}
+        {"id": f"{number:05d}", "quantity": quantity, "image": draw(quantity, number)}
         for number, quantity in enumerate(quantities, start=1)
     ]
 
@@ -93,12 +119,17 @@ def write_split(path: Path, sets: Mapping[str, str]) -> None:
     pd.DataFrame({"id": list(sets), "set": list(sets.values())}).to_csv(path, index=False)
 
 
-def make_bins(folder: Path, quantities: Sequence[int]) -> Bins:
-    """Bins of coloured squares, through files in `folder`."""
-    rows = bin_rows(quantities)
+def make_bins(
+    folder: Path, quantities: Sequence[int], draw: Callable[[int, int], bytes] = square
+) -> Bins:
+    """Bins of drawn squares, through files in `folder`."""
+    rows = bin_rows(quantities, draw)
     write_resized(folder / "resized", rows)
     write_split(folder / "split.csv", {row["id"]: "train" for row in rows})
-    return load_bins(folder / "resized", folder / "split.csv", "train")
+    (bins,) = load_sets(
+        folder / "resized", folder / "split.csv", ["train"], folder / "work", Processes()
+    )
+    return bins
 
 
 def tiny_network(labels: int) -> nn.Module:
@@ -108,6 +139,121 @@ def tiny_network(labels: int) -> nn.Module:
     )
 
 
-def tiny_classifier(labels: list[int]) -> Classifier:
-    network = tiny_network(len(labels))
+def full_network(labels: int) -> nn.Module:
+    """Batch normalization and dropout too. No bias before the former, which would take it away."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 8, stride=8, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(64, labels),
+    )
+
+
+class Filling(torch.autograd.Function):
+    """The identity, for whose gradient there is memory for so many images only."""
+
+    @staticmethod
+    def forward(context: Any, images: Tensor, most: int) -> Tensor:
+        context.most = most
+        return images.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        refuse(len(gradient), context.most)
+        return gradient, None
+
+
+def refuse(images: int, most: int) -> None:
+    if images > most:
+        raise torch.OutOfMemoryError(f"{images} images")
+
+
+class Large(nn.Module):
+    """A network for `most` images at once, forward or backward; at first, `easy` times, for all."""
+
+    def __init__(self, labels: int, most: int, *, backward: bool, easy: int = 0) -> None:
+        super().__init__()
+        self.first, *rest = tiny_network(labels).children()
+        self.rest = nn.Sequential(*rest)
+        self.most = most
+        self.backward = backward
+        self.easy = easy
+
+    def forward(self, images: Tensor) -> Any:
+        hidden = self.first(images)
+        self.easy -= self.training
+        if self.easy >= 0:
+            return self.rest(hidden)
+        if self.backward:
+            hidden = Filling.apply(hidden, self.most)
+        else:
+            refuse(len(images), self.most)
+        return self.rest(hidden)
+
+
+def tiny_classifier(
+    labels: list[int], make_network: Callable[[int], nn.Module] = tiny_network
+) -> Classifier:
+    """On random weights, always the same."""
+    torch.manual_seed(0)
+    network = make_network(len(labels))
     return Classifier(network, labels, SIZE, [0.53, 0.45, 0.36], [0.17, 0.15, 0.11])
+
+
+def random_classifier(
+    knobs: Model, labels: Sequence[int] = (1, 2, 3, 4, 5), seed: int = 0
+) -> Classifier:
+    """The network of `knobs` on random weights: there is no folder of pretrained ones."""
+    torch.manual_seed(seed)
+    return build_classifier(knobs, Path("nowhere"), list(labels), SIZE)
+
+
+def noise_images(count: int = 2) -> Tensor:
+    return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def logits(classifier: Classifier) -> Tensor:
+    classifier.network.eval()
+    with torch.inference_mode():
+        return classifier.logits(noise_images())
+
+
+def weights_of(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of all that the network would save."""
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def close(some: Mapping[str, Tensor], others: Mapping[str, Tensor], tolerance: float) -> bool:
+    """Each number, to so much."""
+    return some.keys() == others.keys() and all(
+        torch.allclose(value, others[name], rtol=0, atol=tolerance) for name, value in some.items()
+    )
+
+
+def equal(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    """Bit by bit."""
+    return some.keys() == others.keys() and all(
+        torch.equal(value, others[name]) for name, value in some.items()
+    )
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from more, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Float32 also on a processor that computes in bfloat16, for comparisons to many digits."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (engine, inference):
+            patch.setattr(
+                module, "autocast", lambda device: torch.autocast(device.type, enabled=False)
+            )
+        yield

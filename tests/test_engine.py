@@ -1,79 +1,102 @@
-"""Training and evaluating, on bins of coloured squares that a tiny network learns."""
+"""Training, on bins of drawn squares that a tiny network learns."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
-from pathlib import Path
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD, Adam, AdamW
-from torch.optim.lr_scheduler import LambdaLR
-from torchvision.transforms.v2.functional import normalize
+from torch.optim import Adam, AdamW
 
 from stages.core import engine
+from stages.core.augmentation import jitter_colors
+from stages.core.checkpoint import Watch
 from stages.core.command import UserError
-from stages.core.engine import Epoch
+from stages.core.distributed import Processes
+from stages.core.engine import Epoch, Trainer, plan_epoch, split_into_batches, split_into_parts
+from stages.core.inference import evaluate, normalizer
 from stages.core.loader import Bins
-from stages.core.networks import Classifier
 from stages.core.params import Model
-from tests.made import SIZE, make_bins, model_knobs, pillow_pixels, tiny_classifier
+from tests.made import (
+    Large,
+    close,
+    equal,
+    full_network,
+    full_precision,
+    make_bins,
+    model_knobs,
+    noise,
+    one_torch_thread,
+    pillow_pixels,
+    tiny_classifier,
+    tiny_network,
+    weights_of,
+)
 
 LABELS = [1, 2, 3]
 KNOBS = model_knobs("resnet34", epochs=3, batch_size=8, learning_rate=0.01)
+#: The bins to train on and to test on.
+Sets = tuple[Bins, Bins]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from more, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_torch_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
-def train_bins(tmp_path_factory: pytest.TempPathFactory) -> Bins:
-    return make_bins(tmp_path_factory.mktemp("train"), LABELS * 10)
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
+    """30 and 7 coloured squares."""
+    return (
+        make_bins(tmp_path_factory.mktemp("train"), LABELS * 10),
+        make_bins(tmp_path_factory.mktemp("test"), [1, 2, 3, 3, 2, 1, 1]),
+    )
 
 
 @pytest.fixture(scope="module")
-def held_out(tmp_path_factory: pytest.TempPathFactory) -> Bins:
-    return make_bins(tmp_path_factory.mktemp("test"), [1, 2, 3, 3, 2, 1, 1])
+def noisy(tmp_path_factory: pytest.TempPathFactory) -> Sets:
+    """20 and 7 squares of noise."""
+    return (
+        make_bins(tmp_path_factory.mktemp("train"), [1, 2, 3, 3] * 5, noise),
+        make_bins(tmp_path_factory.mktemp("test"), [1, 2, 3, 3, 2, 1, 1], noise),
+    )
 
 
-@pytest.fixture
-def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Float32 also on a processor that computes in bfloat16, for comparisons to many digits."""
-    monkeypatch.setattr("torch.cpu.get_capabilities", dict)
+@pytest.fixture(name="full_precision")
+def use_full_precision() -> Iterator[None]:
+    with full_precision():
+        yield
 
 
-def made_classifier() -> Classifier:
-    torch.manual_seed(0)
-    return tiny_classifier(LABELS)
+def knobs_with(**changes: Any) -> Model:
+    return KNOBS.model_copy(update=changes)
 
 
-def trained(train_bins: Bins, held_out: Bins, knobs: Model) -> tuple[list[Tensor], list[Epoch]]:
-    """The weights and the epochs of a training that starts from always the same weights."""
-    classifier = made_classifier()
-    epochs = list(engine.train(classifier, train_bins, held_out, knobs))
-    return [weight.detach() for weight in classifier.network.parameters()], epochs
+def new_trainer(
+    sets: Sets, knobs: Model, make_network: Callable[[int], nn.Module] = tiny_network
+) -> Trainer:
+    """It starts from always the same weights."""
+    return Trainer(tiny_classifier(LABELS, make_network), *sets, knobs, 16)
 
 
-def equal(some: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
+def trained(
+    sets: Sets, knobs: Model, make_network: Callable[[int], nn.Module] = tiny_network
+) -> tuple[dict[str, Tensor], list[Epoch]]:
+    """The weights and the epochs of a training."""
+    trainer = new_trainer(sets, knobs, make_network)
+    epochs = list(trainer.train())
+    return weights_of(trainer.trained.network), epochs
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
-def test_a_task_that_can_be_learned_is_learned(
-    optimizer: str, train_bins: Bins, held_out: Bins
-) -> None:
-    knobs = KNOBS.model_copy(update={"epochs": 6, "optimizer": optimizer})
-
-    _, epochs = trained(train_bins, held_out, knobs)
+@pytest.mark.parametrize("loss", ["cross_entropy", "ordinal"])
+def test_a_task_that_can_be_learned_is_learned(optimizer: str, loss: str, sets: Sets) -> None:
+    _, epochs = trained(sets, knobs_with(epochs=6, optimizer=optimizer, loss=loss))
 
     assert [epoch.epoch for epoch in epochs] == [1, 2, 3, 4, 5, 6]
     first, last = epochs[0], epochs[-1]
@@ -84,11 +107,12 @@ def test_a_task_that_can_be_learned_is_learned(
     assert last.test_accuracy > 0.9
 
 
+@pytest.mark.parametrize("make_network", [tiny_network, full_network])
 def test_a_seed_gives_the_same_weights_and_rows_bit_by_bit(
-    train_bins: Bins, held_out: Bins
+    make_network: Callable[[int], nn.Module], sets: Sets
 ) -> None:
-    weights, epochs = trained(train_bins, held_out, KNOBS)
-    again, epochs_again = trained(train_bins, held_out, KNOBS)
+    weights, epochs = trained(sets, KNOBS, make_network)
+    again, epochs_again = trained(sets, KNOBS, make_network)
 
     assert equal(weights, again)
     assert epochs == epochs_again
@@ -96,41 +120,77 @@ def test_a_seed_gives_the_same_weights_and_rows_bit_by_bit(
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 1}, {"horizontal_flip": False}, {"weight_decay": 0.5}, {"schedule": "linear"}],
+    [
+        {"seed": 1},
+        {"horizontal_flip": False},
+        {"color_jitter": 0.1},
+        {"weight_decay": 0.5},
+        {"schedule": "linear"},
+        {"schedule": "cosine"},
+        {"warmup_steps": 3},
+        {"loss": "ordinal"},
+        {"label_smoothing": 0.1},
+        # Adam's steps are as long for a shorter gradient, but for a small number that it adds.
+        {"clip_norm": 0.1},
+        {"ema_decay": 0.5},
+        {"freeze_backbone": True},
+    ],
     ids=str,
 )
-def test_a_changed_knob_gives_other_weights(
-    change: dict[str, object], train_bins: Bins, held_out: Bins
-) -> None:
-    weights, epochs = trained(train_bins, held_out, KNOBS)
-    others, other_epochs = trained(train_bins, held_out, KNOBS.model_copy(update=change))
+def test_a_changed_knob_gives_other_weights(change: dict[str, Any], sets: Sets) -> None:
+    weights, epochs = trained(sets, KNOBS)
+    others, other_epochs = trained(sets, knobs_with(**change))
 
     assert not equal(weights, others)
     assert epochs != other_epochs
 
 
-def test_training_does_not_depend_on_torchs_global_seed(train_bins: Bins, held_out: Bins) -> None:
-    weights, _ = trained(train_bins, held_out, KNOBS)
-    classifier = made_classifier()
+@pytest.mark.parametrize("make_network", [tiny_network, full_network])
+def test_training_does_not_depend_on_torchs_global_seed(
+    make_network: Callable[[int], nn.Module], sets: Sets
+) -> None:
+    weights, _ = trained(sets, KNOBS, make_network)
+    trainer = new_trainer(sets, KNOBS, make_network)
     torch.manual_seed(99)
-    list(engine.train(classifier, train_bins, held_out, KNOBS))
+    list(trainer.train())
 
-    assert equal(weights, classifier.network.parameters())
+    assert equal(weights, weights_of(trainer.trained.network))
 
 
-def test_an_epoch_does_not_depend_on_how_many_follow(train_bins: Bins, held_out: Bins) -> None:
-    _, epochs = trained(train_bins, held_out, KNOBS)
-    _, fewer = trained(train_bins, held_out, KNOBS.model_copy(update={"epochs": 2}))
+def test_dropout_is_another_in_each_epoch_step_and_process() -> None:
+    drawn = set()
+    for seed in (0, 1):
+        for epoch in (1, 2):
+            for step in (0, 1, 2):
+                for rank in (0, 1):
+                    engine.seed_dropout(seed, epoch, step, rank)
+                    drawn.add(torch.rand(1).item())
+
+    assert len(drawn) == 24
+
+
+def test_an_epoch_does_not_depend_on_how_many_follow(sets: Sets) -> None:
+    _, epochs = trained(sets, KNOBS)
+    _, fewer = trained(sets, knobs_with(epochs=2))
 
     assert epochs[:2] == fewer
+
+
+def test_a_training_that_is_done_gives_its_rows_again_and_takes_no_step(sets: Sets) -> None:
+    trainer = new_trainer(sets, KNOBS, full_network)
+    epochs = list(trainer.train())
+    weights = weights_of(trainer.trained.network)
+
+    assert list(trainer.train()) == epochs
+    assert equal(weights, weights_of(trainer.trained.network))
 
 
 class Recorder(nn.Module):
     """A layer on the mean colour that keeps the images it is trained on."""
 
-    def __init__(self) -> None:
+    def __init__(self, labels: int) -> None:
         super().__init__()
-        self.head = nn.Linear(3, len(LABELS))
+        self.head = nn.Linear(3, labels)
         self.seen: list[Tensor] = []
 
     def forward(self, images: Tensor) -> Tensor:
@@ -140,23 +200,32 @@ class Recorder(nn.Module):
         return logits
 
 
-def recorded(train_bins: Bins, held_out: Bins, knobs: Model) -> list[Tensor]:
+def recorded(sets: Sets, knobs: Model) -> list[Tensor]:
     """The batches of a training, as the network gets them."""
-    recorder = Recorder()
-    classifier = replace(made_classifier(), network=recorder)
-    list(engine.train(classifier, train_bins, held_out, knobs))
-    return recorder.seen
+    trainer = new_trainer(sets, knobs, Recorder)
+    list(trainer.train())
+    network = trainer.classifier.network
+    assert isinstance(network, Recorder)
+    return network.seen
 
 
-def normalized(bins: Bins) -> Tensor:
-    """All photographs of the bins, through Pillow and the engine's normalize."""
-    pixels = np.stack([pillow_pixels(image.as_py()) for image in bins.images])
-    return engine.normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2), made_classifier())
+def pixels_of(bins: Bins) -> Tensor:
+    """All photographs of the bins, through Pillow, from 0 to 1."""
+    pixels = np.stack([pillow_pixels(bins.images[row]) for row in range(len(bins))])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+
+
+def normalized(images: Tensor) -> Tensor:
+    return normalizer(tiny_classifier(LABELS))(images)
+
+
+def targets_of(bins: Bins) -> Tensor:
+    return torch.tensor([LABELS.index(quantity) for quantity in bins.quantities])
 
 
 def identified(images: Tensor, bins: Bins) -> list[tuple[int, bool]]:
     """Which bin each image is, and whether it is mirrored. Every image must be one of the bins."""
-    originals = normalized(bins)
+    originals = normalized(pixels_of(bins))
     found = []
     for image in images:
         for mirrored, candidates in ((False, originals), (True, originals.flip(3))):
@@ -166,11 +235,10 @@ def identified(images: Tensor, bins: Bins) -> list[tuple[int, bool]]:
     return found
 
 
-def test_each_epoch_trains_on_each_bin_once_in_its_own_order(
-    train_bins: Bins, held_out: Bins
-) -> None:
-    batches = recorded(train_bins, held_out, KNOBS.model_copy(update={"epochs": 2}))
+def test_each_epoch_trains_on_each_bin_once_in_its_own_order(sets: Sets) -> None:
+    batches = recorded(sets, knobs_with(epochs=2))
 
+    train_bins, _ = sets
     assert [len(batch) for batch in batches] == 2 * [8, 8, 8, 6]
     first = identified(torch.cat(batches[:4]), train_bins)
     second = identified(torch.cat(batches[4:]), train_bins)
@@ -186,187 +254,488 @@ def test_each_epoch_trains_on_each_bin_once_in_its_own_order(
 
 @pytest.mark.parametrize(("horizontal_flip", "fewest", "most"), [(True, 15, 45), (False, 0, 0)])
 def test_about_half_of_the_images_are_mirrored_or_none(
-    horizontal_flip: bool, fewest: int, most: int, train_bins: Bins, held_out: Bins
+    horizontal_flip: bool, fewest: int, most: int, sets: Sets
 ) -> None:
-    knobs = KNOBS.model_copy(update={"epochs": 2, "horizontal_flip": horizontal_flip})
+    batches = recorded(sets, knobs_with(epochs=2, horizontal_flip=horizontal_flip))
 
-    batches = recorded(train_bins, held_out, knobs)
-
-    mirrored = [mirrored for _, mirrored in identified(torch.cat(batches), train_bins)]
+    mirrored = [mirrored for _, mirrored in identified(torch.cat(batches), sets[0])]
     assert len(mirrored) == 60
     assert fewest <= sum(mirrored) <= most
 
 
-def test_flip_mirrors_only_the_chosen() -> None:
-    images = torch.arange(2 * 3 * 2 * 3, dtype=torch.float32).view(2, 3, 2, 3)
-
-    flipped = engine.flip(images, torch.tensor([False, True]))
-
-    assert torch.equal(flipped[0], images[0])
-    assert torch.equal(flipped[1], torch.from_numpy(images[1].numpy()[:, :, ::-1].copy()))
+def plan_of(sets: Sets, knobs: Model, processes: Processes | None = None) -> engine.EpochPlan:
+    """Of the second epoch."""
+    return plan_epoch(sets[0], tiny_classifier(LABELS), knobs, processes or Processes(), 2)
 
 
-def test_normalize_is_torchvisions() -> None:
-    random = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (4, 3, SIZE, SIZE), dtype=torch.uint8, generator=random)
-    classifier = made_classifier()
+def test_each_image_is_changed_as_the_epochs_plan_says(sets: Sets) -> None:
+    knobs = knobs_with(epochs=2, color_jitter=0.4)
 
-    expected = normalize(images / 255, classifier.mean, classifier.std)
+    images = torch.cat(recorded(sets, knobs)[4:])
 
-    torch.testing.assert_close(engine.normalize(images, classifier), expected, rtol=0, atol=1e-6)
+    plan = plan_of(sets, knobs)
+    assert plan.flips is not None
+    assert plan.jitters is not None
+    originals = pixels_of(sets[0])[torch.from_numpy(plan.order)]
+    expected = normalized(jitter_colors(originals, plan.jitters))
+    flips = plan.flips.view(-1, 1, 1, 1)
+    torch.testing.assert_close(images, torch.where(flips, expected.flip(3), expected))
+
+
+def test_colours_change_by_the_share_that_is_allowed(sets: Sets) -> None:
+    jitters = plan_of(sets, knobs_with(color_jitter=0.2)).jitters
+
+    assert jitters is not None
+    assert jitters.shape == (30, 3)
+    assert 0.8 <= jitters.min() < 0.85
+    assert 1.15 < jitters.max() <= 1.2
+    assert len(set(jitters.flatten().tolist())) == 90
+    assert plan_of(sets, KNOBS).jitters is None
+
+
+def test_an_epochs_targets_are_those_of_its_order(sets: Sets) -> None:
+    plan = plan_of(sets, KNOBS)
+
+    assert torch.equal(plan.targets, targets_of(sets[0])[torch.from_numpy(plan.order)])
+    assert plan.sizes == [8, 8, 8, 6]
 
 
 @pytest.mark.parametrize(
-    ("schedule", "warmup_steps", "factors"),
+    ("images", "batch_size", "sizes"),
     [
-        ("constant", 0, [1, 1, 1, 1, 1, 1, 1]),
-        ("constant", 2, [0, 1 / 2, 1, 1, 1, 1, 1]),
-        ("linear", 0, [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]),
-        ("linear", 2, [0, 1 / 2, 1, 3 / 4, 2 / 4, 1 / 4, 0]),
-        ("linear", 8, [0, 1 / 8, 2 / 8, 3 / 8, 4 / 8, 5 / 8, 6 / 8]),
+        (30, 8, [8, 8, 8, 6]),
+        (32, 8, [8, 8, 8, 8]),
+        (34, 8, [8, 8, 8, 8, 2]),
+        # A single one joins the batch before it.
+        (33, 8, [8, 8, 8, 9]),
+        (9, 8, [9]),
+        (3, 2, [3]),
+        (7, 8, [7]),
+        (8, 8, [8]),
+        (1, 8, [1]),
+        (3, 1, [1, 1, 1]),
     ],
 )
-def test_the_learning_rate_follows_its_table(
-    schedule: str, warmup_steps: int, factors: list[float]
+def test_batches_are_full_but_for_what_is_left(
+    images: int, batch_size: int, sizes: list[int]
 ) -> None:
-    knobs = KNOBS.model_copy(update={"schedule": schedule, "warmup_steps": warmup_steps})
+    batches = split_into_batches(images, batch_size)
 
-    factor = engine.learning_rate_schedule(knobs, 6)
-
-    assert [factor(step) for step in range(7)] == pytest.approx(factors)
-
-
-@pytest.mark.parametrize(("warmup_steps", "steps"), [(0, 5), (3, 10), (10, 10), (20, 10)])
-def test_the_linear_schedule_is_that_of_transformers(warmup_steps: int, steps: int) -> None:
-    knobs = KNOBS.model_copy(update={"schedule": "linear", "warmup_steps": warmup_steps})
-
-    def rates(make: str) -> list[float]:
-        optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
-        if make == "own":
-            scheduler = LambdaLR(optimizer, engine.learning_rate_schedule(knobs, steps))
-        else:
-            scheduler = transformers.get_linear_schedule_with_warmup(optimizer, warmup_steps, steps)
-        found = []
-        for _ in range(steps + 2):
-            found.append(float(scheduler.get_last_lr()[0]))
-            optimizer.step()
-            scheduler.step()
-        return found
-
-    assert rates("own") == pytest.approx(rates("transformers"), abs=1e-12)
+    assert [len(batch) for batch in batches] == sizes
+    assert np.concatenate(batches).tolist() == list(range(images))
 
 
-def test_the_first_step_of_a_warm_up_changes_nothing(train_bins: Bins, held_out: Bins) -> None:
-    knobs = KNOBS.model_copy(
-        update={"epochs": 1, "batch_size": 100, "warmup_steps": 5, "weight_decay": 0.1}
-    )
-    start = list(made_classifier().network.parameters())
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("accumulation", [1, 2, 3, 8])
+@pytest.mark.parametrize("images", [1, 2, 7, 8, 9])
+def test_a_batch_is_shared_by_parts_and_processes(
+    images: int, accumulation: int, size: int
+) -> None:
+    batch = np.arange(20, 20 + images)
 
-    warming, _ = trained(train_bins, held_out, knobs)
-    at_once, _ = trained(train_bins, held_out, knobs.model_copy(update={"warmup_steps": 0}))
+    parts = [split_into_parts(batch, accumulation, Processes(rank, size)) for rank in range(size)]
+
+    # In each of them as many parts, of which some are empty, since each waits for the others.
+    assert {len(slices) for slices in parts} == {min(accumulation, images)}
+    places = np.arange(100)
+    shares = [[places[part] for part in slices] for slices in parts]
+    ordered = [shares[rank][part] for part in range(len(parts[0])) for rank in range(size)]
+    assert np.concatenate(ordered).tolist() == batch.tolist()
+    for part in range(len(parts[0])):
+        lengths = [len(shares[rank][part]) for rank in range(size)]
+        assert max(lengths) - min(lengths) <= 1
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_an_epoch_is_the_same_whatever_the_number_of_processes(
+    size: int, accumulation: int, sets: Sets
+) -> None:
+    knobs = knobs_with(accumulation=accumulation, color_jitter=0.1)
+    alone = plan_of(sets, knobs)
+
+    plans = [plan_of(sets, knobs, Processes(rank, size)) for rank in range(size)]
+
+    for plan in plans:
+        assert plan.order.tolist() == alone.order.tolist()
+        assert plan.sizes == alone.sizes
+        for name in ("targets", "flips", "jitters"):
+            assert torch.equal(getattr(plan, name), getattr(alone, name))
+    for step, parts in enumerate(alone.parts):
+        batch = sorted(row for part in parts for row in alone.order[part])
+        shares = [row for plan in plans for part in plan.parts[step] for row in plan.order[part]]
+        assert sorted(shares) == batch
+
+
+def gradients_of(sets: Sets, knobs: Model) -> list[dict[str, Tensor]]:
+    """Those that each step of the optimizer gets."""
+    trainer = new_trainer(sets, knobs)
+    parameters = dict(trainer.classifier.network.named_parameters())
+    found: list[dict[str, Tensor]] = []
+
+    def keep(*_: Any) -> None:
+        found.append(
+            {name: one.grad.clone() for name, one in parameters.items() if one.grad is not None}
+        )
+
+    trainer.state.optimizer.register_step_pre_hook(keep)
+    list(trainer.train())
+    return found
+
+
+@pytest.mark.usefixtures("full_precision")
+@pytest.mark.parametrize("accumulation", [2, 3, 8])
+def test_a_batch_in_parts_gives_the_gradient_of_the_whole(accumulation: int, noisy: Sets) -> None:
+    # The last batch of 20 has 4 images, of which there cannot be 8 parts.
+    knobs = knobs_with(epochs=1, clip_norm=1.0, color_jitter=0.1, label_smoothing=0.1)
+
+    whole = gradients_of(noisy, knobs)
+    in_parts = gradients_of(noisy, knobs.model_copy(update={"accumulation": accumulation}))
+
+    assert len(whole) == len(in_parts) == 3
+    for some, others in zip(whole, in_parts, strict=True):
+        assert len(some) == 4
+        assert close(some, others, 1e-4 * max(value.abs().max().item() for value in some.values()))
+
+
+@pytest.mark.usefixtures("full_precision")
+def test_a_batch_in_parts_gives_the_weights_and_rows_of_the_whole(noisy: Sets) -> None:
+    weights, epochs = trained(noisy, KNOBS)
+    others, other_epochs = trained(noisy, knobs_with(accumulation=3))
+
+    assert not equal(weights, others)
+    assert close(weights, others, KNOBS.learning_rate / 100)
+    for one, other in zip(epochs, other_epochs, strict=True):
+        assert one.train_loss == pytest.approx(other.train_loss, rel=1e-4)
+        assert one.train_accuracy == other.train_accuracy
+        assert one.test_loss == pytest.approx(other.test_loss, rel=1e-4)
+
+
+def norm_of(gradients: dict[str, Tensor]) -> float:
+    squares = [value.square().sum().item() for value in gradients.values()]
+    return math.sqrt(sum(squares))
+
+
+def test_a_gradient_longer_than_clip_norm_is_cut_to_it(noisy: Sets) -> None:
+    free = gradients_of(noisy, KNOBS)
+    limit = norm_of(free[0]) / 2
+
+    cut = gradients_of(noisy, knobs_with(clip_norm=limit))
+    untouched = gradients_of(noisy, knobs_with(clip_norm=1e6))
+
+    assert norm_of(cut[0]) == pytest.approx(limit, rel=1e-4)
+    assert all(norm_of(gradients) < limit * 1.0001 for gradients in cut)
+    # In its own direction.
+    shortened = {name: value / 2 for name, value in free[0].items()}
+    assert close(shortened, cut[0], limit / 1000)
+    assert all(equal(one, other) for one, other in zip(free, untouched, strict=True))
+
+
+class Numbered(nn.Module):
+    """A network with numbers that are no weights, as transformers keep those of positions."""
+
+    numbers: Tensor
+
+    def __init__(self, labels: int) -> None:
+        super().__init__()
+        self.network = full_network(labels)
+        self.register_buffer("numbers", torch.arange(1000))
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert torch.equal(self.numbers, torch.arange(1000))
+        logits: Tensor = self.network(images)
+        return logits
+
+
+def test_the_moving_average_is_that_of_a_plain_loop(sets: Sets) -> None:
+    trainer = new_trainer(sets, knobs_with(ema_decay=0.9), Numbered)
+    network = trainer.classifier.network
+    steps: list[dict[str, Tensor]] = []
+    trainer.state.optimizer.register_step_post_hook(lambda *_: steps.append(weights_of(network)))
+    epochs = list(trainer.train())
+
+    average = steps[0]
+    for weights in steps[1:]:
+        for name, weight in weights.items():
+            if weight.is_floating_point():
+                average[name] = 0.9 * average[name] + 0.1 * weight
+            else:
+                average[name] = weight
+
+    kept = weights_of(trainer.trained.network)
+    assert len(steps) == 12
+    assert kept.keys() == average.keys()
+    assert "network.1.running_var" in kept
+    assert close(average, kept, 1e-5)
+    assert not close(weights_of(network), kept, 1e-3)
+    # The average is what is tested.
+    scores = evaluate(trainer.trained, sets[1], 16)
+    assert (epochs[-1].test_loss, epochs[-1].test_accuracy) == (scores.loss, scores.accuracy)
+
+
+def test_without_an_average_the_network_itself_is_kept(sets: Sets) -> None:
+    trainer = new_trainer(sets, KNOBS)
+
+    assert trainer.state.average is None
+    assert trainer.trained is trainer.classifier
+
+
+def test_the_average_does_not_change_what_is_trained(sets: Sets) -> None:
+    trainers = [new_trainer(sets, knobs_with(ema_decay=decay)) for decay in (None, 0.9)]
+    for trainer in trainers:
+        list(trainer.train())
+
+    one, other = (weights_of(trainer.classifier.network) for trainer in trainers)
+    assert equal(one, other)
+
+
+def test_a_frozen_backbone_stays_as_it_is_with_its_statistics(sets: Sets) -> None:
+    before = weights_of(tiny_classifier(LABELS, full_network).network)
+
+    after, epochs = trained(sets, knobs_with(freeze_backbone=True), full_network)
+
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {"5.weight", "5.bias"}
+    assert epochs[-1].train_loss < epochs[0].train_loss
+
+
+def test_a_frozen_backbone_drops_nothing_out(sets: Sets) -> None:
+    # Without a learning rate to speak of, the rows are those of evaluation.
+    knobs = knobs_with(freeze_backbone=True, learning_rate=1e-30, horizontal_flip=False, epochs=1)
+
+    _, (row,) = trained(sets, knobs, full_network)
+
+    scores = evaluate(tiny_classifier(LABELS, full_network), sets[0], 100)
+    assert row.train_loss == pytest.approx(scores.loss, abs=1e-3)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU through g++")
+@pytest.mark.usefixtures("full_precision")
+def test_a_compiled_network_learns_the_same(noisy: Sets) -> None:
+    # The last batch is smaller, and takes the network as it is.
+    weights, epochs = trained(noisy, knobs_with(epochs=1, compile=False))
+    others, other_epochs = trained(noisy, knobs_with(epochs=1, compile=True))
+
+    assert close(weights, others, KNOBS.learning_rate / 100)
+    assert epochs[0].train_loss == pytest.approx(other_epochs[0].train_loss, rel=1e-4)
+    assert epochs[0].test_loss == pytest.approx(other_epochs[0].test_loss, rel=1e-4)
+
+
+def test_only_full_batches_go_to_the_compiled_network(
+    sets: Sets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def compiled(module: nn.Module, *, dynamic: bool) -> Callable[[Tensor], Any]:
+        assert not dynamic
+
+        def forward(images: Tensor) -> Any:
+            sizes.append(len(images))
+            return module(images)
+
+        return forward
+
+    monkeypatch.setattr("torch.compile", compiled)
+    list(new_trainer(sets, knobs_with(epochs=1, compile=True)).train())
+    assert sizes == [8, 8, 8]
+
+    # By itself, on a CPU, nothing is compiled.
+    list(new_trainer(sets, knobs_with(epochs=1, compile="auto")).train())
+    list(new_trainer(sets, knobs_with(epochs=1, compile=False)).train())
+    assert sizes == [8, 8, 8]
+
+
+def test_the_first_step_of_a_warm_up_changes_nothing(sets: Sets) -> None:
+    knobs = knobs_with(epochs=1, batch_size=100, warmup_steps=5, weight_decay=0.1)
+    start = weights_of(tiny_classifier(LABELS).network)
+
+    warming, _ = trained(sets, knobs)
+    at_once, _ = trained(sets, knobs.model_copy(update={"warmup_steps": 0}))
 
     assert equal(start, warming)
     assert not equal(start, at_once)
 
 
 def test_the_schedule_is_laid_out_over_all_steps_of_all_epochs(
-    train_bins: Bins, held_out: Bins, monkeypatch: pytest.MonkeyPatch
+    sets: Sets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lengths = []
+    asked = []
 
-    def schedule(_: Model, steps: int) -> Callable[[int], float]:
-        lengths.append(steps)
-        return float
+    def rate(_: Model, step: int, steps: int) -> float:
+        asked.append((step, steps))
+        return 0.001 * step
 
-    monkeypatch.setattr(engine, "learning_rate_schedule", schedule)
-    trained(train_bins, held_out, KNOBS)
+    used = []
+    monkeypatch.setattr(engine, "learning_rate", rate)
+    trainer = new_trainer(sets, KNOBS)
+    groups = trainer.state.optimizer.param_groups
+    trainer.state.optimizer.register_step_pre_hook(
+        lambda *_: used.append([group["lr"] for group in groups])
+    )
+    list(trainer.train())
 
-    assert lengths == [3 * 4]  # epochs, and batches of 8 in 30 bins
-
-
-def test_a_loss_that_is_not_finite_names_the_learning_rate(
-    train_bins: Bins, held_out: Bins
-) -> None:
-    knobs = KNOBS.model_copy(update={"learning_rate": 1e30})
-
-    with pytest.raises(UserError, match=r"the loss of epoch 1 is .*: lower .* learning_rate"):
-        trained(train_bins, held_out, knobs)
+    # 3 epochs, and batches of 8 in 30 bins.
+    assert trainer.steps == 4
+    assert asked == [(step, 3 * 4) for step in range(12)]
+    assert used == [[0.001 * step] * 2 for step in range(12)]
 
 
 @pytest.mark.usefixtures("full_precision")
 @pytest.mark.parametrize(("name", "optimizer"), [("adam", Adam), ("adamw", AdamW)])
-def test_steps_are_the_optimizers_own(
-    name: str, optimizer: type[Adam], train_bins: Bins, held_out: Bins
-) -> None:
-    changes = {"epochs": 3, "batch_size": 30, "weight_decay": 0.5, "horizontal_flip": False}
+def test_steps_are_the_optimizers_own(name: str, optimizer: type[Adam], sets: Sets) -> None:
     weights, _ = trained(
-        train_bins, held_out, KNOBS.model_copy(update=changes | {"optimizer": name})
+        sets, knobs_with(batch_size=30, weight_decay=0.5, horizontal_flip=False, optimizer=name)
     )
 
-    network = made_classifier().network
-    plain = optimizer(network.parameters(), lr=KNOBS.learning_rate, weight_decay=0.5)
-    targets = torch.tensor([LABELS.index(quantity) for quantity in train_bins.quantities])
+    network = tiny_classifier(LABELS).network
+    parameters = list(network.parameters())
+    decaying = {"params": [one for one in parameters if one.ndim > 1], "weight_decay": 0.5}
+    others = {"params": [one for one in parameters if one.ndim == 1], "weight_decay": 0}
+    plain = optimizer([decaying, others], lr=KNOBS.learning_rate)
     for _ in range(3):
         plain.zero_grad()
-        loss = cross_entropy(network(normalized(train_bins)), targets)
+        loss = cross_entropy(network(normalized(pixels_of(sets[0]))), targets_of(sets[0]))
         loss.backward()  # type: ignore[no-untyped-call]
         plain.step()
 
     # Means: Adam goes its whole step also along a gradient that is nothing but rounding.
-    for weight, expected in zip(weights, network.parameters(), strict=True):
-        assert (weight - expected).abs().mean().item() < KNOBS.learning_rate / 100
+    for key, expected in weights_of(network).items():
+        assert (weights[key] - expected).abs().mean().item() < KNOBS.learning_rate / 100
 
 
-@pytest.mark.usefixtures("full_precision")
-@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
-def test_evaluate_is_a_plain_loop_over_every_bin(batch_size: int, held_out: Bins) -> None:
-    classifier = made_classifier()
-    with torch.inference_mode():
-        logits = torch.cat([classifier.network(image[None]) for image in normalized(held_out)])
-    targets = torch.tensor([LABELS.index(quantity) for quantity in held_out.quantities])
-
-    scores = engine.evaluate(classifier, held_out, batch_size)
-
-    assert scores.probabilities.shape == (7, 3)
-    np.testing.assert_allclose(scores.probabilities, logits.softmax(1).numpy(), atol=1e-5)
-    assert scores.loss == pytest.approx(cross_entropy(logits, targets).item(), abs=1e-5)
-    right = sum(
-        int(row.argmax()) == int(target) for row, target in zip(logits, targets, strict=True)
-    )
-    assert scores.accuracy == pytest.approx(right / 7)
-
-
-def test_evaluate_uses_the_network_as_it_is_after_training(held_out: Bins) -> None:
-    network = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(3 * SIZE * SIZE, 3))
-    classifier = replace(made_classifier(), network=network.train())
-
-    scores = [engine.evaluate(classifier, held_out, 4).probabilities for _ in range(2)]
-
-    np.testing.assert_array_equal(scores[0], scores[1])
-
-
-def test_an_epochs_row_has_the_means_over_its_bins(train_bins: Bins, held_out: Bins) -> None:
+@pytest.mark.parametrize("change", [{}, {"loss": "ordinal"}, {"label_smoothing": 0.3}], ids=str)
+def test_an_epochs_row_has_the_means_over_its_bins_whatever_is_made_small(
+    change: dict[str, Any], sets: Sets
+) -> None:
     # Without a learning rate to speak of, training is evaluation, but for the flips.
-    knobs = KNOBS.model_copy(update={"epochs": 1, "learning_rate": 1e-30, "horizontal_flip": False})
+    knobs = knobs_with(epochs=1, learning_rate=1e-30, horizontal_flip=False, **change)
 
-    _, (row,) = trained(train_bins, held_out, knobs)
+    _, (row,) = trained(sets, knobs)
 
-    scores = engine.evaluate(made_classifier(), train_bins, 100)
+    scores = evaluate(tiny_classifier(LABELS), sets[0], 100)
     assert row.train_loss == pytest.approx(scores.loss, abs=1e-3)
     assert row.train_accuracy == pytest.approx(scores.accuracy)
-    scores = engine.evaluate(made_classifier(), held_out, 16)
+    scores = evaluate(tiny_classifier(LABELS), sets[1], 16)
     assert (row.test_loss, row.test_accuracy) == (scores.loss, scores.accuracy)
 
 
-def test_class_numbers_are_places_in_the_labels(tmp_path: Path) -> None:
-    bins = make_bins(tmp_path, [5, 1, 3, 5])
+class Exploding(nn.Module):
+    """A network whose loss is not finite in one of the forward passes of its training."""
 
-    numbers = engine.class_numbers(bins, [1, 3, 5])
+    def __init__(self, labels: int, bad_pass: int, factor: float = float("nan")) -> None:
+        super().__init__()
+        self.network = tiny_network(labels)
+        self.bad_pass = bad_pass
+        self.factor = factor
+        self.passes = 0
 
-    assert numbers.dtype == torch.int64
-    assert numbers.tolist() == [2, 0, 1, 2]
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images)
+        if not self.training:
+            return logits
+        self.passes += 1
+        return logits * self.factor if self.passes == self.bad_pass else logits
 
 
-def test_quantities_that_the_model_does_not_know_are_refused(held_out: Bins) -> None:
-    with pytest.raises(UserError, match=r"knows the quantities \[1\], not \[2, 3\]"):
-        engine.class_numbers(held_out, [1])
+@pytest.mark.parametrize("steps_to_look", [1, 1000])
+@pytest.mark.parametrize(
+    ("bad_pass", "accumulation", "place", "rate"),
+    [
+        (1, 1, "step 1 of epoch 1", "0.01"),
+        (3, 1, "step 3 of epoch 1", "0.00833333"),
+        (4, 1, "step 4 of epoch 1", "0.0075"),
+        (6, 1, "step 2 of epoch 2", "0.00583333"),
+        (6, 2, "step 3 of epoch 1", "0.00833333"),
+    ],
+)
+def test_a_loss_that_is_not_finite_names_its_step_and_learning_rate(
+    bad_pass: int, accumulation: int, place: str, rate: str, steps_to_look: int, sets: Sets
+) -> None:
+    knobs = knobs_with(schedule="linear", accumulation=accumulation)
+    trainer = new_trainer(sets, knobs, lambda labels: Exploding(labels, bad_pass))
+
+    # However late it is looked at.
+    with pytest.raises(UserError) as error:
+        list(trainer.train(Watch(_steps_to_look=steps_to_look)))
+
+    assert str(error.value) == (
+        f"the loss is not finite at {place}, at a learning rate of {rate}: lower this model's"
+        " learning_rate (0.01), or set its clip_norm to 1.0. The last good checkpoint is kept"
+    )
+
+
+def test_a_learning_rate_that_is_much_too_high_ends_with_its_name(sets: Sets) -> None:
+    with pytest.raises(UserError, match=r"not finite .* epoch 1, at a learning rate of 1e\+30"):
+        trained(sets, knobs_with(learning_rate=1e30))
+
+
+class BadlyTested(nn.Module):
+    """A network that does well until it is tested."""
+
+    def __init__(self, labels: int) -> None:
+        super().__init__()
+        self.network = tiny_network(labels)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images)
+        return logits if self.training else logits * float("inf")
+
+
+def test_a_test_loss_that_is_not_finite_names_the_epoch(sets: Sets) -> None:
+    text = r"the test loss of epoch 1 is (nan|inf): lower this model's learning_rate \(0\.01\)"
+    with pytest.raises(UserError, match=text):
+        trained(sets, KNOBS, BadlyTested)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "most", "failed", "advised", "fitting"),
+    [
+        (8, 1, 7, 8, 2, 4),
+        (8, 1, 3, 8, 4, 2),
+        (8, 1, 1, 8, 8, 1),
+        (8, 2, 2, 4, 4, 2),
+        # No more parts than images.
+        (6, 1, 1, 6, 6, 1),
+        (7, 3, 2, 3, 6, 2),
+        (5, 2, 2, 3, 4, 2),
+    ],
+)
+def test_a_batch_that_does_not_fit_names_an_accumulation_that_does(
+    batch_size: int,
+    accumulation: int,
+    most: int,
+    failed: int,
+    advised: int,
+    fitting: int,
+    backward: bool,
+    sets: Sets,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    knobs = knobs_with(batch_size=batch_size, accumulation=accumulation, epochs=1)
+
+    def large(labels: int) -> nn.Module:
+        return Large(labels, most, backward=backward)
+
+    with pytest.raises(UserError) as error:
+        trained(sets, knobs, large)
+
+    assert str(error.value) == (
+        f"{failed} images of 32 pixels do not fit into cpu: set this model's accumulation to"
+        f" {advised}, and {fitting} at once fit; batch_size stays {batch_size}"
+    )
+    # A value that params.yaml can have, and with which it trains.
+    changed = Model.model_validate(knobs.model_dump() | {"accumulation": advised})
+    trainer = new_trainer(sets, changed, large)
+    monkeypatch.setattr(trainer, "test", lambda _: (0.0, 0.0))
+    assert len(list(trainer.train())) == 1
+
+
+def test_a_single_image_that_does_not_fit_is_said_to_be_too_large(sets: Sets) -> None:
+    with pytest.raises(UserError) as error:
+        trained(sets, KNOBS, lambda labels: Large(labels, 0, backward=False))
+
+    assert str(error.value) == (
+        "8 images of 32 pixels do not fit into cpu, nor does one: lower resize.size, or free the"
+        " GPU's memory"
+    )

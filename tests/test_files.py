@@ -1,15 +1,20 @@
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from stages.core.files import (
+    DAYS_KEPT,
     atomic_write,
+    cache_folder,
     digest,
+    digest_files,
     publish_folder,
     sha256_file,
     unfinished,
@@ -137,27 +142,129 @@ def test_an_experiment_in_a_copy_works_in_the_original_repository(
     assert list(workspace.iterdir()) == []
 
 
-def test_a_second_run_on_the_same_inputs_waits_for_the_first(workspace: Path) -> None:
+def start_work(folder: Path) -> subprocess.Popen[str]:
+    """A run that says what parts it finds, makes one, and waits for a line before it ends."""
     code = (
         "from stages.core.files import unfinished\n"
-        "with unfinished('fetch', 'key') as folder: print(list(folder.iterdir()))"
+        "with unfinished('fetch', 'key') as folder:\n"
+        "    print([part.name for part in folder.iterdir()])\n"
+        "    (folder / 'part').touch()\n"
+        "    input()"
     )
-    with ExitStack() as first:
-        folder = first.enter_context(unfinished("fetch", "key"))
-        (folder / "part").write_text("done")
-        second = subprocess.Popen(
-            [sys.executable, "-u", "-c", code],
-            cwd=workspace,
-            env={"PYTHONPATH": str(REPOSITORY)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert second.stdout is not None
-        assert second.stdout.readline().startswith("fetch: waiting for another run")
+    return subprocess.Popen(
+        [sys.executable, "-u", "-c", code],
+        cwd=folder,
+        env={"PYTHONPATH": str(REPOSITORY)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_second_run_on_the_same_inputs_waits_for_the_first(workspace: Path) -> None:
+    first = start_work(workspace)
+    assert first.stdout is not None
+    assert first.stdout.readline() == "[]\n"
+    second = start_work(workspace)
+    assert second.stdout is not None
+    assert second.stdout.readline().startswith("fetch: waiting for another run")
+    first.communicate("\n", timeout=20)
     # The first has ended, and with it its parts.
-    output, _ = second.communicate(timeout=20)
-    assert output == "[]\n"
-    assert second.returncode == 0
+    assert second.communicate("\n", timeout=20)[0] == "[]\n"
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert list((workspace / ".cache").iterdir()) == []
+
+
+def make_old(folder: Path, days: float) -> None:
+    """As if nothing in the folder had changed for so many days."""
+    then = time.time() - days * 24 * 3600
+    for path in [*folder.iterdir(), folder]:
+        os.utime(path, (then, then))
+
+
+def finish(stage: str, key: str) -> None:
+    with unfinished(stage, key):
+        pass
+
+
+@pytest.mark.usefixtures("workspace")
+def test_what_other_inputs_left_long_ago_goes_when_a_run_ends_well() -> None:
+    old, fresh = (fail_while_working("fetch", key, "part") for key in ("old", "fresh"))
+    other_stage = fail_while_working("train-vit", "old", "part")
+    make_old(old, DAYS_KEPT + 0.1)
+    make_old(fresh, DAYS_KEPT - 0.1)
+    make_old(other_stage, DAYS_KEPT + 100)
+
+    fail_while_working("fetch", "another", "part")
+    assert old.exists()
+    finish("fetch", "key")
+
+    assert not old.exists()
+    assert not old.with_suffix(".lock").exists()
+    assert (fresh / "part").read_text() == "done"
+    assert (other_stage / "part").read_text() == "done"
+
+
+@pytest.mark.usefixtures("workspace")
+def test_an_old_folder_with_a_part_of_today_is_kept() -> None:
+    folder = fail_while_working("fetch", "old", "part")
+    make_old(folder, DAYS_KEPT + 100)
+    (folder / "part").touch()
+
+    finish("fetch", "key")
+
+    assert (folder / "part").exists()
+
+
+@pytest.mark.usefixtures("workspace")
+def test_a_file_that_vanishes_in_another_runs_folder_does_no_harm() -> None:
+    folder = fail_while_working("fetch", "other", "part")
+    # What a listing still has, and the disk no more.
+    (folder / "vanished").symlink_to("nowhere")
+
+    finish("fetch", "key")
+
+    assert (folder / "part").exists()
+
+
+def test_the_cache_is_in_the_current_directory(workspace: Path) -> None:
+    assert cache_folder().resolve() == workspace / ".cache"
+    assert cache_folder().is_dir()
+
+
+def test_the_cache_of_an_experiment_is_in_the_original_repository(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache"
+    assert list(workspace.iterdir()) == []
+
+
+def write_texts(folder: Path, texts: dict[str, str]) -> list[Path]:
+    folder.mkdir()
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    return [folder / name for name in texts]
+
+
+def test_files_have_the_digest_of_their_names_and_contents(tmp_path: Path) -> None:
+    some = {"a": "1", "b": "2"}
+    digests = [
+        digest_files(write_texts(tmp_path / str(number), texts))
+        for number, texts in enumerate(
+            [
+                some,
+                some,
+                {"a": "1", "b": "3"},
+                {"a": "1", "c": "2"},
+                {"b": "1", "a": "2"},
+                {"a": "1"},
+            ]
+        )
+    ]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 5
+    assert digest_files(iter([])) == digest_files([])
 
 
 @pytest.mark.parametrize(

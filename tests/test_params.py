@@ -12,6 +12,16 @@ from tests.conftest import REPOSITORY, changed_params, write_params
 
 RESNET = "train.resnet34"
 VIT = "train.vit"
+#: What the published experiment does without.
+NOTHING_MORE = [
+    ("freeze_backbone", False),
+    ("loss", "cross_entropy"),
+    ("label_smoothing", 0.0),
+    ("clip_norm", None),
+    ("ema_decay", None),
+    ("accumulation", 1),
+    ("color_jitter", 0.0),
+]
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +72,9 @@ def load_changed(tmp_path: Path, key: str, value: Any) -> Params:
         (f"{VIT}.warmup_steps", 500),
         (f"{VIT}.batch_size", 64),
         (f"{VIT}.epochs", 5),
+        *((f"{model}.{key}", value) for model in (RESNET, VIT) for key, value in NOTHING_MORE),
+        ("train.processes", "auto"),
+        ("train.deterministic", False),
         (f"{VIT}.mean", [0.5, 0.5, 0.5]),
         (f"{VIT}.std", [0.5, 0.5, 0.5]),
     ],
@@ -89,7 +102,7 @@ def test_every_notation_of_a_number_is_a_float(tmp_path: Path, text: str, value:
     path = tmp_path / "params.yaml"
     written = (REPOSITORY / "params.yaml").read_text("utf-8")
     path.write_text(written.replace("learning_rate: 1e-3", f"learning_rate: {text}"), "utf-8")
-    learning_rate = load_params(path).train["resnet34"].learning_rate
+    learning_rate = load_params(path).model("resnet34").learning_rate
     assert isinstance(learning_rate, float)
     assert learning_rate == value
 
@@ -127,6 +140,16 @@ def test_an_unknown_key_is_named(tmp_path: Path, key: str) -> None:
         (f"{RESNET}.learning_rate", True),
         (f"{RESNET}.learning_rate", "1e-3"),
         (f"{RESNET}.horizontal_flip", "no"),
+        (f"{RESNET}.freeze_backbone", 0),
+        (f"{RESNET}.clip_norm", "1.0"),
+        (f"{RESNET}.compile", 1),
+        (f"{RESNET}.accumulation", 2.0),
+        ("train.processes", 2.0),
+        ("train.processes", True),
+        ("train.processes", None),
+        ("train.checkpoint_minutes", "10"),
+        ("train.deterministic", "false"),
+        ("train.processors", 2),
         (f"{VIT}.config", [1]),
     ],
 )
@@ -168,8 +191,21 @@ def test_a_value_of_another_type_is_refused(tmp_path: Path, key: str, value: Any
         (f"{RESNET}.weight_decay", -0.1),
         (f"{RESNET}.epochs", 0),
         (f"{RESNET}.mean", [0.5, 0.5]),
-        (f"{VIT}.schedule", "cosine"),
+        (f"{VIT}.schedule", "step"),
         (f"{VIT}.warmup_steps", -1),
+        (f"{VIT}.loss", "mse"),
+        (f"{VIT}.label_smoothing", 1.0),
+        (f"{VIT}.label_smoothing", -0.1),
+        (f"{VIT}.clip_norm", 0.0),
+        (f"{VIT}.ema_decay", 0.0),
+        (f"{VIT}.ema_decay", 1.0),
+        (f"{VIT}.color_jitter", 1.1),
+        (f"{VIT}.accumulation", 0),
+        (f"{VIT}.compile", "yes"),
+        ("train.processes", "all"),
+        ("train.processes", 0),
+        ("train.checkpoint_minutes", 0),
+        ("train.checkpoint_minutes", math.inf),
         ("evaluate.batch_size", 0),
     ],
 )
@@ -195,11 +231,78 @@ def test_a_wrong_element_is_named_by_its_place(
         load_changed(tmp_path, key, value)
 
 
+def load_with_model(tmp_path: Path, name: str, **changes: Any) -> Params:
+    """With one more model, like the ViT but for those changes."""
+    train = changed_params({})["train"]
+    return load_changed(tmp_path, "train", train | {name: train["vit"] | changes})
+
+
 @pytest.mark.parametrize("name", ["Big Model", "../up", "-dash", ""])
 def test_a_model_name_that_is_no_folder_name_is_refused(tmp_path: Path, name: str) -> None:
-    models = {name: changed_params({})["train"]["vit"]}
     with pytest.raises(UserError, match=f"train.{name}: "):
-        load_changed(tmp_path, "train", models)
+        load_with_model(tmp_path, name)
+
+
+@pytest.mark.parametrize("name", ["pretrained", "figures"])
+def test_a_model_with_the_name_of_another_stages_folder_is_refused(
+    tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(UserError, match=f": train: a model cannot be called {name}$"):
+        load_with_model(tmp_path, name)
+
+
+@pytest.mark.parametrize("name", ["swin", "vit-2", "0", "my_net"])
+def test_another_model_is_one_more_block(tmp_path: Path, name: str) -> None:
+    params = load_with_model(tmp_path, name, seed=7)
+
+    assert params.train.models().keys() == {"resnet34", "vit", name}
+    assert params.model(name).seed == 7
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        (f"{RESNET}.accumulation", 129, f"{RESNET}: accumulation is more than batch_size (128)"),
+        (f"{VIT}.config", {}, f"{VIT}: config.model_type is missing, like vit"),
+        (f"{VIT}.config", {"hidden_size": 8}, f"{VIT}: config.model_type is missing, like vit"),
+        (
+            "split.train",
+            198_001,
+            "split.train and split.test are 220001 bins together, subset.bins",
+        ),
+        ("subset.bins", 1000, "split.train and split.test are 220000 bins together, subset.bins"),
+    ],
+)
+def test_values_that_do_not_go_together_are_named(
+    tmp_path: Path, key: str, value: Any, problem: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        load_changed(tmp_path, key, value)
+
+    assert str(error.value).startswith(f"{tmp_path / 'params.yaml'}: {problem}")
+    # Not with all of the block.
+    assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (f"{RESNET}.accumulation", 128),
+        (f"{RESNET}.config", {}),
+        ("train.processes", 3),
+        ("train.checkpoint_minutes", 0.5),
+        (f"{VIT}.clip_norm", 1.0),
+        (f"{VIT}.ema_decay", 0.999),
+        (f"{VIT}.compile", True),
+        (f"{VIT}.schedule", "cosine"),
+        (f"{VIT}.loss", "ordinal"),
+        ("split.train", 100),
+    ],
+)
+def test_what_is_possible_is_taken(tmp_path: Path, key: str, value: Any) -> None:
+    params = load_changed(tmp_path, key, value)
+
+    assert value_of(params, key) == value
 
 
 @pytest.mark.parametrize("key", ["bucket", "subset.seed", f"{RESNET}.optimizer", "evaluate"])

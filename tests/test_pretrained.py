@@ -300,6 +300,12 @@ def test_torchvisions_weights_are_kept_as_safetensors(
         assert kept[name].dtype == weight.dtype
         assert torch.equal(kept[name], weight), name
     assert sorted(file.name for file in folder.iterdir()) == [*FILES, "source.json"]
+    assert json.loads((folder / "config.json").read_text()) == {
+        "library": "torchvision",
+        "name": "resnet34",
+        "num_classes": 1000,
+        "config": {},
+    }
     assert json.loads((folder / "source.json").read_text()) == {
         "pretrained": True,
         "source": hub.url + path,

@@ -138,7 +138,7 @@ def test_bins_without_any_item_have_groups() -> None:
 
 
 def test_the_stage_writes_the_same_bytes_in_every_run(workspace: Path, index: pa.Table) -> None:
-    write_params({"subset.bins": 100})
+    write_params({"subset.bins": 100, "split.train": 90, "split.test": 10})
     write_table(workspace / "data/index.parquet", index)
     written = []
     for _ in range(2):

@@ -4,8 +4,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 STAGES = Path(__file__).parent.parent
+# How long the work of a killed run waits for a next one with the same inputs.
+DAYS_KEPT = 14
 
 
 @contextmanager
@@ -53,23 +58,35 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest_files(paths: Iterable[Path]) -> str:
+    """One SHA-256 of the names and contents of files, read on all cores."""
+    paths = list(paths)
+    with ThreadPoolExecutor() as pool:
+        return digest([path.name for path in paths], *pool.map(sha256_file, paths))
+
+
 def digest(*parts: object) -> str:
     """One SHA-256 of all parts, each as its repr."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def cache_folder() -> Path:
+    """`.cache` of the repository, also for an experiment in a temporary copy of it (DVC_ROOT)."""
+    folder = Path(os.environ.get("DVC_ROOT", ".")) / ".cache"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @contextmanager
 def unfinished(stage: str, key: str) -> Iterator[Path]:
     """Give the folder of a stage's finished parts, which a killed run leaves for the next one.
 
-    DVC deletes a stage's outs before it runs, so parts live in `.cache` of the repository (also
-    for an experiment in a temporary copy of it: DVC_ROOT), in a folder named by `key`, a digest
-    of all the inputs that matter, and by the version of this code. The folder is locked while in
-    use, and removed when the block ends well.
+    DVC deletes a stage's outs before it runs, so parts live in cache_folder(), in a folder named
+    by `key`, a digest of all the inputs that matter, and by the version of the stage's code. The
+    folder is locked while in use, and removed when the block ends well, with those that other
+    inputs left behind DAYS_KEPT ago.
     """
-    cache = Path(os.environ.get("DVC_ROOT", ".")) / ".cache"
-    folder = cache / f"{stage}-{digest(key, _code_version())[:16]}"
-    cache.mkdir(exist_ok=True)
+    folder = cache_folder() / f"{stage}-{digest(key, _code_version())[:16]}"
     lock_file = folder.with_suffix(".lock")
     lock = FileLock(lock_file)
     try:
@@ -84,6 +101,7 @@ def unfinished(stage: str, key: str) -> Iterator[Path]:
         folder.mkdir(exist_ok=True)
         yield folder
         shutil.rmtree(folder, ignore_errors=True)
+        _remove_stale(stage)
         # While it is held: whoever waits for it notices that this file is gone, and makes another.
         lock_file.unlink()
     finally:
@@ -105,5 +123,17 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def _remove_stale(stage: str) -> None:
+    oldest = time.time() - DAYS_KEPT * 24 * 3600
+    for folder in cache_folder().glob(f"{stage}-*/"):
+        # Where another run is at work, files come and go.
+        with suppress(FileNotFoundError):
+            if max(path.stat().st_mtime for path in [folder, *folder.iterdir()]) < oldest:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.with_suffix(".lock").unlink(missing_ok=True)
+
+
 def _code_version() -> str:
-    return digest(*(source.read_bytes() for source in sorted(STAGES.rglob("*.py"))))
+    """Of the modules of this project that the running stage has imported."""
+    loaded = {Path(getattr(module, "__file__", None) or "") for module in sys.modules.values()}
+    return digest_files(sorted(path for path in loaded if path.is_relative_to(STAGES)))

@@ -1,11 +1,15 @@
 """Photographs from the shards to batches of pixels, decoded by a pool of threads."""
 
+import os
+import shutil
+import socket
+import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,12 +21,38 @@ from torch import Tensor
 
 from stages.core import jpeg
 from stages.core.command import UserError
-from stages.core.files import read_csv
+from stages.core.distributed import CPU, Processes
+from stages.core.files import cache_folder, read_csv
 from stages.core.parallel import usable_cores
-from stages.core.shards import shard_paths
+from stages.core.shards import shard_paths, whole_parquet, write_table
 
 # Batches decoded ahead of the one in use.
 PREFETCH = 2
+# The two files of pack_bins.
+IMAGES = "images"
+TABLE = "bins.parquet"
+
+
+class Images:
+    """JPEG files that lie one after another in a file, of which no process holds more than it uses.
+
+    The operating system keeps them in its page cache, once for all processes of a machine. They
+    are read, not mapped: mapped pages would count as each process's memory.
+    """
+
+    def __init__(self, path: Path, offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._offsets = offsets
+        self._lengths = lengths
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, row: int) -> bytes:
+        # No IndexError would end a loop over them otherwise.
+        if row >= len(self):
+            raise IndexError(row)
+        return os.pread(self._file.fileno(), int(self._lengths[row]), int(self._offsets[row]))
 
 
 @dataclass(frozen=True)
@@ -31,7 +61,7 @@ class Bins:
 
     ids: list[str]
     quantities: NDArray[np.int64]
-    images: pa.ChunkedArray
+    images: Images
     size: int
 
     def __len__(self) -> int:
@@ -41,7 +71,7 @@ class Bins:
 class Batch(NamedTuple):
     """`images`: uint8 [batch, 3, size, size] in channels_last; `rows`: their places in the Bins.
 
-    The images are overwritten when the next batch is taken.
+    On a CPU the images are overwritten when the next batch is taken.
     """
 
     images: Tensor
@@ -50,49 +80,114 @@ class Batch(NamedTuple):
 
 def load_bins(resized: Path, split: Path, set_name: str) -> Bins:
     """The bins that `split` (a CSV of id and set) puts in the set. Raises UserError if none."""
-    sets = read_csv(split)
-    ids = pa.array(sets.loc[sets["set"] == set_name, "id"], pa.string())
-    if not len(ids):
-        raise UserError(f"{split} has no bin in the set {set_name}: check split.{set_name}")
-    tables = []
-    for path in shard_paths(resized):
-        table = pq.read_table(path)
-        tables.append(table.filter(pc.is_in(table["id"], ids)))
-    bins = pa.concat_tables(tables)
-    if len(bins) < len(ids):
-        missing = pc.filter(ids, pc.invert(pc.is_in(ids, bins["id"])))[0]
-        raise UserError(f"{resized} lacks {len(ids) - len(bins)} bins of {split}, like {missing}")
+    with tempfile.TemporaryDirectory(prefix="bins-", dir=cache_folder()) as folder:
+        (bins,) = load_sets(resized, split, [set_name], Path(folder), Processes())
+        return bins
+
+
+def load_sets(
+    resized: Path, split: Path, set_names: Sequence[str], folder: Path, processes: Processes
+) -> list[Bins]:
+    """The bins of several sets, their photographs held once for all `processes` of a machine."""
+    folder = folder / f"bins-{socket.gethostname()}"
+    if processes.local_rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        pack_bins(resized, split, set_names, folder)
+    processes.wait_for_all()
+    found = [open_bins(folder, name) for name in set_names]
+    processes.wait_for_all()
+    if processes.local_rank == 0:
+        # The file goes with its name as soon as no process has it open, killed or not.
+        shutil.rmtree(folder)
+    return found
+
+
+def pack_bins(resized: Path, split: Path, set_names: Sequence[str], folder: Path) -> None:
+    """Put the sets' photographs into one file in `folder`, and what is known of each beside it.
+
+    Raises UserError where a set has no bin, or the shards lack one.
+    """
+    sets = pa.Table.from_pandas(read_csv(split)[["id", "set"]], preserve_index=False)
+    sets = sets.filter(pc.is_in(sets["set"], pa.array(set_names)))
+    for name in set_names:
+        if name not in sets["set"].unique().to_pylist():
+            raise UserError(f"{split} has no bin in the set {name}: check split.{name}")
+    packed = []
+    with (folder / IMAGES).open("wb") as file:
+        for path in shard_paths(resized):
+            with whole_parquet(path):
+                shard = pq.read_table(path)
+            rows = pc.index_in(shard["id"], sets["id"])
+            shard = shard.append_column("row", rows).filter(pc.is_valid(rows))
+            for image in shard["image"]:
+                file.write(image.as_buffer())
+            shard = shard.append_column("length", pc.binary_length(shard["image"]))
+            packed.append(shard.drop_columns("image"))
+    bins = pa.concat_tables(packed)
+    if len(bins) < len(sets):
+        missing = pc.filter(sets["id"], pc.invert(pc.is_in(sets["id"], bins["id"])))[0]
+        raise UserError(f"{resized} lacks {len(sets) - len(bins)} bins of {split}, like {missing}")
+    bins = bins.append_column("set", sets["set"].take(bins["row"]))
+    ends = pc.cumulative_sum(pc.cast(bins["length"], pa.int64()))
+    bins = bins.append_column("offset", pc.subtract(ends, bins["length"]))
+    write_table(folder / TABLE, bins.drop_columns("row"))
+
+
+def open_bins(folder: Path, set_name: str) -> Bins:
+    """A set that pack_bins put there."""
+    table = pq.read_table(folder / TABLE, filters=pc.field("set") == set_name)
+    images = Images(folder / IMAGES, table["offset"].to_numpy(), table["length"].to_numpy())
     return Bins(
-        ids=bins["id"].to_pylist(),
-        quantities=bins["quantity"].to_numpy().astype(np.int64),
-        images=bins["image"],
-        size=jpeg.decode(bins["image"][0].as_py()).shape[0],
+        ids=table["id"].to_pylist(),
+        quantities=table["quantity"].to_numpy().astype(np.int64),
+        images=images,
+        size=jpeg.decode(images[0]).shape[0],
     )
 
 
-def load_batches(bins: Bins, order: NDArray[np.int64], batch_size: int) -> Iterator[Batch]:
-    """The bins at the places of `order`, decoded ahead into a few reused buffers.
+def load_batches(
+    bins: Bins,
+    batches: Sequence[NDArray[np.int64]],
+    device: torch.device = CPU,
+    threads: int | None = None,
+) -> Iterator[Batch]:
+    """The bins at the rows of each of `batches`, decoded ahead into a few reused buffers.
 
-    Every core decodes a piece of each batch; the decoder releases Python's lock.
+    Every core (or `threads` of them) decodes a piece of each batch; the decoder releases Python's
+    lock. Empty batches stay empty batches.
     """
-    threads = usable_cores()
-    shape = (min(batch_size, len(order)), bins.size, bins.size, 3)
-    buffers = [np.empty(shape, np.uint8) for _ in range(PREFETCH + 1)]
-    decoding: deque[tuple[NDArray[np.uint8], NDArray[np.int64], list[Future[None]]]] = deque()
+    threads = threads or usable_cores()
+    shape = (max(map(len, batches), default=0), bins.size, bins.size, 3)
+    on_gpu = device.type == "cuda"
+    buffers = [
+        torch.empty(shape, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(PREFETCH + 1)
+    ]
+    copied: list[Any] = [torch.cuda.Event() for _ in buffers] if on_gpu else []  # type: ignore[no-untyped-call]
+    decoding: deque[list[Future[None]]] = deque()
     pool = ThreadPoolExecutor(threads)
+
+    def decode_ahead(number: int) -> None:
+        rows = batches[number]
+        if on_gpu:
+            # Its last content may still be on its way to the GPU.
+            copied[number % len(buffers)].synchronize()
+        pixels = buffers[number % len(buffers)].numpy()
+        pieces = np.array_split(np.arange(len(rows)), threads)
+        decoding.append([pool.submit(_decode_piece, bins, rows, pixels, p) for p in pieces])
+
     try:
-        for start in range(0, len(order) + PREFETCH * batch_size, batch_size):
-            rows = order[start : start + batch_size]
-            if len(rows):
-                pixels = buffers[start // batch_size % len(buffers)][: len(rows)]
-                pieces = np.array_split(np.arange(len(rows)), threads)
-                jobs = [pool.submit(_decode_piece, bins, rows, pixels, p) for p in pieces]
-                decoding.append((pixels, rows, jobs))
-            if start >= PREFETCH * batch_size and decoding:
-                pixels, rows, jobs = decoding.popleft()
-                for job in jobs:
-                    job.result()
-                yield Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), rows)
+        for number in range(min(PREFETCH, len(batches))):
+            decode_ahead(number)
+        for number, rows in enumerate(batches):
+            if number + PREFETCH < len(batches):
+                decode_ahead(number + PREFETCH)
+            for job in decoding.popleft():
+                job.result()
+            pixels = buffers[number % len(buffers)][: len(rows)].permute(0, 3, 1, 2)
+            images = pixels.to(device, non_blocking=True)
+            if on_gpu:
+                copied[number % len(buffers)].record()
+            yield Batch(images, rows)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -101,5 +196,4 @@ def _decode_piece(
     bins: Bins, rows: NDArray[np.int64], pixels: NDArray[np.uint8], places: NDArray[np.int64]
 ) -> None:
     for place in places:
-        image = memoryview(bins.images[int(rows[place])].as_buffer()).cast("B")
-        jpeg.decode_into(image, pixels[place])
+        jpeg.decode_into(bins.images[int(rows[place])], pixels[place])

@@ -2,15 +2,17 @@
 
 import reprlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from stages.core.command import UserError
 
 PARAMS_FILE = Path("params.yaml")
+# What pydantic puts into the place of a problem beside the keys of the file.
+NOT_KEYS = {"[key]", "literal['auto']", "constrained-int", "bool"}
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -82,17 +84,54 @@ class Model(Block):
     revision: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     pretrained: bool
     config: dict[str, Any]
+    freeze_backbone: bool
+    loss: Literal["cross_entropy", "ordinal"]
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     optimizer: Literal["adam", "adamw"]
     learning_rate: Positive
     weight_decay: Annotated[float, Field(ge=0)]
-    schedule: Literal["constant", "linear"]
+    schedule: Literal["constant", "linear", "cosine"]
     warmup_steps: Annotated[int, Field(ge=0)]
+    clip_norm: Positive | None
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None
     batch_size: Count
+    accumulation: Count
     epochs: Count
     mean: Annotated[list[float], Field(min_length=3, max_length=3)]
     std: Annotated[list[Positive], Field(min_length=3, max_length=3)]
     horizontal_flip: bool
+    color_jitter: Share
+    compile: Literal["auto"] | bool
     seed: Seed
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.accumulation > self.batch_size:
+            raise ValueError(f"accumulation is more than batch_size ({self.batch_size})")
+        if self.library == "transformers" and "model_type" not in self.config:
+            raise ValueError("config.model_type is missing, like vit")
+        return self
+
+
+class Train(Block):
+    """How training runs, and a block for each model, whose key is the name of its folders."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")], Model]
+
+    processes: Literal["auto"] | Count
+    checkpoint_minutes: Positive
+    deterministic: bool
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        # models/pretrained and reports/figures are other stages' folders.
+        if taken := {"pretrained", "figures"} & self.models().keys():
+            raise ValueError(f"a model cannot be called {taken.pop()}")
+        return self
+
+    def models(self) -> dict[str, Model]:
+        return dict(self.__pydantic_extra__)
 
 
 class Evaluate(Block):
@@ -100,7 +139,7 @@ class Evaluate(Block):
 
 
 class Params(Block):
-    """params.yaml. A model's key in `train` is the name of its folders in models/ and reports/."""
+    """params.yaml."""
 
     bucket: Bucket
     index: Index
@@ -108,14 +147,25 @@ class Params(Block):
     fetch: Fetch
     resize: Resize
     split: Split
-    train: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")], Model]
+    train: Train
     evaluate: Evaluate
 
     def model(self, name: str) -> Model:
         """The train block of one model. Raises UserError where there is none."""
-        if name not in self.train:
-            raise UserError(f"params.yaml has no train.{name}; it has {', '.join(self.train)}")
-        return self.train[name]
+        models = self.train.models()
+        if name not in models:
+            raise UserError(f"params.yaml has no train.{name}; it has {', '.join(models)}")
+        return models[name]
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        wanted = self.split.train + self.split.test
+        if wanted > self.subset.bins:
+            raise ValueError(
+                f"split.train and split.test are {wanted} bins together, subset.bins only"
+                f" {self.subset.bins}"
+            )
+        return self
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
@@ -135,10 +185,13 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
 
 
 def _describe(problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+    key = ".".join(str(part) for part in problem["loc"] if part not in NOT_KEYS)
     if problem["type"] == "extra_forbidden":
         return f"{key}: there is no such key"
     if problem["type"] == "missing":
         return f"{key} is missing"
     text = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):
+        # Keys that do not fit together, which the text names.
+        return f"{key}: {text}".removeprefix(": ")
     return f"{key or 'the file'}: {text}, not {reprlib.repr(problem['input'])}"

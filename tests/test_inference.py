@@ -1,0 +1,199 @@
+"""A classifier at work: evaluation against a plain loop, devices and classes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from stages.core import inference
+from stages.core.command import UserError
+from stages.core.distributed import CPU, Processes
+from stages.core.inference import class_numbers, evaluate, normalizer, place
+from stages.core.loader import Bins
+from tests.made import (
+    SIZE,
+    equal,
+    full_network,
+    full_precision,
+    make_bins,
+    one_torch_thread,
+    pillow_pixels,
+    tiny_classifier,
+    weights_of,
+)
+
+LABELS = [1, 2, 3]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    with one_torch_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Bins:
+    return make_bins(tmp_path_factory.mktemp("test"), [1, 2, 3, 3, 2, 1, 1])
+
+
+@pytest.fixture(name="full_precision")
+def use_full_precision() -> Iterator[None]:
+    with full_precision():
+        yield
+
+
+def normalized(bins: Bins) -> Tensor:
+    """All photographs of the bins, through Pillow."""
+    pixels = np.stack([pillow_pixels(bins.images[row]) for row in range(len(bins))])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    return normalizer(tiny_classifier(LABELS))(images)
+
+
+@pytest.mark.usefixtures("full_precision")
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+def test_evaluate_is_a_plain_loop_over_every_bin(batch_size: int, held_out: Bins) -> None:
+    classifier = tiny_classifier(LABELS)
+    with torch.inference_mode():
+        logits = torch.cat([classifier.network(image[None]) for image in normalized(held_out)])
+    targets = torch.tensor([LABELS.index(quantity) for quantity in held_out.quantities])
+
+    scores = evaluate(classifier, held_out, batch_size)
+
+    assert scores.probabilities.shape == (7, 3)
+    np.testing.assert_allclose(scores.probabilities, logits.softmax(1).numpy(), atol=1e-5)
+    assert scores.loss == pytest.approx(cross_entropy(logits, targets).item(), abs=1e-5)
+    right = sum(
+        int(row.argmax()) == int(target) for row, target in zip(logits, targets, strict=True)
+    )
+    assert scores.accuracy == pytest.approx(right / 7)
+
+
+def test_evaluate_uses_the_network_as_it_is_after_training(held_out: Bins) -> None:
+    classifier = tiny_classifier(LABELS, full_network)
+    network, before = classifier.network, weights_of(classifier.network)
+
+    def probabilities(batch_size: int) -> NDArray[np.float32]:
+        network.train()
+        return evaluate(classifier, held_out, batch_size).probabilities
+
+    # Neither dropout nor the statistics of a batch take part, nor do the latter learn.
+    np.testing.assert_array_equal(probabilities(4), probabilities(4))
+    np.testing.assert_allclose(probabilities(4), probabilities(7), atol=1e-5)
+    assert equal(weights_of(network), before)
+
+
+class Wrapped(nn.Module):
+    """Gives its logits as transformers does."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.network(images))
+
+
+def test_logits_in_an_object_are_scores_too(held_out: Bins) -> None:
+    bare = tiny_classifier(LABELS)
+    wrapped = replace(bare, network=Wrapped(bare.network))
+
+    scores = [evaluate(classifier, held_out, 4) for classifier in (bare, wrapped)]
+
+    np.testing.assert_array_equal(scores[0].probabilities, scores[1].probabilities)
+
+
+def test_every_batch_is_announced_before_its_scores(held_out: Bins) -> None:
+    events: list[str] = []
+    classifier = tiny_classifier(LABELS)
+    classifier.network.register_forward_hook(lambda *_: events.append("scored"))
+
+    evaluate(classifier, held_out, 3, before_batch=lambda: events.append("announced"))
+
+    assert events == ["announced", "scored"] * 3
+
+
+@dataclass(frozen=True)
+class OneOfMany(Processes):
+    """Keeps what it would exchange."""
+
+    given: list[Tensor] = field(default_factory=list)
+
+    def gather(self, values: Tensor) -> Tensor:
+        self.given.append(values)
+        return values[None]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 10])
+def test_processes_score_every_bin_once_among_them(size: int, held_out: Bins) -> None:
+    classifier = tiny_classifier(LABELS)
+    given: list[Tensor] = []
+    for rank in range(size):
+        evaluate(classifier, held_out, 2, OneOfMany(rank, size, given=given))
+
+    # Rows of zeros are another's.
+    owners = torch.stack([(logits != 0).all(1) for logits in given])
+    assert owners.sum(0).tolist() == [1] * len(held_out)
+    whole = evaluate(classifier, held_out, 100).probabilities
+    np.testing.assert_allclose(torch.stack(given).sum(0).softmax(1).numpy(), whole, atol=1e-6)
+
+
+def test_a_network_is_placed_in_channels_last() -> None:
+    classifier = tiny_classifier(LABELS)
+
+    place(classifier, CPU)
+
+    assert classifier.device == CPU
+    (weight, *_) = classifier.network.parameters()
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+
+
+def test_normalized_images_have_mean_0_and_deviation_1() -> None:
+    classifier = tiny_classifier(LABELS)
+    mean, std = (
+        torch.tensor(values).view(1, 3, 1, 1) for values in (classifier.mean, classifier.std)
+    )
+    deviations = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1)
+
+    found = normalizer(classifier)(mean + std * deviations.expand(2, 3, SIZE, SIZE))
+
+    torch.testing.assert_close(found, deviations.expand(2, 3, SIZE, SIZE))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"avx512_bf16": False, "amx_bf16": False}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+    ],
+)
+def test_bfloat16_is_for_processors_that_compute_in_it(
+    capabilities: dict[str, bool], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities)
+
+    with inference.autocast(CPU):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+def test_class_numbers_are_places_in_the_labels(tmp_path: Path) -> None:
+    bins = make_bins(tmp_path, [5, 1, 3, 5])
+
+    numbers = class_numbers(bins, [1, 3, 5])
+
+    assert numbers.dtype == torch.int64
+    assert numbers.tolist() == [2, 0, 1, 2]
+
+
+def test_quantities_that_the_model_does_not_know_are_refused(held_out: Bins) -> None:
+    with pytest.raises(UserError, match=r"knows the quantities \[1\], not \[2, 3\]"):
+        class_numbers(held_out, [1])
