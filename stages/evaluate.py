@@ -1,4 +1,4 @@
-"""Score one model on the test bins: metrics, recall and precision per quantity, predictions."""
+"""Score one model on the test bins: metrics, predictions, and the tables of its plots."""
 
 from pathlib import Path
 
@@ -9,7 +9,14 @@ from stages.core.command import run_stage
 from stages.core.files import read_csv, write_csv, write_json
 from stages.core.inference import default_device, evaluate, place
 from stages.core.loader import load_bins
-from stages.core.metrics import confusion_matrix, headline_metrics, recall_and_precision
+from stages.core.metrics import (
+    Counts,
+    confusion_matrix,
+    expected_calibration_error,
+    headline_metrics,
+    recall_and_precision,
+    reliability_table,
+)
 from stages.core.networks import load_classifier
 from stages.core.params import load_params
 
@@ -29,24 +36,38 @@ def main(model: str) -> str:
     labels = classifier.labels
     actual = test_bins.quantities
     predicted = np.array(labels)[scores.probabilities.argmax(axis=1)]
-    metrics = headline_metrics(actual, predicted, labels, majority_quantity())
-    recall, precision = recall_and_precision(confusion_matrix(actual, predicted, labels))
-    per_quantity = pd.DataFrame(
-        {
-            "quantity": labels,
-            "recall": recall,
-            "precision": precision,
-            "test_bins": [int((actual == label).sum()) for label in labels],
-        }
-    )
+    confusion = confusion_matrix(actual, predicted, labels)
+    reliability = reliability_table(predicted == actual, scores.probabilities.max(axis=1))
     predictions = pd.DataFrame(
         {"id": test_bins.ids, "actual": actual, "predicted": predicted}
         | {f"p{label}": scores.probabilities[:, place] for place, label in enumerate(labels)}
     )
-    write_csv(REPORTS / model / "per_quantity.csv", per_quantity)
+    metrics = headline_metrics(actual, predicted, labels, majority_quantity())
+    metrics["ece"] = expected_calibration_error(reliability)
+    write_csv(REPORTS / model / "confusion.csv", confusion_table(confusion, labels))
+    write_csv(REPORTS / model / "per_quantity.csv", per_quantity_table(confusion, labels))
     write_csv(REPORTS / model / "predictions.csv", predictions)
+    write_csv(REPORTS / model / "reliability.csv", reliability)
     write_json(REPORTS / model / "metrics.json", metrics)
     return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+
+
+def confusion_table(confusion: Counts, labels: list[int]) -> pd.DataFrame:
+    """A row for each pair of counts, also those that did not occur."""
+    pairs = pd.MultiIndex.from_product([labels, labels], names=["actual", "predicted"])
+    return pd.DataFrame({"test_bins": confusion.ravel()}, index=pairs).reset_index()
+
+
+def per_quantity_table(confusion: Counts, labels: list[int]) -> pd.DataFrame:
+    recall, precision = recall_and_precision(confusion)
+    return pd.DataFrame(
+        {
+            "quantity": labels,
+            "recall": recall,
+            "precision": precision,
+            "test_bins": confusion.sum(axis=1),
+        }
+    )
 
 
 def majority_quantity() -> int:

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import sklearn.metrics
 
-from stages import evaluate, train
+from stages import evaluate, pretrained, train
 from stages.core.command import UserError
 from tests.made import TINY_VIT, bin_rows, write_params, write_resized, write_split
 
@@ -45,6 +45,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("DVC_ROOT", raising=False)
+        pretrained.main("vit")
         train.main("vit")
         evaluate.main("vit")
     return folder
@@ -89,6 +90,8 @@ def test_the_metrics_are_those_of_the_predictions() -> None:
     table = predictions()
     actual, predicted = table["actual"], table["predicted"]
     absolute_error = (actual - predicted).abs()
+    reliability = pd.read_csv(REPORTS / "reliability.csv")
+    gap = (reliability["accuracy"] - reliability["confidence"]).abs()
 
     assert metrics() == pytest.approx(
         {
@@ -102,7 +105,9 @@ def test_the_metrics_are_those_of_the_predictions() -> None:
                 actual, predicted, average="macro", zero_division=0
             ),
             "test_bins": 7,
-        }
+            "ece": (gap * reliability["test_bins"]).sum() / 7,
+        },
+        rel=1e-5,
     )
 
 
@@ -120,6 +125,32 @@ def test_recall_and_precision_per_quantity_are_those_of_the_predictions() -> Non
     assert rows["test_bins"].tolist() == bins.tolist() == [4, 2, 1]
     np.testing.assert_allclose(rows["recall"], recall, atol=1e-5)
     np.testing.assert_allclose(rows["precision"], precision, atol=1e-5)
+
+
+@pytest.mark.usefixtures("project")
+def test_confusion_has_a_row_for_each_pair_of_counts() -> None:
+    table = predictions()
+    expected = sklearn.metrics.confusion_matrix(table["actual"], table["predicted"])
+
+    rows = pd.read_csv(REPORTS / "confusion.csv")
+
+    assert rows.columns.tolist() == ["actual", "predicted", "test_bins"]
+    assert rows["actual"].tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert rows["predicted"].tolist() == [1, 2, 3] * 3
+    assert rows["test_bins"].tolist() == expected.ravel().tolist()
+
+
+@pytest.mark.usefixtures("project")
+def test_reliability_is_that_of_the_predictions() -> None:
+    table = predictions()
+    confidence = table[["p1", "p2", "p3"]].max(axis=1)
+
+    rows = pd.read_csv(REPORTS / "reliability.csv")
+
+    assert rows["test_bins"].sum() == 7
+    weighted = rows[["confidence", "accuracy"]].mul(rows["test_bins"], axis=0).sum() / 7
+    assert weighted["confidence"] == pytest.approx(confidence.mean(), rel=1e-4)
+    assert weighted["accuracy"] == pytest.approx(metrics()["accuracy"], rel=1e-4)
 
 
 @pytest.mark.usefixtures("project")
@@ -143,7 +174,13 @@ def test_the_saved_model_scores_as_it_did_after_its_last_epoch() -> None:
 
 @pytest.mark.usefixtures("project")
 def test_evaluating_again_gives_the_same_bytes_and_says_the_accuracy() -> None:
-    names = ["metrics.json", "predictions.csv", "per_quantity.csv"]
+    names = [
+        "confusion.csv",
+        "metrics.json",
+        "per_quantity.csv",
+        "predictions.csv",
+        "reliability.csv",
+    ]
     before = [(REPORTS / name).read_bytes() for name in names]
 
     summary = evaluate.main("vit")

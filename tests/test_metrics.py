@@ -1,11 +1,21 @@
 """The metrics, against scikit-learn and by hand."""
 
+import math
+
 import numpy as np
 import pytest
+import sklearn.calibration
 import sklearn.metrics
 from numpy.typing import NDArray
 
-from stages.core.metrics import confusion_matrix, headline_metrics, recall_and_precision
+from stages.core.metrics import (
+    CONFIDENCE_INTERVALS,
+    confusion_matrix,
+    expected_calibration_error,
+    headline_metrics,
+    recall_and_precision,
+    reliability_table,
+)
 
 LABELS = [1, 2, 3, 4, 5]
 Counts = NDArray[np.int64]
@@ -117,3 +127,66 @@ def test_a_label_without_bins_or_predictions_has_recall_and_precision_0() -> Non
 
     np.testing.assert_allclose(recall, [2 / 3, 0, 0])
     np.testing.assert_allclose(precision, [1, 0, 0])
+
+
+def drawn_confidence(seed: int) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
+    """Confidences above that of chance among five, and predictions that are right less often."""
+    chance = np.random.default_rng(seed)
+    confidence = chance.uniform(0.2, 1, 500).astype(np.float32)
+    return chance.random(500) < confidence**2, confidence
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_reliability_is_scikit_learns(seed: int) -> None:
+    right, confidence = drawn_confidence(seed)
+
+    table = reliability_table(right, confidence)
+
+    accuracy, mean = sklearn.calibration.calibration_curve(
+        right, confidence.astype(np.float64), n_bins=CONFIDENCE_INTERVALS
+    )
+    assert table.columns.tolist() == ["confidence", "accuracy", "test_bins"]
+    np.testing.assert_allclose(table["accuracy"], accuracy, atol=1e-12)
+    np.testing.assert_allclose(table["confidence"], mean, atol=1e-12)
+    assert table["test_bins"].sum() == 500
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_calibration_error_is_the_papers_sum(seed: int) -> None:
+    right, confidence = drawn_confidence(seed)
+
+    error = expected_calibration_error(reliability_table(right, confidence))
+
+    expected = 0.0
+    for number in range(CONFIDENCE_INTERVALS):
+        members = [
+            (float(sure), bool(hit))
+            for sure, hit in zip(confidence, right, strict=True)
+            if math.ceil(float(sure) * CONFIDENCE_INTERVALS) == number + 1
+        ]
+        if members:
+            gap = sum(hit for _, hit in members) - sum(sure for sure, _ in members)
+            expected += abs(gap) / 500
+    assert error == pytest.approx(expected, abs=1e-12)
+    assert error > 0.05
+
+
+def test_a_reliability_worked_by_hand() -> None:
+    right = np.array([True, False, True, True, False])
+    # An interval has its upper end, and 1 is in the last one.
+    confidence = np.array([0.25, 0.3, 0.31, 1.0, 0.95])
+
+    table = reliability_table(right, confidence)
+
+    assert table["confidence"].tolist() == pytest.approx([0.275, 0.31, 0.975])
+    assert table["accuracy"].tolist() == [0.5, 1.0, 0.5]
+    assert table["test_bins"].tolist() == [2, 1, 2]
+    assert expected_calibration_error(table) == pytest.approx((2 * 0.225 + 0.69 + 2 * 0.475) / 5)
+
+
+def test_confidence_that_is_as_often_right_has_no_calibration_error() -> None:
+    right = np.arange(10) < 8
+
+    assert expected_calibration_error(reliability_table(right, np.full(10, 0.8))) == pytest.approx(
+        0
+    )

@@ -16,6 +16,7 @@ from obstore.store import S3Store
 from tqdm import tqdm
 
 from stages.core.parallel import map_in_order
+from tools import plots_page
 from tools.drawing import DrawnBin, drawn_bins
 from tools.s3 import CLIENT_ENVIRONMENT, free_port, start_server, stop_server
 
@@ -121,6 +122,7 @@ def make_clone(endpoint: str) -> None:
         "secret_access_key": "demo",
     }.items():
         in_clone("dvc", "remote", "modify", "--quiet", "--local", "storage", key, value)
+    plots_page.install(CLONE)
 
 
 def run_pipeline(endpoint: str) -> None:

@@ -1,9 +1,11 @@
-"""How good predicted counts are. Everything follows from the confusion matrix."""
+"""How good predicted counts are, and how far their confidence can be trusted."""
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 Counts = NDArray[np.int64]
+CONFIDENCE_INTERVALS = 10
 
 
 def confusion_matrix(actual: Counts, predicted: Counts, labels: list[int]) -> Counts:
@@ -52,3 +54,23 @@ def recall_and_precision(
         for total in (confusion.sum(axis=1), confusion.sum(axis=0))
     )
     return recall, precision
+
+
+def reliability_table(right: NDArray[np.bool_], confidence: NDArray[np.floating]) -> pd.DataFrame:
+    """How often predictions of about the same confidence are right: ideally as often as it says.
+
+    A row per interval of confidence that has any: their mean confidence, accuracy and number.
+    There are CONFIDENCE_INTERVALS of equal width, closed on the right, as in section 2 of Guo et
+    al., On Calibration of Modern Neural Networks, 2017 (arXiv:1706.04599).
+    """
+    edges = np.linspace(0, 1, CONFIDENCE_INTERVALS + 1)
+    interval = np.digitize(confidence, edges[1:-1], right=True)
+    columns = {"confidence": np.float64(confidence), "accuracy": right, "test_bins": 1}
+    aggregations = {"confidence": "mean", "accuracy": "mean", "test_bins": "sum"}
+    return pd.DataFrame(columns).groupby(interval).agg(aggregations).reset_index(drop=True)
+
+
+def expected_calibration_error(reliability: pd.DataFrame) -> float:
+    """The mean distance of confidence and accuracy over all bins (the same paper's ECE, eq. 3)."""
+    distance = (reliability["confidence"] - reliability["accuracy"]).abs()
+    return float(np.average(distance, weights=reliability["test_bins"]))

@@ -1,0 +1,346 @@
+"""The pages of `dvc plots`, made by DVC in a small repository and opened in a browser."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from ruamel.yaml import YAML
+
+from stages.core.files import write_csv
+from stages.core.metrics import confusion_matrix, reliability_table
+from stages.evaluate import confusion_table, per_quantity_table
+from tests.browser import DESKTOP, PHONE, Browser, Page, running_browser
+from tests.conftest import REPOSITORY
+from tools import plots_page
+
+PIPELINE = YAML(typ="safe").load(REPOSITORY / "dvc.yaml")
+PLOTS: dict[str, Any] = {
+    title: plot
+    for entry in PIPELINE["plots"]
+    if isinstance(entry, dict)
+    for title, plot in entry.items()
+}
+MODELS = ["resnet34", "vit"]
+# A tag of the repository, and the epochs of its curves.
+REVISIONS = {"three": 3, "two": 2, "one": 1}
+LABELS = [1, 2, 3, 10]
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository of git's and DVC's in a folder of its own."""
+
+    folder: Path
+
+    def run(self, *command: str) -> str:
+        """The command's output; a failure shows it. Without the user's configuration."""
+        programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env={"PATH": programs, "HOME": str(self.folder.parent)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command} failed:\n{done.stdout}"
+        return done.stdout
+
+    def commit(self, tag: str) -> None:
+        self.run("git", "add", ".")
+        self.run("git", "commit", "--quiet", "--message", tag)
+        self.run("git", "tag", tag)
+
+    def plots(self, *arguments: str) -> Path:
+        """The page that `dvc plots` makes."""
+        out = Path(tempfile.mkdtemp(dir=self.folder.parent))
+        self.run("dvc", "plots", *arguments, "--out", str(out))
+        return out / "index.html"
+
+
+def new_repository(folder: Path) -> Repository:
+    """With DVC's settings and the plots of this one."""
+    repository = Repository(folder)
+    settings = ["config", "plots", ".gitignore"]
+    (folder / ".dvc").mkdir(parents=True)
+    for name in settings:
+        source = REPOSITORY / ".dvc" / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, folder / ".dvc" / name)
+    YAML().dump({"plots": PIPELINE["plots"]}, folder / "dvc.yaml")
+    repository.run("git", "init", "--quiet")
+    repository.run("git", "config", "user.name", "Test")
+    repository.run("git", "config", "user.email", "test@localhost")
+    return repository
+
+
+def write_reports(folder: Path, seed: int, epochs: int) -> None:
+    """What the train, evaluate and report stages would leave for the plots."""
+    for number, model in enumerate(MODELS):
+        chance = np.random.default_rng([seed, number])
+        actual, guess = chance.choice(LABELS, (2, 300))
+        predicted = np.where(chance.random(300) < 0.6, actual, guess)
+        confusion = confusion_matrix(actual, predicted, LABELS)
+        confidence = chance.uniform(0.3, 1, 300)
+        names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+        curves = {"epoch": range(1, epochs + 1)} | {name: chance.random(epochs) for name in names}
+        for name, table in {
+            "curves": pd.DataFrame(curves),
+            "confusion": confusion_table(confusion, LABELS),
+            "per_quantity": per_quantity_table(confusion, LABELS),
+            "reliability": reliability_table(predicted == actual, confidence),
+        }.items():
+            write_csv(folder / model / f"{name}.csv", table)
+    (folder / "figures").mkdir(exist_ok=True)
+    Image.new("RGB", (1200, 500), (seed, 90, 150)).save(folder / "figures/quantities.png")
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    """A repository with a commit for each of REVISIONS, the last one checked out."""
+    repository = new_repository(tmp_path_factory.mktemp("plots") / "repository")
+    repository.commit("empty")
+    for seed, (tag, epochs) in enumerate(REVISIONS.items()):
+        write_reports(repository.folder / "reports", seed, epochs)
+        repository.commit(tag)
+    plots_page.install(repository.folder)
+    return repository
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with running_browser() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def shown(repository: Repository) -> Path:
+    """The page of one revision, after one epoch."""
+    return repository.plots("show")
+
+
+@pytest.fixture(scope="module")
+def compared(repository: Repository) -> Path:
+    """The page of three revisions."""
+    return repository.plots("diff", *REVISIONS)
+
+
+def open_plots(browser: Browser, path: Path, width: int = DESKTOP) -> Page:
+    """Open a page of plots, and wait until each is drawn or says why it is not."""
+    page = browser.open(path, width)
+    page.wait_until(
+        "![...document.querySelectorAll('main > div')].some(c => c.querySelector('script'))"
+    )
+    return page
+
+
+def texts(page: Page, title: str, selector: str) -> list[str]:
+    """The texts of the elements in a plot."""
+    card = "#" + title.replace(" ", "_")
+    elements = f"[...document.querySelectorAll('{card} {selector}')]"
+    found: list[str] = page.evaluate(f"{elements}.map(element => element.textContent)")
+    return found
+
+
+def marks(page: Page, title: str, kind: str) -> list[dict[str, str]]:
+    """The visible marks of a kind in a plot: what each tells a screen reader, and its colour."""
+    card = "#" + title.replace(" ", "_")
+    elements = f"[...document.querySelectorAll('{card} .mark-{kind}.role-mark > *')]"
+    visible = "mark => mark.getBoundingClientRect().width > 0"
+    fields = "mark => [mark.getAttribute('aria-label'), mark.getAttribute('fill')]"
+    found = page.evaluate(f"{elements}.filter({visible}).map({fields})")
+    return [
+        dict(part.split(": ", 1) for part in (label or "").split("; ") if part) | {"fill": fill}
+        for label, fill in found
+    ]
+
+
+def of_kind(kind: str) -> list[str]:
+    """The titles of the plots with a template."""
+    return [title for title, plot in PLOTS.items() if plot["template"] == kind]
+
+
+def test_each_plot_reads_an_output_of_a_stage() -> None:
+    outs = [
+        (out if isinstance(out, str) else next(iter(out))).replace("${item.model}", model)
+        for stage in PIPELINE["stages"].values()
+        for out in [*stage["outs"], *stage.get("metrics", [])]
+        for model in MODELS
+    ]
+    files = [file for plot in PLOTS.values() for file in plot["y"]]
+    files += [entry for entry in PIPELINE["plots"] if isinstance(entry, str)]
+    assert set(files) <= set(outs)
+    # DVC mixes up the panels of two files in one plot.
+    assert all(len(plot["y"]) == 1 for plot in PLOTS.values())
+
+
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+@pytest.mark.parametrize("name", ["shown", "compared"])
+def test_a_page_is_drawn_without_a_network(
+    name: str, width: int, browser: Browser, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    path: Path = request.getfixturevalue(name)
+
+    page = open_plots(browser, path, width)
+
+    assert page.problems == []
+    assert {url.partition(":")[0] for url in page.requests} <= {"file", "data"}
+    assert page.sideways() == 0
+    for title in PLOTS:
+        assert title in texts(page, title, ".role-title-text text")
+        assert len(texts(page, title, "svg.marks")) == 1
+    page.screenshot(tmp_path / "page.png")
+    with Image.open(tmp_path / "page.png") as image:
+        assert image.width == width
+        assert len(image.convert("RGB").getcolors(1 << 24) or []) > 50
+
+
+def test_curves_have_a_point_per_epoch_also_of_one(compared: Path, browser: Browser) -> None:
+    page = open_plots(browser, compared)
+
+    for title in of_kind("curves"):
+        points = marks(page, title, "symbol")
+        fields = next(iter(PLOTS[title]["y"].values()))
+        for revision, epochs in REVISIONS.items():
+            for field in fields:
+                drawn = [p for p in points if (p["rev"], p["field"]) == (revision, field)]
+                assert [p["epoch"] for p in drawn] == [str(1 + place) for place in range(epochs)]
+        assert len({(point["rev"], point["fill"]) for point in points}) == len(REVISIONS)
+        # The first axis is that of the epochs, which are whole.
+        assert texts(page, title, ".role-axis-label text")[:3] == ["1", "2", "3"]
+        assert {*REVISIONS, *fields} == set(texts(page, title, ".role-legend-label text"))
+
+
+def test_one_epoch_of_one_revision_shows_both_sets(shown: Path, browser: Browser) -> None:
+    page = open_plots(browser, shown)
+
+    for title in of_kind("curves"):
+        fields = [point["field"] for point in marks(page, title, "symbol")]
+        assert sorted(fields) == sorted(next(iter(PLOTS[title]["y"].values())))
+
+
+def test_confusions_have_each_revisions_own_numbers(
+    compared: Path, browser: Browser, repository: Repository
+) -> None:
+    page = open_plots(browser, compared)
+
+    for title in of_kind("confusion_counts"):
+        (file,) = PLOTS[title]["y"]
+        headers = texts(page, title, ".role-column-header .role-title-text text")
+        panels = page.evaluate(
+            f"[...document.querySelectorAll('#{title.replace(' ', '_')} .cell > g')].map(panel =>"
+            " [...panel.querySelectorAll('.mark-text.role-mark text')].map(text =>"
+            " [text.getAttribute('aria-label'), text.lastChild.textContent]))"
+        )
+        assert headers == list(REVISIONS)
+        for revision, cells in zip(headers, panels, strict=True):
+            repository.run("git", "checkout", "--quiet", revision, "--", file)
+            table = pd.read_csv(repository.folder / file)
+            repository.run("git", "checkout", "--quiet", "HEAD", "--", file)
+            assert {label.partition("; share")[0]: number for label, number in cells} == {
+                f"predicted items: {row.predicted}; items in the record: {row.actual}": (
+                    f"{row.test_bins}"
+                )
+                for row in table.itertuples()
+            }
+        # As numbers: 10 is not between 1 and 2.
+        assert texts(page, title, ".row_header .role-axis-label text") == ["1", "2", "3", "10"]
+
+
+def test_recall_has_a_bar_per_quantity_and_revision(compared: Path, browser: Browser) -> None:
+    page = open_plots(browser, compared)
+
+    for title in of_kind("per_quantity"):
+        bars = marks(page, title, "rect")
+        assert [bar["rev"] for bar in bars] == [name for name in REVISIONS for _ in LABELS]
+        assert [bar["quantity"] for bar in bars] == [*map(str, LABELS)] * len(REVISIONS)
+        assert len({bar["fill"] for bar in bars}) == len(REVISIONS)
+
+
+def test_reliability_has_a_point_per_interval_and_the_diagonal(
+    compared: Path, browser: Browser
+) -> None:
+    page = open_plots(browser, compared)
+
+    for title in of_kind("reliability"):
+        points = marks(page, title, "symbol")
+        assert [point["rev"] for point in points] == [name for name in REVISIONS for _ in range(7)]
+        assert len(marks(page, title, "line")) == 1 + len(REVISIONS)
+
+
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+def test_pictures_fit_and_say_what_they_are(compared: Path, browser: Browser, width: int) -> None:
+    page = open_plots(browser, compared, width)
+
+    pictures = page.evaluate(
+        "[...document.images].map(i => [i.alt, i.naturalWidth, i.width <= innerWidth])"
+    )
+    assert pictures == [["reports/figures/quantities.png", 1200, True]] * len(REVISIONS)
+
+
+def test_a_revision_without_data_gives_no_empty_chart(
+    browser: Browser, repository: Repository
+) -> None:
+    page = open_plots(browser, repository.plots("diff", "empty", "empty"))
+
+    for title in PLOTS:
+        (text,) = page.evaluate(
+            f"[...document.querySelectorAll('#{title.replace(' ', '_')}')].map(c => c.textContent)"
+        )
+        assert text.strip() == f"{title}: no data. Make it with dvc repro, or get it with dvc pull."
+    assert page.problems == []
+
+
+def test_dvcs_own_templates_are_drawn_too(browser: Browser, repository: Repository) -> None:
+    arguments = ["--template", "confusion", "-x", "predicted", "-y", "actual"]
+    path = repository.plots("show", "reports/vit/confusion.csv", *arguments)
+
+    page = open_plots(browser, path)
+
+    assert page.evaluate("document.querySelectorAll('svg .mark-rect.role-mark path').length") > 0
+
+
+def test_setup_leaves_nothing_for_git_and_keeps_other_settings(tmp_path: Path) -> None:
+    repository = new_repository(tmp_path / "repository")
+    repository.commit("new")
+    repository.run("dvc", "config", "--local", "core.autostage", "false")
+
+    plots_page.install(repository.folder)
+    first = (repository.folder / plots_page.PAGE).read_bytes()
+    plots_page.install(repository.folder)
+
+    assert (repository.folder / plots_page.PAGE).read_bytes() == first
+    assert repository.run("git", "status", "--porcelain") == ""
+    assert repository.run("dvc", "config", "--local", "core.autostage").strip() == "false"
+
+
+def test_without_setup_dvc_takes_its_own_page(tmp_path: Path) -> None:
+    repository = new_repository(tmp_path / "repository")
+    write_reports(repository.folder / "reports", seed=0, epochs=2)
+    repository.commit("new")
+
+    text = repository.plots("show").read_text("utf-8")
+
+    assert "https://cdn." in text
+    assert text.count("vegaEmbed(") == len(PLOTS)
+
+
+def test_the_page_has_dvcs_placeholders_once_and_no_place_for_its_scripts() -> None:
+    text = plots_page.plots_page()
+
+    assert text.count("{plot_divs}") == text.count("{refresh_tag}") == 1
+    assert "{scripts}" not in text
+    assert "{vega}" not in text
+    # One that ends each script of the page.
+    assert text.count("</script") == text.count("<script>\n") == 2
