@@ -16,7 +16,7 @@ from stages.core import engine
 from stages.core.augmentation import jitter_colors
 from stages.core.checkpoint import Watch
 from stages.core.command import UserError
-from stages.core.distributed import Processes
+from stages.core.distributed import CPU, Processes
 from stages.core.engine import Epoch, Trainer, plan_epoch, split_into_batches, split_into_parts
 from stages.core.inference import evaluate, normalizer
 from stages.core.loader import Bins
@@ -163,7 +163,7 @@ def test_dropout_is_another_in_each_epoch_step_and_process() -> None:
         for epoch in (1, 2):
             for step in (0, 1, 2):
                 for rank in (0, 1):
-                    engine.seed_dropout(seed, epoch, step, rank)
+                    engine.seed_dropout(seed, epoch, step, rank, CPU)
                     drawn.add(torch.rand(1).item())
 
     assert len(drawn) == 24

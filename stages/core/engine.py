@@ -158,7 +158,7 @@ class Trainer:
         step, steps, size = state.step, len(plan.sizes), plan.sizes[state.step]
         rate = learning_rate(knobs, (state.epoch - 1) * steps + step, knobs.epochs * steps)
         set_learning_rate(state.optimizer, rate)
-        seed_dropout(knobs.seed, state.epoch, step, self.processes.rank)
+        seed_dropout(knobs.seed, state.epoch, step, self.processes.rank, self.classifier.device)
         # Compiled for one shape; what is left at the end of an epoch has another.
         forward = self.compiled if size == knobs.batch_size else self.module
         for part in plan.parts[step]:
@@ -351,6 +351,10 @@ def split_into_parts(
     return [slice(share[0], share[-1] + 1) if len(share) else slice(0) for share in shares]
 
 
-def seed_dropout(seed: int, epoch: int, step: int, rank: int) -> None:
+def seed_dropout(seed: int, epoch: int, step: int, rank: int, device: torch.device) -> None:
     numbers = np.random.SeedSequence([seed, epoch, step, rank]).generate_state(1, np.uint64)
-    torch.manual_seed(int(numbers[0]))
+    # Not torch.manual_seed, which also asks for devices that are not there: half of a millisecond.
+    generator = torch.default_generator
+    if device.type == "cuda":
+        generator = torch.cuda.default_generators[device.index or 0]
+    generator.manual_seed(int(numbers[0]))
