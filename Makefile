@@ -2,12 +2,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help setup demo demo-clean test check format lock
+.PHONY: help setup demo demo-clean s3 doctor test check bench-train bench-gpu format lock
 
 help:  ## this list
-	@sed -nE 's/^([a-z-]+):.*## /\1\t/p' Makefile | expand -t 12
+	@sed -nE 's/^([a-z0-9-]+):.*## /\1\t/p' Makefile | expand -t 12
 
-setup: $(VENV)/.installed  ## the exact, hashed packages of requirements.txt in .venv
+setup: $(VENV)/.installed .dvc/plots.html  ## the exact, hashed packages of requirements.txt in .venv
 
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -16,11 +16,24 @@ $(VENV)/.installed: requirements.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
 	@touch $@
 
+.dvc/plots.html: $(VENV)/.installed tools/plots_page.py tools/plots_page.html
+	python -m tools.plots_page
+
 demo: setup  ## the whole pipeline on drawn bins; minutes, no account, no GPU
 	python -m tools.demo
 
 demo-clean:  ## stop the demo's S3 server, remove demo/
-	$(if $(wildcard demo),python -m tools.demo --clean)
+	@# In shell, since .venv may be gone by now. So may the server, and its number be another's.
+	@pid=$$(cat demo/s3.pid 2>/dev/null) && \
+		ps -ww -o args= -p "$$pid" | grep -q 'serve s3 .*/demo/s3 ' && kill "$$pid" || true
+	rm -rf demo
+
+s3: setup  ## an S3 server with two buckets in s3/, to try it all by hand; PORT=9000
+	@python -m tools.s3 $(if $(PORT),--port $(PORT))
+
+doctor:  ## what would fail on this machine, and how to mend it
+	@# Without setup, which may be what fails.
+	@$$(command -v python || command -v python3) -m tools.doctor
 
 test: setup  ## all tests
 	python -m pytest
@@ -29,6 +42,18 @@ check: setup  ## lint, format and types
 	ruff check .
 	ruff format --check .
 	mypy
+
+bench-train: setup $(VENV)/.bench-installed  ## loading and training against peers on this CPU; 15 minutes, undisturbed
+	python -m benchmarks.loader
+	python -m benchmarks.train_cpu
+
+bench-gpu:  ## training on this GPU; 9 minutes
+	@# Without setup: benchmarks/README.md says what a GPU machine needs.
+	@$$(command -v python || command -v python3) -m benchmarks.gpu
+
+$(VENV)/.bench-installed: benchmarks/requirements.txt $(VENV)/.installed
+	python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@touch $@
 
 format: setup  ## what of `check` can be mended by itself
 	ruff check --fix .

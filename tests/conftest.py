@@ -22,6 +22,7 @@ from stages.core import params
 from stages.core.bucket import open_bucket
 from stages.core.jpeg import Pixels
 from stages.core.records import INDEX, parse_record
+from tests.project import SETTINGS, Project, fill_buckets
 from tools.drawing import DrawnBin, drawn_bins
 from tools.s3 import CLIENT_ENVIRONMENT, serving
 
@@ -127,6 +128,26 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
     folder.mkdir()
     with serving(folder) as url:
         yield S3(url, folder)
+
+
+@pytest.fixture(scope="session")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An S3 server with drawn bins in one bucket and nothing in the other."""
+    buckets = tmp_path_factory.mktemp("server") / "s3"
+    fill_buckets(buckets)
+    with serving(buckets) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory, endpoint: str) -> Project:
+    """A project in which the whole pipeline has run once, and is committed and tagged."""
+    project = Project(tmp_path_factory.mktemp("first") / "project", endpoint)
+    project.experiment(*SETTINGS, f"bucket.endpoint={endpoint}")
+    project.run("git", "add", ".")
+    project.run("git", "commit", "--quiet", "--message", "A run")
+    project.run("git", "tag", "first-run")
+    return project
 
 
 def folder_bucket(folder: Path, objects: Mapping[str, bytes]) -> params.Bucket:

@@ -2,50 +2,19 @@
 
 import ast
 import json
-import os
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
 import transformers
 from ruamel.yaml import YAML
 
-from tools.drawing import drawn_bins
-from tools.s3 import CLIENT_ENVIRONMENT, serving
+from tests.project import ROOT, SETTINGS, Project, copy_working_tree
 
-ROOT = Path(__file__).parent.parent
-STAGES = {
-    name: stage.get("do", stage)
-    for name, stage in YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"].items()
-}
-DRAWN_BINS = 160
-SETTINGS = [
-    "bucket.url=s3://bins",
-    "index.max_rejects=0.05",
-    "subset.bins=70",
-    "fetch.shard_bins=30",
-    "resize.size=32",
-    "resize.max_rejects=0.05",
-    "split.train=48",
-    "split.test=20",
-    "train.resnet34.pretrained=false",
-    "train.resnet34.batch_size=16",
-    "train.resnet34.epochs=1",
-    "train.vit.pretrained=false",
-    "+train.vit.config.hidden_size=32",
-    "+train.vit.config.intermediate_size=32",
-    "+train.vit.config.num_hidden_layers=1",
-    "+train.vit.config.num_attention_heads=2",
-    "+train.vit.config.patch_size=8",
-    "train.vit.batch_size=16",
-    "train.vit.epochs=2",
-    "train.vit.warmup_steps=1",
-]
+PIPELINE = YAML(typ="safe").load(ROOT / "dvc.yaml")
+STAGES = {name: stage.get("do", stage) for name, stage in PIPELINE["stages"].items()}
 DATA_OUTPUTS = [
     "data/index.parquet",
     "data/index.json",
@@ -91,95 +60,46 @@ def test_every_stage_describes_itself_and_its_knobs_exist(name: str) -> None:
             values = values[part]
 
 
-class Project:
-    """A clone of the working tree, with the DVC remote in a bucket of the server."""
-
-    def __init__(self, folder: Path, endpoint: str) -> None:
-        self.folder = folder
-        ignored = shutil.ignore_patterns(
-            ".git", ".venv", ".cache", "demo", "cache", "tmp", "*.lock"
-        )
-        shutil.copytree(ROOT, folder, ignore=ignored)
-        # As on a fresh machine: no configuration of the user's, no credentials.
-        home = folder.with_name(f"{folder.name}-home")
-        home.mkdir()
-        self.environment = {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "HOME": str(home),
-            "HF_HUB_OFFLINE": "1",
-            **CLIENT_ENVIRONMENT,
-        }
-        self.run("git", "init", "--quiet", "--initial-branch=main")
-        self.run("git", "config", "user.name", "Test")
-        self.run("git", "config", "user.email", "test@localhost")
-        self.run("git", "add", ".")
-        self.run("git", "commit", "--quiet", "--message", "Everything")
-        for key, value in {
-            "url": "s3://storage",
-            "endpointurl": endpoint,
-            "access_key_id": "test",
-            "secret_access_key": "test",
-        }.items():
-            self.run("dvc", "remote", "modify", "--local", "storage", key, value)
-
-    def run(self, *command: str) -> str:
-        """The command's output; a failure shows it."""
-        done = subprocess.run(
-            command,
-            cwd=self.folder,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, f"{command} failed:\n{done.stdout}"
-        return done.stdout
-
-    def experiment(self, *settings: str) -> str:
-        words = [word for setting in settings for word in ("--set-param", setting)]
-        return self.run("dvc", "exp", "run", *words)
-
-    def locked(self) -> dict[str, str]:
-        """The MD5 of every output by its path, from dvc.lock."""
-        lock = YAML(typ="safe").load(self.folder / "dvc.lock")
-        return {
-            out["path"]: out["md5"] for stage in lock["stages"].values() for out in stage["outs"]
-        }
-
-    def metrics(self, model: str) -> dict[str, Any]:
-        text = (self.folder / f"reports/{model}/metrics.json").read_text("utf-8")
-        values: dict[str, Any] = json.loads(text)
-        return values
+def test_the_report_depends_on_what_it_reads_of_each_model() -> None:
+    (models,) = (block["models"] for block in PIPELINE["vars"])
+    names = [
+        "confusion.csv",
+        "curves.csv",
+        "metrics.json",
+        "per_quantity.csv",
+        "predictions.csv",
+        "reliability.csv",
+    ]
+    stage = STAGES["report"]
+    assert [dep for dep in stage["deps"] if dep.startswith("reports/")] == [
+        f"reports/{model}/{name}" for model in models for name in names
+    ]
+    assert stage["params"] == ["subset", "resize", "split", *(f"train.{model}" for model in models)]
 
 
-@pytest.fixture(scope="module")
-def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An S3 server with drawn bins, a truncated photograph and a garbled record."""
-    buckets = tmp_path_factory.mktemp("server") / "s3"
-    for folder in ("storage", "bins/bin-images", "bins/metadata"):
-        (buckets / folder).mkdir(parents=True)
-    for drawn in drawn_bins(DRAWN_BINS, seed=3):
-        photograph, record = drawn.photograph, drawn.record
-        if drawn.id == "00040":
-            record = b"not a record"
-        if drawn.id == "00007":
-            photograph = photograph[:2000]
-        (buckets / f"bins/bin-images/{drawn.id}.jpg").write_bytes(photograph)
-        (buckets / f"bins/metadata/{drawn.id}.json").write_bytes(record)
-    with serving(buckets) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, endpoint: str) -> Project:
-    """A project in which the whole pipeline has run once, and is committed."""
-    project = Project(tmp_path_factory.mktemp("first") / "project", endpoint)
-    project.experiment(*SETTINGS, f"bucket.endpoint={endpoint}")
-    project.run("git", "add", ".")
-    project.run("git", "commit", "--quiet", "--message", "A run")
-    return project
+def test_a_project_has_the_working_tree_without_outputs_and_settings(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    files = {
+        ".gitignore": "/data",
+        ".dvc/.gitignore": "/config.local",
+        ".dvc/config.local": "[core]",
+        "data/index.json": "{}",
+        "dvc.lock": "schema: '2.0'",
+        "committed.py": "before",
+        "deleted.py": "",
+    }
+    for name, text in files.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(text)
+    for command in (["init", "--quiet"], ["add", "."]):
+        subprocess.run(["git", *command], cwd=source, check=True)
+    (source / "committed.py").write_text("changed")
+    (source / "deleted.py").unlink()
+    (source / "new é.py").write_text("")
+    copy_working_tree(source, target)
+    copied = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+    assert copied == {".gitignore", ".dvc/.gitignore", "committed.py", "new é.py"}
+    assert (target / "committed.py").read_text() == "changed"
 
 
 def test_every_bin_is_accounted_for(project: Project) -> None:
@@ -198,7 +118,7 @@ def test_every_bin_is_accounted_for(project: Project) -> None:
 def test_each_model_is_trained_evaluated_and_loads(project: Project, model: str) -> None:
     metrics = project.metrics(model)
     names = ["accuracy", "majority_accuracy", "rmse", "mae", "within_one", "macro_f1"]
-    assert list(metrics) == [*names, "test_bins"]
+    assert list(metrics) == [*names, "test_bins", "ece"]
     assert metrics["test_bins"] == 20
     curves = pd.read_csv(project.folder / f"reports/{model}/curves.csv")
     assert curves["epoch"].tolist() == list(range(1, len(curves) + 1))

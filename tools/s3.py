@@ -1,6 +1,11 @@
-"""A real S3 server on loopback (rclone's), for the demo and the tests."""
+"""A real S3 server on loopback (rclone's), for the demo, the tests, and for trying DVC by hand.
 
+`make s3` runs it with two empty buckets until Ctrl-C, and says how to use them.
+"""
+
+import argparse
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -30,15 +35,67 @@ def free_port() -> int:
         return port
 
 
-def start_server(folder: Path, port: int, log: Path, pid_file: Path) -> str:
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.s3", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("s3"), help="for the data: s3")
+    parser.add_argument("--port", type=int, default=9000, help="of the server: 9000")
+    arguments = parser.parse_args()
+    if answers(arguments.port):
+        sys.exit(f"s3: error: port {arguments.port} is taken; try another: make s3 PORT=<port>")
+    # `kill` and a closed terminal end it as Ctrl-C does.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        serve_until_stopped(arguments.folder, arguments.port)
+    except (OSError, RuntimeError) as error:
+        sys.exit(f"s3: error: {error}")
+
+
+def serve_until_stopped(folder: Path, port: int) -> None:
+    """Serve the buckets bins and storage in `folder`, until SIGINT. Says how to use them."""
+    for bucket in ("bins", "storage"):
+        (folder / bucket).mkdir(parents=True, exist_ok=True)
+    log, pid_file = folder / ".server.log", folder / ".server.pid"
+    try:
+        # A file that is copied into the folder, not uploaded, shows as soon as a listing expires.
+        url = start_server(folder, port, log, pid_file, "--dir-cache-time", "1s")
+        print(instructions(folder, url), flush=True)
+        psutil.Process(int(pid_file.read_text())).wait()
+        raise RuntimeError(f"the server ended: {log.read_text(errors='replace')}")
+    except KeyboardInterrupt:
+        print(f"\nstopped; the data stays in {folder}/")
+    finally:
+        stop_server(pid_file)
+
+
+def instructions(folder: Path, url: str) -> str:
+    settings = " ".join(f"{name}={value}" for name, value in CLIENT_ENVIRONMENT.items())
+    return f"""\
+An S3 server for this machine is at {url}, with its data in {folder}/:
+  {folder}/bins      a bucket for photographs, bin-images/<id>.jpg, and records, metadata/<id>.json
+  {folder}/storage   a bucket for what DVC pushes
+It takes any access key and secret key, or none. In another terminal, in the repository:
+
+  export {settings}
+  dvc remote modify --local storage url s3://storage
+  dvc remote modify --local storage endpointurl {url}
+  dvc remote modify --local storage access_key_id any
+  dvc remote modify --local storage secret_access_key any
+  dvc exp run -S bucket.url=s3://bins -S bucket.endpoint={url}
+
+Ctrl-C stops it, and the data stays."""
+
+
+def start_server(folder: Path, port: int, log: Path, pid_file: Path, *options: str) -> str:
     """Serve each folder in `folder` as a bucket, until stop_server; the server's URL.
 
-    It listens on loopback only and takes anonymous requests as well as any credentials.
+    It listens on loopback only and takes anonymous requests as well as any credentials, if
+    `options`, more arguments for rclone, do not change that.
     Raises RuntimeError with the log's text if it does not answer.
     """
     with log.open("wb") as output:
         server = subprocess.Popen(
-            [str(RCLONE), "serve", "s3", str(folder), "--addr", f"127.0.0.1:{port}"],
+            [str(RCLONE), "serve", "s3", str(folder), "--addr", f"127.0.0.1:{port}", *options],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -76,11 +133,15 @@ def answers(port: int) -> bool:
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[str]:
+def serving(folder: Path, *options: str) -> Iterator[str]:
     """Serve `folder` while the block runs, and give the server's URL."""
     log, pid_file = folder.with_name("s3.log"), folder.with_name("s3.pid")
-    url = start_server(folder, free_port(), log, pid_file)
+    url = start_server(folder, free_port(), log, pid_file, *options)
     try:
         yield url
     finally:
         stop_server(pid_file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Clones of the working tree in which tests run DVC, with an S3 server for data and remote."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from tools.drawing import drawn_bins
+from tools.s3 import CLIENT_ENVIRONMENT
+
+ROOT = Path(__file__).parent.parent
+DRAWN_BINS = 160
+SETTINGS = [
+    "bucket.url=s3://bins",
+    "index.max_rejects=0.05",
+    "subset.bins=70",
+    "fetch.shard_bins=30",
+    "resize.size=32",
+    "resize.max_rejects=0.05",
+    "split.train=48",
+    "split.test=20",
+    "train.resnet34.pretrained=false",
+    "train.resnet34.batch_size=16",
+    "train.resnet34.epochs=1",
+    "train.vit.pretrained=false",
+    "+train.vit.config.hidden_size=32",
+    "+train.vit.config.intermediate_size=32",
+    "+train.vit.config.num_hidden_layers=1",
+    "+train.vit.config.num_attention_heads=2",
+    "+train.vit.config.patch_size=8",
+    "train.vit.batch_size=16",
+    "train.vit.epochs=2",
+    "train.vit.warmup_steps=1",
+]
+
+
+def copy_working_tree(source: Path, target: Path) -> None:
+    """Copy what git would commit, as it is on the disk: no outputs of DVC's, no settings."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, cwd=source, stdout=subprocess.PIPE, text=True, check=True)
+    for name in listed.stdout.split("\0"):
+        # dvc.lock records a run, of which the copy has no outputs.
+        if (source / name).is_file() and name != "dvc.lock":
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source / name, target / name)
+
+
+def fill_buckets(folder: Path) -> None:
+    """An empty bucket, and one of drawn bins with a truncated photograph and a garbled record."""
+    for name in ("storage", "bins/bin-images", "bins/metadata"):
+        (folder / name).mkdir(parents=True)
+    for drawn in drawn_bins(DRAWN_BINS, seed=3):
+        photograph, record = drawn.photograph, drawn.record
+        if drawn.id == "00040":
+            record = b"not a record"
+        if drawn.id == "00007":
+            photograph = photograph[:2000]
+        (folder / f"bins/bin-images/{drawn.id}.jpg").write_bytes(photograph)
+        (folder / f"bins/metadata/{drawn.id}.json").write_bytes(record)
+
+
+def fresh_environment(home: Path) -> dict[str, str]:
+    """As on a fresh machine: no configuration of the user's, no credentials."""
+    return {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+        **CLIENT_ENVIRONMENT,
+    }
+
+
+class Clone:
+    """A git clone with the programs and the environment for running DVC in it."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder = folder
+        self.environment = environment
+
+    def run(self, *command: str) -> str:
+        """The command's output; a failure shows it."""
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command} failed:\n{done.stdout}"
+        return done.stdout
+
+    def experiment(self, *settings: str) -> str:
+        words = [word for setting in settings for word in ("--set-param", setting)]
+        return self.run("dvc", "exp", "run", *words)
+
+    def locked(self) -> dict[str, str]:
+        """The MD5 of every output by its path, from dvc.lock."""
+        lock = YAML(typ="safe").load(self.folder / "dvc.lock")
+        return {
+            out["path"]: out["md5"] for stage in lock["stages"].values() for out in stage["outs"]
+        }
+
+    def metrics(self, model: str) -> dict[str, Any]:
+        text = (self.folder / f"reports/{model}/metrics.json").read_text("utf-8")
+        values: dict[str, Any] = json.loads(text)
+        return values
+
+    def clone(self, folder: Path, source: Path | None = None) -> "Clone":
+        """A colleague's clone of this one, or of `source`: the same remote, and nothing cached."""
+        self.run("git", "clone", "--quiet", str(source or self.folder), str(folder))
+        shutil.copy(self.folder / ".dvc/config.local", folder / ".dvc/config.local")
+        clone = Clone(folder, self.environment)
+        clone.identify()
+        return clone
+
+    def identify(self) -> None:
+        self.run("git", "config", "user.name", "Test")
+        self.run("git", "config", "user.email", "test@localhost")
+
+
+class Project(Clone):
+    """A clone of the working tree, with the DVC remote in a bucket of the server."""
+
+    def __init__(self, folder: Path, endpoint: str) -> None:
+        copy_working_tree(ROOT, folder)
+        home = folder.with_name(f"{folder.name}-home")
+        home.mkdir()
+        super().__init__(folder, fresh_environment(home))
+        self.run("git", "init", "--quiet", "--initial-branch=main")
+        self.identify()
+        self.run("git", "add", ".")
+        self.run("git", "commit", "--quiet", "--message", "Everything")
+        for key, value in {
+            "url": "s3://storage",
+            "endpointurl": endpoint,
+            "access_key_id": "test",
+            "secret_access_key": "test",
+        }.items():
+            self.run("dvc", "remote", "modify", "--local", "storage", key, value)
