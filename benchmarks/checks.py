@@ -1,0 +1,132 @@
+"""What benchmarks/gpu.py checks of training where it matters: that it goes on after a stop, that
+it says what to do when memory is short, and what it reaches on real data."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from benchmarks import common
+from benchmarks.training import Task
+from stages.core.checkpoint import NAME, TrainingState, Watch, restore_checkpoint
+from stages.core.command import Stopped, UserError
+from stages.core.distributed import Processes
+from stages.core.engine import Trainer
+from stages.core.inference import default_device, place
+from stages.core.networks import build_classifier
+
+if TYPE_CHECKING:
+    from stages.core.params import Model
+
+
+class _StoppingWatch(Watch):
+    """Asks for a stop after one step, as a signal would."""
+
+    def __init__(self, processes: Processes, path: Path, epoch: int, step: int) -> None:
+        super().__init__(processes, path)
+        self._place = epoch, step
+
+    def after_step(self, state: TrainingState, images: int) -> None:
+        if (state.epoch, state.step) == self._place:
+            self.request.signal = signal.SIGTERM
+            self.look(state, images)
+        super().after_step(state, images)
+
+
+def compare_stopped_training(task: Task) -> list[str]:
+    """Train in one go, and with a stop in the middle of the last epoch.
+
+    A row: the network, where it stopped, and whether the two ended with the same bits.
+    """
+    straight, stopped, resumed = (task.trainer(deterministic=True) for _ in range(3))
+    epochs = list(straight.train())
+    epoch, step = task.knobs.epochs, straight.steps // 2
+    with TemporaryDirectory(prefix="bench-") as folder:
+        path = Path(folder) / NAME
+        try:
+            list(stopped.train(_StoppingWatch(stopped.processes, path, epoch, step)))
+        except Stopped:
+            pass
+        else:
+            raise AssertionError("the training did not stop")
+        if not restore_checkpoint(path, resumed.state, resumed.processes):
+            raise AssertionError("the stopped training left no checkpoint")
+    same = list(resumed.train()) == epochs
+    different = differing_tensors(straight, resumed)
+    found = "the same" if same and not different else f"{different} tensors differ"
+    return [task.knobs.name, f"epoch {epoch}, step {step} of {straight.steps}", found]
+
+
+def differing_tensors(one: Trainer, other: Trainer) -> int:
+    """Of the weights and of the optimizer."""
+    others = other.state.tensors()
+    return sum(not value.equal(others[name]) for name, value in one.state.tensors().items())
+
+
+def too_large_batch(task: Task, memory: int) -> str:
+    """What training says when a batch is more than so many bytes of the GPU's memory hold."""
+    limit_memory(memory, task.device)
+    trainer = task.trainer()
+    try:
+        trainer.train_one_epoch(Watch(trainer.processes))
+    except UserError as error:
+        return str(error)
+    raise AssertionError("the batch was not too large")
+
+
+def follow_advice(task: Task, memory: int, message: str) -> str:
+    """Train as the message of too_large_batch says: what came of it."""
+    advice = re.search(r"accumulation to (\d+)", message)
+    if not advice:
+        return "It has no advice."
+    limit_memory(memory, task.device)
+    advised = replace(task, knobs=common.changed(task.knobs, accumulation=int(advice[1])))
+    trainer = advised.trainer()
+    try:
+        trainer.train_one_epoch(Watch(trainer.processes))
+    except UserError as error:
+        return f"With this accumulation: {error}"
+    return "With this accumulation it trained."
+
+
+def limit_memory(memory: int, device: torch.device) -> None:
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(memory / total, device)
+
+
+def accuracies(data: Path, model: str, knobs: Model, seconds: float) -> str:
+    """Train on the pipeline's data folder; no epoch begins after so many seconds.
+
+    The pretrained weights, if the knobs want them, are in pretrained/<model> of that folder.
+    """
+    train_bins, test_bins = common.load_data(data, "train", "test")
+    device = default_device()
+    torch.manual_seed(knobs.seed)
+    labels = sorted({*train_bins.quantities.tolist(), *test_bins.quantities.tolist()})
+    classifier = build_classifier(knobs, data / "pretrained" / model, labels, train_bins.size)
+    place(classifier, device)
+    batch_size = common.load_params()["evaluate"]["batch_size"]
+    processes = Processes(device=device)
+    trainer = Trainer(classifier, train_bins, test_bins, knobs, batch_size, processes)
+    started, rows = time.monotonic(), []
+    for epoch in trainer.train():
+        passed = time.monotonic() - started
+        row = [str(epoch.epoch), f"{epoch.train_loss:.4f}", f"{epoch.train_accuracy:.4f}"]
+        rows.append([*row, f"{epoch.test_loss:.4f}", f"{epoch.test_accuracy:.4f}", f"{passed:.1f}"])
+        print(f"{model}: {' '.join(rows[-1])}", flush=True)
+        if passed > seconds:
+            break
+    majority = np.unique(test_bins.quantities, return_counts=True)[1].max() / len(test_bins)
+    header = ["epoch", "train loss", "accuracy", "test loss", "accuracy", "after s"]
+    return (
+        f"{len(train_bins)} bins, tested on {len(test_bins)}, whose most frequent quantity is that"
+        f" of {majority:.4f} of them.\n\n{common.table(header, rows)}"
+    )

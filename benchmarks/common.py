@@ -1,0 +1,266 @@
+"""What the benchmarks share: drawn data, rounds, the machine's description, tables.
+
+Imports nothing that a GPU machine may lack: no pydantic, ruamel.yaml, obstore or DVC.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import multiprocessing
+import os
+import platform
+import random
+import re
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import torch
+import yaml
+
+from stages.core import jpeg
+from stages.core.distributed import Processes
+from stages.core.files import write_csv
+from stages.core.inference import autocast
+from stages.core.loader import Bins, Images, load_sets
+from stages.core.parallel import usable_cores
+from stages.core.shards import IMAGES, Row, shard_name, write_table
+from tools.drawing import DrawnBin, drawn_bins
+
+if TYPE_CHECKING:
+    from stages.core.params import Model
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+# Standard deviation of the noise on the drawn bins: their JPEGs of 224 pixels are then as large as
+# those of real photographs, 11 kB, and take as long to decode.
+GRAIN = 3.7
+# Taken over by fresh processes. None of them may use a GPU when imported: no copy could then.
+SLOW_IMPORTS = [
+    "stages.core.engine",
+    "benchmarks.training",
+    "torchvision.transforms.v2",
+    "datasets",
+    "webdataset",
+]
+BINS_DRAWN_AT_ONCE = 32
+BINS_IN_A_SHARD = 256
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Takes 1e-3 for a number, as YAML 1.2 and DVC do."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+
+
+def load_params() -> dict[str, Any]:
+    """params.yaml, unchecked: what checks it (pydantic) may be absent where a GPU is."""
+    params: dict[str, Any] = parse_yaml((ROOT / "params.yaml").read_text("utf-8"))
+    return params
+
+
+def model_knobs(model: str, **changes: Any) -> Model:
+    """The train block of that model in params.yaml, with some of its knobs changed."""
+    return changed(cast("Model", SimpleNamespace(**load_params()["train"][model])), **changes)
+
+
+def changed(knobs: Model, **changes: Any) -> Model:
+    """A copy with other values. Raises AttributeError for a knob that there is not."""
+    for name in changes:
+        getattr(knobs, name)
+    return cast("Model", SimpleNamespace(**vars(knobs) | changes))
+
+
+def fresh_processes(count: int = 1) -> ProcessPoolExecutor:
+    """New processes, begun with the libraries imported but nothing computed yet."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([name for name in SLOW_IMPORTS if name in sys.modules])
+    return ProcessPoolExecutor(count, context, _fork_from_here)
+
+
+def _fork_from_here() -> None:
+    """Workers of a DataLoader start as they do in a process of one's own."""
+    multiprocessing.set_start_method("fork", force=True)
+
+
+def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    with fresh_processes() as pool:
+        return pool.submit(function, *args, **kwargs).result()
+
+
+@contextmanager
+def made_data(train: int, test: int, size: int) -> Iterator[Path]:
+    """A folder with drawn bins of `size` pixels, gone when the block ends.
+
+    resized/ and split.csv are as the pipeline makes them; files/<quantity>/<id>.jpg are those of
+    the training set once more, as most loaders want them.
+    """
+    with TemporaryDirectory(prefix="bench-") as name:
+        folder = Path(name)
+        rows = _draw_rows(train + test, size)
+        for number, start in enumerate(range(0, len(rows), BINS_IN_A_SHARD)):
+            table = pa.Table.from_pylist(rows[start : start + BINS_IN_A_SHARD], IMAGES)
+            write_table(folder / "resized" / shard_name(number), table)
+        sets = ["train"] * train + ["test"] * test
+        ids = [row["id"] for row in rows]
+        write_csv(folder / "split.csv", pd.DataFrame({"id": ids, "set": sets}))
+        for row in rows[:train]:
+            path = folder / "files" / str(row["quantity"]) / f"{row['id']}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(row["image"])
+        yield folder
+
+
+def _draw_rows(count: int, size: int) -> list[Row]:
+    params = load_params()
+    draw = partial(_draw_some, size, params["resize"]["quality"], params["subset"]["quantities"])
+    seeds = range(-(-count // BINS_DRAWN_AT_ONCE))
+    with fresh_processes(usable_cores()) as pool:
+        rows = list(chain.from_iterable(pool.map(draw, seeds)))[:count]
+    return [row | {"id": f"{number:06d}"} for number, row in enumerate(rows, start=1)]
+
+
+def _draw_some(size: int, quality: int, quantities: Sequence[int], seed: int) -> list[Row]:
+    torch.set_num_threads(1)
+    noise = np.random.default_rng(seed)
+    bins = (drawn for drawn in drawn_bins(10_000, seed) if drawn.quantity in quantities)
+    return [_row(drawn, size, quality, noise) for drawn in islice(bins, BINS_DRAWN_AT_ONCE)]
+
+
+def _row(drawn: DrawnBin, size: int, quality: int, noise: np.random.Generator) -> Row:
+    pixels = jpeg.resize(jpeg.decode(drawn.photograph), size, "squeeze")
+    grainy = (pixels + noise.normal(0, GRAIN, pixels.shape)).clip(0, 255).astype(np.uint8)
+    return {"quantity": drawn.quantity, "image": jpeg.encode(grainy, quality)}
+
+
+def mean_file_size(folder: Path) -> float:
+    """Of a JPEG of the training set, in bytes."""
+    return statistics.mean(path.stat().st_size for path in folder.glob("files/*/*.jpg"))
+
+
+def load_data(folder: Path, *sets: str) -> list[Bins]:
+    """These sets of made_data, or of the pipeline's data folder."""
+    with TemporaryDirectory(prefix="bench-") as work:
+        return load_sets(folder / "resized", folder / "split.csv", sets, Path(work), Processes())
+
+
+class _RepeatedImages(Images):
+    def __init__(self, images: Images, count: int) -> None:
+        self._images = images
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, row: int) -> bytes:
+        return self._images[row % len(self._images)]
+
+
+def repeated(bins: Bins, count: int) -> Bins:
+    """The first `count` bins, beginning again where they end."""
+    rows = np.arange(count) % len(bins)
+    ids = [bins.ids[row] for row in rows]
+    images = _RepeatedImages(bins.images, count)
+    return replace(bins, ids=ids, quantities=bins.quantities[rows], images=images)
+
+
+def interleaved(
+    cases: Iterable[T], rounds: int, measure: Callable[[T], float]
+) -> dict[T, list[float]]:
+    """Measure each case once a round, so that a machine whose speed swings treats all alike.
+
+    The order is another one in each round.
+    """
+    values: dict[T, list[float]] = {case: [] for case in cases}
+    for number in range(1, rounds + 1):
+        for case in random.Random(number).sample(list(values), len(values)):
+            values[case].append(measure(case))
+            print(f"round {number}/{rounds}: {case}: {values[case][-1]:.4g}", flush=True)
+    return values
+
+
+def spread(values: Sequence[float]) -> str:
+    """The median, and between which values it is."""
+    if len(values) == 1:
+        return rounded(values[0])
+    low, high = min(values), max(values)
+    return f"{rounded(statistics.median(values))} ({rounded(low)}-{rounded(high)})"
+
+
+def rounded(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    return f"{float(f'{value:.3g}'):,.10g}"
+
+
+def times(value: float) -> str:
+    return f"{value:.2f}x"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """In Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def describe_machine(device: torch.device, packages: Sequence[str]) -> str:
+    """The hardware, and the versions of what is measured, as a table."""
+    rows = {"processor": f"{_processor()}, {usable_cores()} cores to use"}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        rows["GPU"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    rows["precision of ours"] = "bfloat16" if computes_in_bfloat16(device) else "float32, no bf16"
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    rows["versions"] = ", ".join([f"Python {platform.python_version()}", *versions])
+    rows["load average before"] = f"{os.getloadavg()[0]:.2f}"
+    return table(["machine", ""], rows.items())
+
+
+def computes_in_bfloat16(device: torch.device) -> bool:
+    with autocast(device):
+        return torch.is_autocast_enabled(device.type)
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    names = (
+        re.findall(r"model name\s*: (.*)", information.read_text()) if information.exists() else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def own_command() -> str:
+    """How this process was started."""
+    module = sys.modules["__main__"].__spec__
+    return shlex.join(["python", "-m", module.name if module else "", *sys.argv[1:]])
+
+
+def write_report(path: Path, title: str, sections: Mapping[str, str]) -> None:
+    """The texts under their headings, and the command that made them."""
+    parts = [f"# {title}", f"Made by `{own_command()}`."]
+    for heading, text in sections.items():
+        parts += [f"## {heading}" if heading else "", text.strip()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(part for part in parts if part) + "\n", "utf-8")

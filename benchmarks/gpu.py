@@ -1,0 +1,400 @@
+"""Training on one GPU: how fast, what bounds it, and that it stops and goes on as it should.
+
+    python -m benchmarks.gpu
+
+Needs torch, torchvision, transformers, accelerate and simplejpeg, but neither DVC nor a network.
+Makes its own data. `--data FOLDER` also trains models on real data: FOLDER has resized/ and
+split.csv as the pipeline makes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from benchmarks import checks, common, training
+from benchmarks.training import Stopwatch, Task
+from stages.core.engine import split_into_batches
+from stages.core.inference import default_device
+from stages.core.loader import load_batches
+from stages.core.networks import logits_of
+from stages.core.parallel import usable_cores
+
+PACKAGES = ["torch", "torchvision", "transformers", "accelerate", "simplejpeg", "pillow"]
+# Of both kinds, but small: for what is no matter of speed.
+SMALL_VIT = {
+    "model_type": "vit",
+    "hidden_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 384,
+    "hidden_dropout_prob": 0.1,
+}
+SMALL_NETWORKS: dict[str, dict[str, Any]] = {
+    "resnet34": {"name": "resnet18"},
+    "vit": {"name": "a small ViT", "config": SMALL_VIT},
+}
+# Steps before the timed ones, in which kernels are chosen and memory is asked for.
+SKIP = 10
+# The GPU memory of the check that a batch is too large for.
+MEMORY, TOO_MANY = 4 * 2**30, 1024
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is."""
+
+    size: int
+    drawn: int
+    matrix: int
+    # The train blocks of params.yaml that are measured, and what is changed in them.
+    networks: dict[str, dict[str, Any]]
+    # Batches of that many times params.yaml's.
+    batches: list[float]
+    seconds: float
+
+
+# To see on any machine that everything runs.
+SMALL_SCALE = Scale(32, 64, 256, SMALL_NETWORKS, [1 / 16], 0.5)
+
+
+def full_scale() -> Scale:
+    size = common.load_params()["resize"]["size"]
+    return Scale(size, 2048, 8192, {model: {} for model in SMALL_NETWORKS}, [1, 4], 5)
+
+
+@dataclass
+class Report:
+    """Sections are written as soon as they are known: a run may be cut short."""
+
+    path: Path
+    minutes: float
+    sections: dict[str, str] = field(default_factory=dict)
+    _started: float = field(default_factory=time.monotonic)
+
+    def add(self, heading: str, text: str, news: str | None = None) -> None:
+        """`news` is what to print of it, if not all."""
+        self.sections[heading] = text
+        common.write_report(self.path, "Training on a GPU", self.sections)
+        print(f"{self.seconds_passed:.0f} s: {heading}\n{news or text}", flush=True)
+
+    def add_if_it_works(self, heading: str, make: Callable[[], str]) -> None:
+        """What goes wrong is a result too: the other parts are still worth measuring."""
+        try:
+            text = make()
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            text = describe(error)
+        self.add(heading, text)
+
+    @property
+    def seconds_passed(self) -> float:
+        return time.monotonic() - self._started
+
+    @property
+    def seconds_left(self) -> float:
+        return 60 * self.minutes - self.seconds_passed
+
+
+def describe(error: Exception) -> str:
+    return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One row of the speed table."""
+
+    way: str
+    images_a_second: float
+    peak: int
+    seconds_before: float
+
+
+def make_task(scale: Scale, folder: Path, model: str, **changes: Any) -> Task:
+    """An epoch is as long as that of params.yaml."""
+    knobs = training.comparable_knobs(model, **scale.networks[model] | changes)
+    images = common.load_params()["split"]["train"]
+    return Task(model, knobs, folder, scale.size, images, default_device())
+
+
+def matrix_rate(size: int) -> float:
+    """Operations a second in the product of two bfloat16 matrices of that size."""
+    device = default_device()
+    one, other = torch.randn(2, size, size, device=device).bfloat16()
+    stopwatch = Stopwatch(device, skip=3, seconds=1)
+    torch.mm(one, other)
+    while not stopwatch.step():
+        torch.mm(one, other)
+    return 2 * size**3 / stopwatch.seconds_a_step
+
+
+def operations_an_image(task: Task) -> float:
+    """Forward and backward, as sums and products apart."""
+    network = task.classifier().network.to("meta").train()
+    # Of two images, since batch normalization refuses one.
+    images = torch.empty(2, 3, task.size, task.size, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        logits_of(network(images)).sum().backward()  # type: ignore[no-untyped-call]
+    operations: int = counter.get_total_flops()
+    return operations / 2
+
+
+def load_ours(task: Task, stopwatch: Stopwatch, _workers: int) -> None:
+    (bins,) = common.load_data(task.folder, "train")
+    bins = common.repeated(bins, task.images)
+    order = np.random.default_rng(0).permutation(len(bins))
+    rows = [order[places] for places in split_into_batches(len(bins), task.knobs.batch_size)]
+    # Once over may take less than the time to be measured.
+    for _batch in load_batches(bins, 10 * rows, task.device):
+        if stopwatch.step():
+            break
+
+
+def load_image_folder(task: Task, stopwatch: Stopwatch, workers: int) -> None:
+    """To uint8, which is as little work as ours does."""
+    files = ImageFolder(str(task.folder / "files"), v2.PILToTensor())
+    repeats = [files] * -(-task.images // len(files))
+    loader: Any = DataLoader(
+        ConcatDataset(repeats),
+        task.knobs.batch_size,
+        shuffle=True,
+        num_workers=workers,
+        pin_memory=task.device.type == "cuda",
+    )
+    for images, _labels in loader:
+        images.to(task.device, non_blocking=True)
+        if stopwatch.step():
+            break
+
+
+def loading_speed(
+    load: Callable[[Task, Stopwatch, int], None], task: Task, seconds: float, workers: int
+) -> float:
+    stopwatch = Stopwatch(task.device, skip_with(workers), seconds)
+    load(task, stopwatch, workers)
+    return task.knobs.batch_size / stopwatch.seconds_a_step
+
+
+def skip_with(workers: int) -> int:
+    """Workers have two batches each in store when the first step ends, which are no measure."""
+    return SKIP + 2 * workers
+
+
+def loader_section(scale: Scale, folder: Path) -> str:
+    task, cores = make_task(scale, folder, "resnet34"), usable_cores()
+    rows = []
+    for name, load in {
+        f"ours, {cores} threads": load_ours,
+        f"torchvision ImageFolder and DataLoader, {cores} workers": load_image_folder,
+    }.items():
+        speed = common.in_fresh_process(loading_speed, load, task, scale.seconds, cores)
+        rows.append([name, str(task.knobs.batch_size), common.rounded(speed)])
+    return common.table(["JPEG files to uint8 on the GPU", "batch", "images/s"], rows)
+
+
+def speeds_of_ours(task: Task, seconds: float) -> list[Speed]:
+    way = "ours" if task.knobs.compile else "ours, not compiled"
+    fed = Stopwatch(task.device, SKIP, seconds)
+    trainer = training.train_ours(task, fed)
+    alone = Stopwatch(task.device, SKIP, seconds)
+    training.repeat_one_batch(trainer, alone)
+    return [as_speed(way, task, fed), as_speed(f"{way}, one batch on the GPU", task, alone)]
+
+
+def speeds_of_hugging_face(task: Task, seconds: float) -> list[Speed]:
+    workers = usable_cores()
+    stopwatch = Stopwatch(task.device, skip_with(workers), seconds)
+    training.train_with_hugging_face(task, stopwatch, workers)
+    return [as_speed(f"Hugging Face Trainer, {workers} workers", task, stopwatch)]
+
+
+Measure = Callable[[Task, float], list[Speed]]
+
+
+def as_speed(way: str, task: Task, stopwatch: Stopwatch) -> Speed:
+    speed = task.knobs.batch_size / stopwatch.seconds_a_step
+    return Speed(way, speed, stopwatch.peak, stopwatch.seconds_before)
+
+
+def speed_rows(task: Task, floor: float, speeds: list[Speed]) -> list[list[str]]:
+    """`floor` is the least that an image can take, in seconds."""
+    images = task.images * task.knobs.epochs
+    return [
+        [
+            task.model,
+            str(task.knobs.batch_size),
+            speed.way,
+            common.rounded(speed.images_a_second),
+            f"{floor * speed.images_a_second:.1%}",
+            f"{speed.peak / 2**30:.1f}" if speed.peak else "-",
+            f"{images / speed.images_a_second / 60:.1f}",
+            f"{speed.seconds_before:.0f}",
+        ]
+        for speed in speeds
+    ]
+
+
+SPEED_HEADER = [
+    "network",
+    "batch",
+    "trained with",
+    "images/s",
+    "of the matrix rate",
+    "GiB",
+    "min a training",
+    "s to start",
+]
+
+
+def speed_cases(scale: Scale, folder: Path) -> Iterator[tuple[Measure, Task]]:
+    """Those of params.yaml's batches first, should the time not be enough for all."""
+    for factor in scale.batches:
+        for model in scale.networks:
+            size = round(factor * common.model_knobs(model).batch_size)
+            make = partial(make_task, scale, folder, model, batch_size=size)
+            if default_device().type == "cuda":
+                yield speeds_of_ours, make(compile=True)
+            yield speeds_of_ours, make(compile=False)
+            yield speeds_of_hugging_face, make()
+
+
+def add_speeds(report: Report, scale: Scale, folder: Path, rate: float) -> None:
+    """`rate` is matrix_rate's."""
+    operations = {
+        model: operations_an_image(make_task(scale, folder, model)) for model in scale.networks
+    }
+    needed = [f"{value / 1e9:.4g} GFLOP an image of {model}" for model, value in operations.items()]
+    rows: list[list[str]] = []
+    for measure, task in speed_cases(scale, folder):
+        if report.seconds_left < 0:
+            break
+        try:
+            speeds = common.in_fresh_process(measure, task, scale.seconds)
+            new = speed_rows(task, operations[task.model] / rate, speeds)
+        except Exception as error:  # noqa: BLE001 - the others are still worth measuring
+            way = f"{measure.__name__}: {describe(error)}"
+            new = [[task.model, str(task.knobs.batch_size), way, *[""] * 5]]
+        rows += new
+        note = (
+            f"Forward and backward take {', '.join(needed)}; at the matrix rate that is 100%."
+            f" A training is {task.images:,} images and params.yaml's epochs, without its tests."
+        )
+        text = f"{note}\n\n{common.table(SPEED_HEADER, rows)}"
+        report.add("Images per second", text, news=common.table(SPEED_HEADER, new))
+
+
+def stop_section(scale: Scale, folder: Path) -> str:
+    """With all that is random, and all that is kept."""
+    knobs = {
+        "batch_size": 32,
+        "epochs": 2,
+        "learning_rate": 1e-3,
+        "warmup_steps": 0,
+        "ema_decay": 0.9,
+        "color_jitter": 0.1,
+    }
+    rows = []
+    for model, network in SMALL_NETWORKS.items():
+        task = make_task(scale, folder, model, **knobs | network)
+        row = common.in_fresh_process(checks.compare_stopped_training, replace(task, images=320))
+        rows.append(row)
+    return common.table(["network", "stopped after", "at the end, with deterministic"], rows)
+
+
+def memory_section(scale: Scale, folder: Path) -> str:
+    if default_device().type != "cuda":
+        return "Needs a GPU."
+    task = make_task(scale, folder, "resnet34", batch_size=TOO_MANY, compile=False)
+    task = replace(task, images=TOO_MANY)
+    message = common.in_fresh_process(checks.too_large_batch, task, MEMORY)
+    advised = common.in_fresh_process(checks.follow_advice, task, MEMORY, message)
+    allowed = f"{TOO_MANY} images where {MEMORY / 2**30:g} GiB are allowed:"
+    return f"{allowed}\n\n> {message}\n\n{advised}"
+
+
+def accuracy_section(options: argparse.Namespace, model: str, seconds: float) -> str:
+    knobs = common.model_knobs(model, **{"pretrained": False} | dict(options.set))
+    return common.in_fresh_process(checks.accuracies, options.data, model, knobs, seconds)
+
+
+SECTIONS = {
+    "loader": ("The loader alone", loader_section),
+    "stop": ("Stopped and gone on", stop_section),
+    "memory": ("A batch too large", memory_section),
+}
+SPEED = "speed"
+
+
+def describe_setup(scale: Scale, folder: Path, rate: float) -> str:
+    kilobytes = common.mean_file_size(folder) / 1000
+    return (
+        f"{common.describe_machine(default_device(), PACKAGES)}\n"
+        f"The matrix rate is {rate / 1e12:.4g} TFLOP/s, in the product of two bfloat16 matrices of"
+        f" {scale.matrix} x {scale.matrix}. Images are {scale.drawn} drawn bins over and over,"
+        f" JPEGs of {scale.size} pixels and {kilobytes:.1f} kB; weights are random. Each way"
+        f" runs in a process of its own, timed for {scale.seconds:g} seconds."
+    )
+
+
+def main() -> None:
+    options = parse_options()
+    scale = SMALL_SCALE if options.small else full_scale()
+    report = Report(options.out, options.minutes)
+    if options.parts:
+        rate = common.in_fresh_process(matrix_rate, scale.matrix)
+        with common.made_data(scale.drawn, 0, scale.size) as folder:
+            report.add("", describe_setup(scale, folder, rate))
+            for name, (heading, make) in SECTIONS.items():
+                if name in options.parts:
+                    report.add_if_it_works(heading, partial(make, scale, folder))
+            if SPEED in options.parts:
+                add_speeds(report, scale, folder, rate)
+    else:
+        report.add("", common.describe_machine(default_device(), PACKAGES))
+    for model in options.models if options.data else []:
+        make = partial(accuracy_section, options, model, report.seconds_left)
+        report.add_if_it_works(f"Accuracy of {model}", make)
+
+
+def parse_options() -> argparse.Namespace:
+    parts = [*SECTIONS, SPEED]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, default=common.RESULTS / "train-gpu.md")
+    parser.add_argument(
+        "--minutes", type=float, default=7.5, help="no measurement begins after (default: 7.5)"
+    )
+    parser.add_argument("--parts", nargs="*", choices=parts, default=parts, help="default: all")
+    parser.add_argument("--small", action="store_true", help="only to see that it runs")
+    parser.add_argument("--data", type=Path, help="train on the bins of this folder, too")
+    parser.add_argument(
+        "--models", nargs="+", default=["resnet34"], help="for --data (default: resnet34)"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        type=parse_setting,
+        metavar="KNOB=VALUE",
+        help="change knobs of params.yaml for --data, like epochs=3",
+    )
+    return parser.parse_args()
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    return name, common.parse_yaml(value)
+
+
+if __name__ == "__main__":
+    main()

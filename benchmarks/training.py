@@ -1,0 +1,304 @@
+"""Training the same network on the same images: with this project's engine, and without it.
+
+Each way of training is a function that trains until its stopwatch has seen enough. All start from
+the same weights, flip half of the images, and use AdamW without weight decay.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from benchmarks import common
+from stages.core.checkpoint import TrainingState, Watch
+from stages.core.distributed import Processes
+from stages.core.engine import Trainer, plan_epoch
+from stages.core.inference import place
+from stages.core.loader import load_batches
+from stages.core.networks import Classifier, build_classifier, logits_of
+
+if TYPE_CHECKING:
+    from stages.core.params import Model
+
+TINY = "tiny network"
+# The weights are random, so that none are needed.
+NO_WEIGHTS = Path("none")
+
+
+class EnoughError(Exception):
+    """The stopwatch has seen enough steps."""
+
+
+@dataclass
+class Stopwatch:
+    """Times steps from the end of the `skip`-th one until `seconds` have passed.
+
+    A GPU is waited for at both ends only. `peak` is the most of its memory in use between them.
+    """
+
+    device: torch.device
+    skip: int
+    seconds: float
+    steps: int = 0
+    elapsed: float = 0.0
+    peak: int = 0
+    _made: float = field(default_factory=time.perf_counter)
+    _started: float = 0.0
+
+    def step(self) -> bool:
+        """One more is done. True when these are enough."""
+        self.steps += 1
+        if self.steps == self.skip:
+            self._wait()
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            self._started = time.perf_counter()
+        elif self.steps > self.skip and time.perf_counter() - self._started > self.seconds:
+            self._wait()
+            self.elapsed = time.perf_counter() - self._started
+            if self.device.type == "cuda":
+                self.peak = torch.cuda.max_memory_allocated(self.device)
+            return True
+        return False
+
+    @property
+    def seconds_a_step(self) -> float:
+        if not self.elapsed:
+            raise RuntimeError(f"the images ended after {self.steps} steps, too few to be timed")
+        return self.elapsed / (self.steps - self.skip)
+
+    @property
+    def seconds_before(self) -> float:
+        """From the making of the stopwatch to the first timed step: starting, compiling."""
+        return self._started - self._made
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained: a model of params.yaml (or the tiny one), and on what.
+
+    An epoch has `images`: those of made_data in `folder`, which begin again where they end.
+    """
+
+    model: str
+    knobs: Model
+    folder: Path
+    size: int
+    images: int
+    device: torch.device
+
+    def classifier(self) -> Classifier:
+        """With the same random weights each time."""
+        torch.manual_seed(self.knobs.seed)
+        labels = common.load_params()["subset"]["quantities"]
+        if self.model == TINY:
+            network = tiny_network(len(labels))
+            return Classifier(network, labels, self.size, self.knobs.mean, self.knobs.std)
+        return build_classifier(self.knobs, NO_WEIGHTS, labels, self.size)
+
+    def trainer(self, *, deterministic: bool = False) -> Trainer:
+        (bins,) = common.load_data(self.folder, "train")
+        bins = common.repeated(bins, self.images)
+        classifier = self.classifier()
+        place(classifier, self.device, deterministic=deterministic)
+        return Trainer(classifier, bins, bins, self.knobs, 64, Processes(device=self.device))
+
+
+def comparable_knobs(model: str, **changes: Any) -> Model:
+    """Those of params.yaml, but for what all ways of training have in common."""
+    common_to_all = {"pretrained": False, "optimizer": "adamw", "weight_decay": 0.0}
+    return common.model_knobs(model, **common_to_all | changes)
+
+
+def tiny_network(labels: int) -> nn.Module:
+    """Computes next to nothing, so that what a step takes is its overhead."""
+    layers = [nn.Conv2d(3, 4, 8, stride=8), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(4, labels))
+
+
+class _TimedWatch(Watch):
+    """Ends the training when the stopwatch has seen enough."""
+
+    def __init__(self, processes: Processes, stopwatch: Stopwatch) -> None:
+        super().__init__(processes)
+        self._stopwatch = stopwatch
+
+    def after_step(self, state: TrainingState, images: int) -> None:
+        super().after_step(state, images)
+        if self._stopwatch.step():
+            raise EnoughError
+
+
+def train_ours(task: Task, stopwatch: Stopwatch) -> Trainer:
+    """This project's engine, fed by its loader. Returns the trainer, to go on with."""
+    trainer = task.trainer()
+    with suppress(EnoughError):
+        trainer.train_one_epoch(_TimedWatch(trainer.processes, stopwatch))
+    return trainer
+
+
+def train_on_one_batch(task: Task, stopwatch: Stopwatch) -> None:
+    """The engine's steps without its loader: one batch on the device, over and over."""
+    repeat_one_batch(task.trainer(), stopwatch)
+
+
+def repeat_one_batch(trainer: Trainer, stopwatch: Stopwatch) -> None:
+    """The same, with a trainer that is compiled already."""
+    bins, classifier, knobs = trainer.train_bins, trainer.classifier, trainer.knobs
+    plan = plan_epoch(bins, classifier, knobs, trainer.processes, epoch=1)
+    (batch,) = load_batches(bins, [plan.order[: knobs.batch_size]], classifier.device)
+    images = itertools.repeat(batch.images)
+    trainer.state.start_epoch(1)
+    trainer.module.train()
+    while not stopwatch.step():
+        trainer.train_step(plan, images)
+
+
+class _Rows(Dataset[dict[str, Any]]):
+    """The images of a task as transformers' Trainer takes them."""
+
+    def __init__(self, task: Task) -> None:
+        self._files = image_files(task)
+        self._count = task.images
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        image, label = self._files[row % len(self._files)]
+        return {"pixel_values": image, "labels": label}
+
+
+class _RowsInMemory(Dataset[dict[str, Any]]):
+    """Images that need no loading: always the same one."""
+
+    def __init__(self, task: Task) -> None:
+        self._image = torch.zeros(3, task.size, task.size)
+        self._count = task.images
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {"pixel_values": self._image, "labels": 0}
+
+
+def image_files(task: Task) -> ImageFolder:
+    """As torchvision's reference training prepares images; they have their size already."""
+    transform = v2.Compose(
+        [
+            v2.RandomHorizontalFlip(),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(task.knobs.mean, task.knobs.std),
+        ]
+    )
+    return ImageFolder(str(task.folder / "files"), transform)
+
+
+class _WithLoss(nn.Module):
+    """A network of torchvision in the form that transformers' Trainer wants."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.network(pixel_values)
+        return {"loss": cross_entropy(logits, labels), "logits": logits}
+
+
+class _TimedCallback(transformers.TrainerCallback):  # type: ignore[misc]
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self._stopwatch = stopwatch
+
+    def on_step_end(self, _arguments: Any, _state: Any, control: Any, **_kwargs: Any) -> None:
+        control.should_training_stop = self._stopwatch.step()
+
+
+def train_with_hugging_face(task: Task, stopwatch: Stopwatch, workers: int = 0) -> None:
+    """transformers' Trainer with its defaults, but for bf16 on a GPU and the loader's workers."""
+    _train_with_hugging_face(task, stopwatch, workers, _Rows(task))
+
+
+def train_with_hugging_face_from_memory(task: Task, stopwatch: Stopwatch) -> None:
+    _train_with_hugging_face(task, stopwatch, 0, _RowsInMemory(task))
+
+
+def _train_with_hugging_face(
+    task: Task, stopwatch: Stopwatch, workers: int, rows: Dataset[dict[str, Any]]
+) -> None:
+    network = task.classifier().network
+    if not isinstance(network, transformers.PreTrainedModel):
+        network = _WithLoss(network)
+    with TemporaryDirectory(prefix="bench-") as folder:
+        arguments = transformers.TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=task.knobs.batch_size,
+            learning_rate=task.knobs.learning_rate,
+            num_train_epochs=1,
+            bf16=task.device.type == "cuda",
+            use_cpu=task.device.type == "cpu",
+            dataloader_num_workers=workers,
+            # No files and no lines, which the others do not write either.
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        callbacks = [_TimedCallback(stopwatch)]
+        trainer = transformers.Trainer(network, arguments, train_dataset=rows, callbacks=callbacks)
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+
+
+def train_like_torchvision(task: Task, stopwatch: Stopwatch, workers: int = 0) -> None:
+    """The loop of torchvision's reference training: float32, and its numbers read every step."""
+    network = task.classifier().network.to(task.device).train()
+    optimizer = _adamw(task, network)
+    loader = DataLoader(_Rows(task), task.knobs.batch_size, shuffle=True, num_workers=workers)
+    for batch in loader:
+        images, targets = batch["pixel_values"].to(task.device), batch["labels"].to(task.device)
+        logits = logits_of(network(images))
+        loss = cross_entropy(logits, targets)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        # What its log shows.
+        _numbers = loss.item(), (logits.argmax(1) == targets).sum().item()
+        if stopwatch.step():
+            break
+
+
+def train_bare(task: Task, stopwatch: Stopwatch) -> None:
+    """The least that a step does: one batch in memory, and no numbers."""
+    network = task.classifier().network.to(task.device).train()
+    optimizer = _adamw(task, network)
+    batch_size = task.knobs.batch_size
+    images = torch.zeros(batch_size, 3, task.size, task.size, device=task.device)
+    targets = torch.zeros(batch_size, dtype=torch.int64, device=task.device)
+    while not stopwatch.step():
+        cross_entropy(logits_of(network(images)), targets).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _adamw(task: Task, network: nn.Module) -> torch.optim.Optimizer:
+    rate = task.knobs.learning_rate
+    return torch.optim.AdamW(network.parameters(), rate, weight_decay=task.knobs.weight_decay)
