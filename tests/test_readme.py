@@ -1,0 +1,87 @@
+"""README's commands: each is run here, or by the test that is named beside it."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.project import ROOT, Project
+
+README = (ROOT / "README.md").read_text("utf-8")
+IN_A_PROJECT = [
+    "dvc metrics diff",
+    "dvc plots diff HEAD workspace",
+    "dvc exp show --only-changed",
+]
+#: What takes a whole pipeline or a machine of one's own, with smaller values or other places.
+ELSEWHERE = {
+    "make demo": "test_pipeline.py::test_each_model_is_trained_evaluated_and_loads",
+    "make setup && . .venv/bin/activate": "../.ci/run",
+    "make test": "../.ci/run",
+    "make check": "../.ci/run",
+    "make lock": "test_readme.py::test_make_has_the_targets_that_are_named",
+    "dvc repro": "test_pipeline.py::test_nothing_is_left_to_do_and_nothing_unfinished_is_left",
+    "dvc exp run -S bucket.url=": "test_pipeline.py::test_another_clone_makes_the_same_bytes",
+    "dvc exp run -S train.vit.": "test_pipeline.py::test_a_knob_of_one_model_runs_that_model_only",
+    "dvc remote modify --local storage": "project.py::__init__",
+    "dvc push": "test_pipeline.py::test_a_colleague_pulls_what_was_pushed",
+    "dvc pull models/vit": "test_pipeline.py::test_a_colleague_pulls_what_was_pushed",
+    "torchrun --nnodes 2": "test_train.py::test_torchrun_trains_what_train_processes_does",
+    "dvc commit --force train@vit": "test_readme.py::test_what_was_trained_by_hand_is_committed",
+}
+
+
+def commands() -> list[str]:
+    """Of README's shell blocks, one each, without comments."""
+    found = []
+    for block in re.findall(r"^ *```sh\n(.*?)^ *```", README, re.DOTALL | re.MULTILINE):
+        lines = block.replace("\\\n", " ").splitlines()
+        found += [shlex.join(shlex.split(line, comments=True)) for line in lines]
+    return [command.replace("'&&'", "&&") for command in found if command]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_is_run_by_a_test(command: str) -> None:
+    if command in IN_A_PROJECT:
+        return
+    file, _, test = next(
+        place for start, place in ELSEWHERE.items() if command.startswith(start)
+    ).partition("::")
+    assert f"def {test}(" in (Path(__file__).parent / file).read_text("utf-8") or not test
+
+
+@pytest.mark.parametrize("command", IN_A_PROJECT)
+def test_a_command_runs_in_a_project(command: str, project: Project) -> None:
+    assert command in commands()
+    project.run(*shlex.split(command))
+
+
+def test_make_has_the_targets_that_are_named() -> None:
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    named = set(re.findall(r"\bmake ([a-z][a-z0-9-]*)", README)) - {"it"}
+    assert named
+    assert {name for name in named if not re.search(rf"^{name}:", makefile, re.MULTILINE)} == set()
+
+
+def test_every_knob_is_in_the_table() -> None:
+    params = (ROOT / "params.yaml").read_text("utf-8")
+    table = README[README.index("## Every knob") :]
+    knobs = re.findall(r"^ +([a-z_]+):", params, re.MULTILINE)
+    models = {"resnet34", "vit"}
+    assert {knob for knob in knobs if not re.search(rf"[`.]{knob}`", table)} == models
+
+
+def test_what_was_trained_by_hand_is_committed(project: Project, tmp_path: Path) -> None:
+    clone = project.clone(tmp_path / "clone")
+    clone.run("dvc", "config", "--local", "cache.dir", str(project.folder / ".dvc/cache"))
+    clone.run("dvc", "checkout")
+    params = clone.folder / "params.yaml"
+    block = r"(vit:.*?learning_rate: )\S+"
+    text = re.sub(block, r"\g<1>1.3e-4", params.read_text("utf-8"), flags=re.DOTALL)
+    params.write_text(text, "utf-8")
+    clone.run("python", "-m", "stages.train", "vit")
+    clone.run("dvc", "commit", "--force", "train@vit")
+    ran = clone.run("dvc", "repro", "evaluate@vit")
+    assert "Running stage 'evaluate@vit'" in ran
+    assert "Running stage 'train@vit'" not in ran
