@@ -114,7 +114,7 @@ def test_packages_are_missing_or_others(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_state_of_git() -> None:
     assert doctor.check_git() == Result("ok", "all committed")
     Path("params.yaml").write_text("")
-    assert doctor.check_git().text.startswith("1 files changed")
+    assert doctor.check_git().text.startswith("changes in 1 of its files")
     Path("stages").mkdir()
     Path("stages/new.py").write_text("")
     result = doctor.check_git()

@@ -69,7 +69,7 @@ def test_every_knob_is_in_the_table() -> None:
     table = README[README.index("## Every knob") :]
     knobs = re.findall(r"^ +([a-z_]+):", params, re.MULTILINE)
     models = {"resnet34", "vit"}
-    assert {knob for knob in knobs if not re.search(rf"[`.]{knob}`", table)} == models
+    assert {knob for knob in knobs if not re.search(rf"[`.]{knob}`", table)} <= models
 
 
 def test_what_was_trained_by_hand_is_committed(project: Project, tmp_path: Path) -> None:

@@ -133,8 +133,9 @@ def check_git() -> Result:
     new = [line[3:] for line in changes if line.startswith("??")]
     if new:
         return warning(f"experiments of a queue will lack {first_three(new)}", "git add")
-    count = len(changes)
-    return ok(f"{count} files changed; experiments take them along" if count else "all committed")
+    if changes:
+        return ok(f"changes in {len(changes)} of its files, which experiments take along")
+    return ok("all committed")
 
 
 def check_identity() -> Result:
