@@ -13,6 +13,8 @@ IN_A_PROJECT = [
     "dvc metrics diff",
     "dvc plots diff HEAD workspace",
     "dvc exp show --only-changed",
+    "dvc exp show --no-pager --hide-workspace --sort-by reports/vit/metrics.json:rmse --drop '.*'"
+    " --keep 'Exp|.*vit/metrics.json:rmse|train.vit.learning_rate|train.vit.seed'",
 ]
 #: What takes a whole pipeline or a machine of one's own, with smaller values or other places.
 ELSEWHERE = {
@@ -25,6 +27,19 @@ ELSEWHERE = {
     "dvc exp run -S bucket.url=": "test_pipeline.py::test_another_clone_makes_the_same_bytes",
     "dvc exp run -S train.vit.": "test_pipeline.py::test_a_knob_of_one_model_runs_that_model_only",
     "dvc remote modify --local storage": "project.py::__init__",
+    "dvc exp run --queue": "test_workflows.py::test_sweeps_run_in_the_queue",
+    "dvc exp run --run-all": "test_workflows.py::test_sweeps_run_in_the_queue",
+    "python -m tools.queue_workers": "test_workflows.py::test_each_of_our_workers_has_its_own_gpu",
+    "dvc push --run-cache": "test_workflows.py::shared",
+    "dvc exp run --pull": (
+        "test_workflows.py::test_a_colleague_goes_back_to_an_earlier_value_without_training"
+    ),
+    "dvc exp push origin": "test_workflows.py::test_a_colleague_takes_an_experiment",
+    "dvc get": "test_workflows.py::test_a_model_is_had_from_outside",
+    "dvc artifacts get": "test_workflows.py::test_a_model_is_had_from_outside",
+    "dvc pull evaluate@vit": (
+        "test_workflows.py::test_a_colleague_pulls_one_model_and_one_evaluation"
+    ),
     "dvc push": "test_pipeline.py::test_a_colleague_pulls_what_was_pushed",
     "dvc pull models/vit": "test_pipeline.py::test_a_colleague_pulls_what_was_pushed",
     "torchrun --nnodes 2": "test_train.py::test_torchrun_trains_what_train_processes_does",
