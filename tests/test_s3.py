@@ -82,7 +82,9 @@ def test_a_port_that_is_taken_is_said(tmp_path: Path) -> None:
 def test_a_server_that_dies_ends_it(tmp_path: Path) -> None:
     folder, port = tmp_path / "s3", free_port()
     with run_by_hand(folder, port) as process:
-        wait_until(lambda: answers(port))
+        assert process.stdout is not None
+        # What it prints once its server answers: before that, it fails to start.
+        process.stdout.readline()
         psutil.Process(int((folder / ".server.pid").read_text())).kill()
         text, _ = process.communicate(timeout=20)
     assert process.returncode == 1
