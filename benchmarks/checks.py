@@ -107,7 +107,7 @@ def accuracies(data: Path, model: str, knobs: Model, seconds: float) -> str:
 
     The pretrained weights, if the knobs want them, are in pretrained/<model> of that folder.
     """
-    train_bins, test_bins = common.load_data(data, "train", "test")
+    train_bins, validation_bins, test_bins = common.load_data(data, "train", "validation", "test")
     device = default_device()
     torch.manual_seed(knobs.seed)
     labels = sorted({*train_bins.quantities.tolist(), *test_bins.quantities.tolist()})
@@ -115,7 +115,9 @@ def accuracies(data: Path, model: str, knobs: Model, seconds: float) -> str:
     place(classifier, device)
     batch_size = common.load_params()["evaluate"]["batch_size"]
     processes = Processes(device=device)
-    trainer = Trainer(classifier, train_bins, test_bins, knobs, batch_size, processes)
+    trainer = Trainer(
+        classifier, train_bins, validation_bins, test_bins, knobs, batch_size, processes
+    )
     started, rows = time.monotonic(), []
     for epoch in trainer.train():
         passed = time.monotonic() - started

@@ -118,7 +118,7 @@ class Task:
         bins = common.repeated(bins, self.images)
         classifier = self.classifier()
         place(classifier, self.device, deterministic=deterministic)
-        return Trainer(classifier, bins, bins, self.knobs, 64, Processes(device=self.device))
+        return Trainer(classifier, bins, bins, bins, self.knobs, 64, Processes(device=self.device))
 
 
 def comparable_knobs(model: str, **changes: Any) -> Model:

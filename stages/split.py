@@ -1,19 +1,24 @@
-"""Divide the bins into train and test, siblings together: data/split.csv."""
+"""Divide the bins into train, validation and test, siblings together: data/split.csv.
+
+data/split.json says how many test bins have siblings in train, also under the other protocol.
+"""
 
 from collections import Counter, defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
 
 from stages.core.command import UserError, run_stage
 from stages.core.draw import shuffled
-from stages.core.files import write_csv
+from stages.core.files import write_csv, write_json
 from stages.core.params import Split, load_params
 from stages.core.shards import read_rejects, whole_parquet
 
 SUBSET = Path("data/subset.parquet")
 QUARANTINE = Path("data/quarantine.csv")
 OUT = Path("data/split.csv")
+LEAKS = Path("data/split.json")
 
 
 def main() -> str:
@@ -22,17 +27,27 @@ def main() -> str:
         bins = pd.read_parquet(SUBSET, columns=["id", "quantity", "group"])
     unusable = {reject.id for reject in read_rejects(QUARANTINE)}
     sets = split(bins, unusable, params)
+    leaks = {params.by: count_leaks(sets)}
+    other = params.model_copy(update={"by": "image" if params.by == "group" else "group"})
+    # Groups may be too large for sizes that bins fit into; then only this protocol is counted.
+    with suppress(UserError):
+        leaks[other.by] = count_leaks(split(bins, unusable, other))
     write_csv(OUT, sets)
+    write_json(LEAKS, leaks)
     counts = sets["set"].value_counts()
-    return f"{counts['train']} train, {counts['test']} test; {len(unusable)} unusable"
+    return (
+        f"{counts['train']} train, {counts['validation']} validation, {counts['test']} test;"
+        f" {len(unusable)} unusable"
+    )
 
 
 def split(bins: pd.DataFrame, unusable: set[str], params: Split) -> pd.DataFrame:
-    """A row per chosen bin: id and set ("train" or "test"), sorted by id.
+    """A row per chosen bin: id, set ("train", "validation" or "test") and group, sorted by id.
 
     `bins` has id, quantity and group. Test has `params.test` bins (as near below it as whole
-    groups allow), train `params.train`, each with the quantities in the proportions of all. Bins
-    that are `unusable` are passed over; where too few remain for that, train has all the rest.
+    groups allow). Train and validation have `params.train` together, of which `params.validation`
+    is validation's share. Each set has the quantities in the proportions of all. Bins that are
+    `unusable` are passed over; where too few remain for that, train has all the rest.
     """
     if params.train + params.test > len(bins):
         raise UserError(
@@ -48,18 +63,43 @@ def split(bins: pd.DataFrame, unusable: set[str], params: Split) -> pd.DataFrame
     contents: defaultdict[str, Counter[int]] = defaultdict(Counter)
     for label, quantity in zip(labels, bins["quantity"], strict=True):
         contents[label][quantity] += 1
-    order = shuffled(contents, "split", params.seed)
     counts = Counter(bins["quantity"])
-    test = take(order, contents, apportion(params.test, counts))
+    order = shuffled(contents, "split", params.seed)
+    test = draw(order, contents, counts, params.test, "split.test")
     rest = [label for label in order if label not in test]
-    left = len(bins) - sum(contents[label].total() for label in test)
-    train = take(rest, contents, apportion(min(params.train, left), counts))
-    for name, size, labels_in in (("test", params.test, test), ("train", params.train, train)):
-        if not labels_in:
-            raise UserError(f"split.{name}: no sibling group that is left fits into {size} bins")
-    chosen = bins.assign(label=labels)[labels.isin(test | train)]
-    sets = chosen["label"].isin(test).map({True: "test", False: "train"})
-    return pd.DataFrame({"id": chosen["id"], "set": sets})
+    left = sum(contents[label].total() for label in rest)
+    train = draw(rest, contents, counts, min(params.train, left), "split.train")
+    # In an order of its own: another share moves bins between train and validation only.
+    order = shuffled(train, "validation", params.seed)
+    size = round(params.validation * sum(contents[label].total() for label in train))
+    validation = draw(order, contents, counts, size, "split.validation")
+    if train == validation:
+        raise UserError(f"split.validation {params.validation:g} leaves no sibling group to train")
+    names = dict.fromkeys(test, "test") | dict.fromkeys(train, "train")
+    names |= dict.fromkeys(validation, "validation")
+    sets = labels.map(names)
+    return bins.assign(set=sets).loc[sets.notna(), ["id", "set", "group"]]
+
+
+def draw(
+    order: list[str],
+    contents: dict[str, Counter[int]],
+    counts: Counter[int],
+    size: int,
+    key: str,
+) -> set[str]:
+    """The groups, of those in `order`, for a set of `size` bins. Raises UserError without any."""
+    drawn = take(order, contents, apportion(size, counts))
+    if not drawn:
+        raise UserError(f"{key}: no sibling group that is left fits into {size} bins")
+    return drawn
+
+
+def count_leaks(sets: pd.DataFrame) -> dict[str, int]:
+    """How many bins of test have a sibling among those that are trained or chosen with."""
+    tested = sets["set"] == "test"
+    leaking = sets.loc[tested, "group"].isin(sets.loc[~tested, "group"])
+    return {"test_bins": int(tested.sum()), "with_sibling_in_train": int(leaking.sum())}
 
 
 def apportion(size: int, counts: Counter[int]) -> Counter[int]:

@@ -60,13 +60,16 @@ def train(
 ) -> tuple[Trainer, list[Epoch]]:
     """Train, from the last checkpoint in the folder `work` if it has one."""
     knobs = params.model(model)
-    train_bins, test_bins = load_sets(RESIZED, SPLIT, ["train", "test"], work, processes)
-    labels = sorted({*train_bins.quantities.tolist(), *test_bins.quantities.tolist()})
+    names = ["train", "validation", "test"]
+    sets = load_sets(RESIZED, SPLIT, names, work, processes)
+    train_bins, validation_bins, test_bins = sets
+    labels = sorted({quantity for bins in sets for quantity in bins.quantities.tolist()})
     torch.manual_seed(knobs.seed)
     classifier = build_classifier(knobs, PRETRAINED / model, labels, train_bins.size)
     place(classifier, processes.device, deterministic=params.train.deterministic)
+    batch_size = params.evaluate.batch_size
     trainer = Trainer(
-        classifier, train_bins, test_bins, knobs, params.evaluate.batch_size, processes
+        classifier, train_bins, validation_bins, test_bins, knobs, batch_size, processes
     )
     path = work / checkpoint.NAME
     resumed = restore_checkpoint(path, trainer.state, processes)
@@ -110,6 +113,7 @@ def report_epoch(model: str, epoch: Epoch, epochs: int, seconds: float) -> None:
     print(
         f"{model} epoch {epoch.epoch}/{epochs}:"
         f" train loss {epoch.train_loss:.3f} accuracy {epoch.train_accuracy:.3f},"
+        f" validation loss {epoch.validation_loss:.3f} accuracy {epoch.validation_accuracy:.3f},"
         f" test loss {epoch.test_loss:.3f} accuracy {epoch.test_accuracy:.3f},"
         f" after {seconds:.0f} s",
         flush=True,

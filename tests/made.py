@@ -113,10 +113,14 @@ def write_resized(folder: Path, rows: Sequence[dict[str, Any]], shard_bins: int 
         write_table(folder / shard_name(number), table)
 
 
-def write_split(path: Path, sets: Mapping[str, str]) -> None:
-    """data/split.csv; `sets` has the set of each id."""
+def write_split(
+    path: Path, sets: Mapping[str, str], groups: Mapping[str, str] | None = None
+) -> None:
+    """data/split.csv; `sets` has the set of each id, `groups` the group of those with siblings."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame({"id": list(sets), "set": list(sets.values())}).to_csv(path, index=False)
+    of_bin = [(groups or {}).get(bin_id, bin_id) for bin_id in sets]
+    columns = {"id": list(sets), "set": list(sets.values()), "group": of_bin}
+    pd.DataFrame(columns).to_csv(path, index=False)
 
 
 def make_bins(

@@ -24,6 +24,7 @@ SETTINGS = [
     "resize.max_rejects=0.05",
     "split.train=48",
     "split.test=20",
+    "split.validation=0.25",
     "train.resnet34.pretrained=false",
     "train.resnet34.batch_size=16",
     "train.resnet34.epochs=1",

@@ -111,7 +111,7 @@ def test_any_backbone_is_trained_saved_and_loaded(name: str, bins: Bins, tmp_pat
     classifier = random_classifier(knobs)
     start = weights_of(classifier.network)
 
-    trainer = Trainer(classifier, bins, bins, knobs, 4)
+    trainer = Trainer(classifier, bins, bins, bins, knobs, 4)
     (epoch,) = trainer.train()
     save_classifier(trainer.trained, knobs, tmp_path)
 
@@ -160,7 +160,7 @@ def test_a_frozen_backbone_learns_in_its_last_layer(name: str, bins: Bins) -> No
     classifier = random_classifier(knobs)
     start = weights_of(classifier.network)
 
-    list(Trainer(classifier, bins, bins, knobs, 4).train())
+    list(Trainer(classifier, bins, bins, bins, knobs, 4).train())
 
     trained = weights_of(classifier.network)
     changed = [key for key in trained if not torch.equal(trained[key], start[key])]

@@ -76,7 +76,7 @@ def new_trainer(bins: Bins, **changes: Any) -> Trainer:
     """As the train stage makes it, with weights in the memory format of its device."""
     classifier = tiny_classifier(LABELS, full_network)
     place(classifier, CPU)
-    return Trainer(classifier, bins, bins, KNOBS.model_copy(update=changes), 4)
+    return Trainer(classifier, bins, bins, bins, KNOBS.model_copy(update=changes), 4)
 
 
 def all_of(trainer: Trainer) -> dict[str, Tensor]:
@@ -265,7 +265,7 @@ def test_the_place_and_the_totals_come_back(bins: Bins, tmp_path: Path) -> None:
     path = tmp_path / checkpoint.NAME
     before = new_trainer(bins)
     before.state.epoch, before.state.step = 2, 1
-    before.state.history[0] = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    before.state.history[0] = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     save_checkpoint(path, before.state, (1.5, 2.0))
 
     after = new_trainer(bins)

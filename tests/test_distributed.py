@@ -80,21 +80,21 @@ CASES = {
     # For three processes, of which one has nothing to do.
     "of two images": knobs_with().model_copy(update={"batch_size": 2, "epochs": 1}),
 }
+SETS = ["train", "validation", "test"]
 STOPPED = CASES["in parts, averaged"]
 
 
 def write_sets(folder: Path) -> None:
-    """19 bins to train on, and two to test on, which three processes cannot share."""
-    rows = bin_rows([1, 2, 3] * 7, noise)
+    """19 bins to train on, one to validate and two to test on: fewer than three processes."""
+    rows = bin_rows([1, 2, 3] * 7 + [1], noise)
     write_resized(folder / "resized", rows)
-    sets = {row["id"]: "test" if int(row["id"]) > 19 else "train" for row in rows}
-    write_split(folder / "split.csv", sets)
+    sets = ["train"] * 19 + ["test"] * 2 + ["validation"]
+    ids = [row["id"] for row in rows]
+    write_split(folder / "split.csv", dict(zip(ids, sets, strict=True)))
 
 
 def sets_of(folder: Path, processes: Processes) -> list[Bins]:
-    return load_sets(
-        folder / "resized", folder / "split.csv", ["train", "test"], folder / "work", processes
-    )
+    return load_sets(folder / "resized", folder / "split.csv", SETS, folder / "work", processes)
 
 
 def new_trainer(
@@ -105,8 +105,8 @@ def new_trainer(
 ) -> Trainer:
     classifier = tiny_classifier(LABELS, make_network)
     place(classifier, CPU)
-    train_bins, test_bins = sets
-    return Trainer(classifier, train_bins, test_bins, knobs, 4, processes)
+    train_bins, validation_bins, test_bins = sets
+    return Trainer(classifier, train_bins, validation_bins, test_bins, knobs, 4, processes)
 
 
 def result_of(trainer: Trainer, epochs: list[Epoch]) -> dict[str, Tensor]:
@@ -239,7 +239,9 @@ def test_processes_know_their_places_and_exchange_values(group: Group) -> None:
 
 
 def test_processes_read_the_same_bins_of_one_file_that_none_leaves(group: Group) -> None:
-    expected = [[f"{number:05d}" for number in some] for some in (range(1, 20), range(20, 22))]
+    expected = [
+        [f"{number:05d}" for number in some] for some in (range(1, 20), [22], range(20, 22))
+    ]
 
     assert [told["ids"] for told in group.told()] == [expected] * group.size
     assert list((group.folder / "work").iterdir()) == []

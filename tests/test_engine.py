@@ -39,8 +39,8 @@ from tests.made import (
 
 LABELS = [1, 2, 3]
 KNOBS = model_knobs("resnet34", epochs=3, batch_size=8, learning_rate=0.01)
-#: The bins to train on and to test on.
-Sets = tuple[Bins, Bins]
+#: The bins to train on, to validate on and to test on.
+Sets = tuple[Bins, Bins, Bins]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,18 +51,20 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
-    """30 and 7 coloured squares."""
+    """30, 5 and 7 coloured squares."""
     return (
         make_bins(tmp_path_factory.mktemp("train"), LABELS * 10),
+        make_bins(tmp_path_factory.mktemp("validation"), [3, 2, 2, 1, 3]),
         make_bins(tmp_path_factory.mktemp("test"), [1, 2, 3, 3, 2, 1, 1]),
     )
 
 
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory: pytest.TempPathFactory) -> Sets:
-    """20 and 7 squares of noise."""
+    """20, 5 and 7 squares of noise."""
     return (
         make_bins(tmp_path_factory.mktemp("train"), [1, 2, 3, 3] * 5, noise),
+        make_bins(tmp_path_factory.mktemp("validation"), [3, 2, 2, 1, 3], noise),
         make_bins(tmp_path_factory.mktemp("test"), [1, 2, 3, 3, 2, 1, 1], noise),
     )
 
@@ -169,6 +171,20 @@ def test_dropout_is_another_in_each_epoch_step_and_process() -> None:
     assert len(drawn) == 24
 
 
+def test_bins_to_validate_and_test_on_are_not_learned_from(sets: Sets) -> None:
+    train_bins, validation_bins, test_bins = sets
+
+    weights, epochs = trained(sets, KNOBS, full_network)
+    same, others = trained((train_bins, test_bins, train_bins), KNOBS, full_network)
+
+    assert equal(weights, same)
+    for epoch, other in zip(epochs, others, strict=True):
+        assert epoch.train_loss == other.train_loss
+        assert epoch.test_loss == other.validation_loss
+        assert epoch.validation_loss not in (other.validation_loss, other.test_loss)
+    assert len(validation_bins) != len(test_bins)
+
+
 def test_an_epoch_does_not_depend_on_how_many_follow(sets: Sets) -> None:
     _, epochs = trained(sets, KNOBS)
     _, fewer = trained(sets, knobs_with(epochs=2))
@@ -238,7 +254,7 @@ def identified(images: Tensor, bins: Bins) -> list[tuple[int, bool]]:
 def test_each_epoch_trains_on_each_bin_once_in_its_own_order(sets: Sets) -> None:
     batches = recorded(sets, knobs_with(epochs=2))
 
-    train_bins, _ = sets
+    train_bins = sets[0]
     assert [len(batch) for batch in batches] == 2 * [8, 8, 8, 6]
     first = identified(torch.cat(batches[:4]), train_bins)
     second = identified(torch.cat(batches[4:]), train_bins)
@@ -469,7 +485,7 @@ def test_the_moving_average_is_that_of_a_plain_loop(sets: Sets) -> None:
     assert close(average, kept, 1e-5)
     assert not close(weights_of(network), kept, 1e-3)
     # The average is what is tested.
-    scores = evaluate(trainer.trained, sets[1], 16)
+    scores = evaluate(trainer.trained, sets[2], 16)
     assert (epochs[-1].test_loss, epochs[-1].test_accuracy) == (scores.loss, scores.accuracy)
 
 
@@ -615,8 +631,12 @@ def test_an_epochs_row_has_the_means_over_its_bins_whatever_is_made_small(
     scores = evaluate(tiny_classifier(LABELS), sets[0], 100)
     assert row.train_loss == pytest.approx(scores.loss, abs=1e-3)
     assert row.train_accuracy == pytest.approx(scores.accuracy)
-    scores = evaluate(tiny_classifier(LABELS), sets[1], 16)
-    assert (row.test_loss, row.test_accuracy) == (scores.loss, scores.accuracy)
+    for bins, loss, accuracy in (
+        (sets[1], row.validation_loss, row.validation_accuracy),
+        (sets[2], row.test_loss, row.test_accuracy),
+    ):
+        scores = evaluate(tiny_classifier(LABELS), bins, 16)
+        assert (loss, accuracy) == (scores.loss, scores.accuracy)
 
 
 class Exploding(nn.Module):
@@ -681,8 +701,11 @@ class BadlyTested(nn.Module):
         return logits if self.training else logits * float("inf")
 
 
-def test_a_test_loss_that_is_not_finite_names_the_epoch(sets: Sets) -> None:
-    text = r"the test loss of epoch 1 is (nan|inf): lower this model's learning_rate \(0\.01\)"
+def test_a_loss_after_an_epoch_that_is_not_finite_names_the_epoch(sets: Sets) -> None:
+    text = (
+        r"the loss is (nan|inf) on bins not trained on, after epoch 1: lower this model's"
+        r" learning_rate \(0\.01\)"
+    )
     with pytest.raises(UserError, match=text):
         trained(sets, KNOBS, BadlyTested)
 
@@ -727,7 +750,7 @@ def test_a_batch_that_does_not_fit_names_an_accumulation_that_does(
     # A value that params.yaml can have, and with which it trains.
     changed = Model.model_validate(knobs.model_dump() | {"accumulation": advised})
     trainer = new_trainer(sets, changed, large)
-    monkeypatch.setattr(trainer, "test", lambda _: (0.0, 0.0))
+    monkeypatch.setattr(trainer, "test", lambda *_: (0.0, 0.0))
     assert len(list(trainer.train())) == 1
 
 

@@ -162,9 +162,20 @@ def test_one_set_alone_has_the_same_bins(tmp_path: Path) -> None:
     both = load_sets(resized, split, ["train", "test"], tmp_path / "work", Processes())
 
     for bins, name in zip(both, ["train", "test"], strict=True):
-        alone = load_bins(resized, split, name)
+        (alone,) = load_bins(resized, split, name)
         assert alone.ids == bins.ids
         assert photographs(alone) == photographs(bins)
+
+
+@pytest.mark.usefixtures("workspace")
+def test_several_sets_come_in_the_order_of_their_names(tmp_path: Path) -> None:
+    resized, split, rows = two_sets(tmp_path)
+
+    test, train = load_bins(resized, split, "test", "train")
+
+    assert test.ids == ["00002", "00007"]
+    assert train.ids == ["00001", "00003", "00004", "00005", "00006"]
+    assert photographs(test) == [rows[1]["image"], rows[6]["image"]]
 
 
 def test_the_photographs_lie_once_in_one_file_and_are_read_where_they_lie(tmp_path: Path) -> None:
@@ -225,7 +236,7 @@ def test_what_a_killed_run_left_is_overwritten(tmp_path: Path, noisy: Bins) -> N
 def test_nothing_is_left_in_the_cache(workspace: Path, tmp_path: Path) -> None:
     resized, split, rows = two_sets(tmp_path)
 
-    test = load_bins(resized, split, "test")
+    (test,) = load_bins(resized, split, "test")
     with pytest.raises(UserError, match="no bin in the set other"):
         load_bins(resized, split, "other")
 
@@ -244,7 +255,8 @@ def test_bins_that_no_set_has_are_left_out(tmp_path: Path) -> None:
     write_resized(tmp_path, bin_rows([1, 2, 3]))
     write_split(tmp_path / "split.csv", {"00001": "train", "00003": "test"})
 
-    assert load_bins(tmp_path, tmp_path / "split.csv", "train").ids == ["00001"]
+    (train,) = load_bins(tmp_path, tmp_path / "split.csv", "train")
+    assert train.ids == ["00001"]
 
 
 @pytest.mark.usefixtures("workspace")
@@ -253,8 +265,8 @@ def test_a_padded_id_and_its_bare_twin_are_two_bins(tmp_path: Path) -> None:
     write_resized(tmp_path, [first | {"id": "00100"}, second | {"id": "100"}])
     write_split(tmp_path / "split.csv", {"00100": "train", "100": "test"})
 
-    train = load_bins(tmp_path, tmp_path / "split.csv", "train")
-    test = load_bins(tmp_path, tmp_path / "split.csv", "test")
+    (train,) = load_bins(tmp_path, tmp_path / "split.csv", "train")
+    (test,) = load_bins(tmp_path, tmp_path / "split.csv", "test")
 
     assert (train.ids, train.quantities.tolist()) == (["00100"], [1])
     assert (test.ids, test.quantities.tolist()) == (["100"], [2])

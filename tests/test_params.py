@@ -56,6 +56,8 @@ def load_changed(tmp_path: Path, key: str, value: Any) -> Params:
         ("split.train", 198_000),
         ("split.test", 22_000),
         ("split.by", "group"),
+        ("split.validation", 0.05),
+        ("evaluate.false_alarm", 0.05),
         (f"{RESNET}.optimizer", "adam"),
         (f"{RESNET}.learning_rate", 0.001),
         (f"{RESNET}.schedule", "constant"),
@@ -136,6 +138,10 @@ def test_an_unknown_key_is_named(tmp_path: Path, key: str) -> None:
         ("fetch.shard_bins", None),
         ("resize.size", [224]),
         ("split.seed", "0"),
+        ("split.validation", "0.05"),
+        ("split.validation", True),
+        ("split.validation", None),
+        ("evaluate.false_alarm", "5%"),
         ("train", []),
         (f"{RESNET}.learning_rate", True),
         (f"{RESNET}.learning_rate", "1e-3"),
@@ -183,6 +189,9 @@ def test_a_value_of_another_type_is_refused(tmp_path: Path, key: str, value: Any
         ("split.train", 0),
         ("split.test", -1),
         ("split.by", "bin"),
+        ("split.validation", 0),
+        ("split.validation", 1.0),
+        ("split.validation", math.nan),
         (f"{RESNET}.library", "keras"),
         (f"{RESNET}.name", "../weights"),
         (f"{RESNET}.learning_rate", 0),
@@ -207,6 +216,8 @@ def test_a_value_of_another_type_is_refused(tmp_path: Path, key: str, value: Any
         ("train.checkpoint_minutes", 0),
         ("train.checkpoint_minutes", math.inf),
         ("evaluate.batch_size", 0),
+        ("evaluate.false_alarm", 0.0),
+        ("evaluate.false_alarm", 1.0),
     ],
 )
 def test_an_impossible_value_is_refused(tmp_path: Path, key: str, value: Any) -> None:
@@ -297,6 +308,8 @@ def test_values_that_do_not_go_together_are_named(
         (f"{VIT}.schedule", "cosine"),
         (f"{VIT}.loss", "ordinal"),
         ("split.train", 100),
+        ("split.validation", 0.999),
+        ("evaluate.false_alarm", 0.001),
     ],
 )
 def test_what_is_possible_is_taken(tmp_path: Path, key: str, value: Any) -> None:

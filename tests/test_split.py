@@ -1,3 +1,6 @@
+"""Three sets whose bins have no siblings in another one, on drawn bins and on real records."""
+
+import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -10,16 +13,20 @@ import pytest
 from stages.core.command import UserError
 from stages.core.params import Split, Subset
 from stages.core.shards import Reject, write_rejects, write_table
-from stages.split import apportion, main, split
+from stages.split import apportion, count_leaks, main, split
 from stages.subset import draw, with_groups
 from tests.conftest import sibling_pairs, write_params
 
 QUANTITIES = [1, 2, 3, 4, 5]
 WEIGHTS = [12, 22, 26, 23, 17]
+SETS = ["train", "validation", "test"]
+By = Literal["group", "image"]
 
 
-def knobs(train: int, test: int, seed: int = 0, by: Literal["group", "image"] = "group") -> Split:
-    return Split(train=train, test=test, by=by, seed=seed)
+def knobs(
+    train: int, test: int, seed: int = 0, by: By = "group", validation: float = 0.05
+) -> Split:
+    return Split(train=train, test=test, validation=validation, by=by, seed=seed)
 
 
 def drawn_bins(count: int, seed: int = 0) -> pd.DataFrame:
@@ -48,8 +55,18 @@ def real_bins(abid_index: pa.Table) -> pd.DataFrame:
     return table
 
 
+@pytest.fixture(scope="module")
+def real_pairs(abid_records: dict[str, bytes]) -> list[tuple[str, str]]:
+    return sibling_pairs(abid_records)
+
+
 def ids_of(sets: pd.DataFrame, name: str) -> set[str]:
     return set(sets.loc[sets["set"] == name, "id"])
+
+
+def sizes(sets: pd.DataFrame) -> list[int]:
+    """Of train, validation and test."""
+    return [len(ids_of(sets, name)) for name in SETS]
 
 
 def shares(bins: pd.DataFrame, ids: set[str]) -> pd.Series:
@@ -58,49 +75,70 @@ def shares(bins: pd.DataFrame, ids: set[str]) -> pd.Series:
 
 
 @pytest.mark.parametrize(
-    ("train", "test"), [(1800, 200), (1000, 500), (1, 1), (1999, 1), (500, 333)]
+    ("train", "test", "validation", "expected"),
+    [
+        (1800, 200, 0.05, [1710, 90, 200]),
+        (1000, 500, 0.3, [700, 300, 500]),
+        (1999, 1, 0.001, [1997, 2, 1]),
+        (500, 333, 0.6, [200, 300, 333]),
+        (30, 7, 0.1, [27, 3, 7]),
+    ],
 )
 @pytest.mark.parametrize("by", ["group", "image"])
-def test_both_sets_have_exactly_their_size(
-    bins: pd.DataFrame, train: int, test: int, by: Literal["group", "image"]
+def test_each_set_has_exactly_its_size(
+    bins: pd.DataFrame, train: int, test: int, validation: float, expected: list[int], by: By
 ) -> None:
-    sets = split(bins, set(), knobs(train, test, by=by))
-    assert sets["set"].value_counts().to_dict() == {"train": train, "test": test}
+    sets = split(bins, set(), knobs(train, test, by=by, validation=validation))
+    assert sizes(sets) == expected
 
 
+def test_three_bins_are_a_set_each() -> None:
+    three = pd.DataFrame({"id": ["1", "2", "3"], "quantity": 1, "group": ["1", "2", "3"]})
+    assert sizes(split(three, set(), knobs(2, 1, validation=0.5))) == [1, 1, 1]
+
+
+def test_the_groups_are_those_of_the_subset(bins: pd.DataFrame) -> None:
+    groups = dict(zip(bins["id"], bins["group"], strict=True))
+    for by in ("group", "image"):
+        sets = split(bins, set(), knobs(1000, 200, by=by))
+        assert sets["group"].tolist() == [groups[bin_id] for bin_id in sets["id"]]
+
+
+@pytest.mark.parametrize("validation", [0.05, 0.4])
 @pytest.mark.parametrize("seed", range(5))
-def test_no_group_is_divided(bins: pd.DataFrame, seed: int) -> None:
-    sets = split(bins, set(), knobs(1700, 200, seed)).merge(bins, on="id")
+def test_no_group_is_divided(bins: pd.DataFrame, seed: int, validation: float) -> None:
+    sets = split(bins, set(), knobs(1700, 200, seed, validation=validation))
     assert sets.groupby("group")["set"].nunique().max() == 1
 
 
 def test_the_published_protocol_divides_groups(bins: pd.DataFrame) -> None:
-    sets = split(bins, set(), knobs(1700, 200, by="image")).merge(bins, on="id")
-    assert sets.groupby("group")["set"].nunique().max() == 2
+    sets = split(bins, set(), knobs(1700, 200, by="image", validation=0.3))
+    assert sets.groupby("group")["set"].nunique().max() == 3
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("by", ["group", "image"])
 @pytest.mark.parametrize(("train", "test"), [(1800, 200), (900, 300)])
-def test_the_quantities_have_the_same_shares_in_both_sets(
-    bins: pd.DataFrame, train: int, test: int, by: Literal["group", "image"], seed: int
+def test_the_quantities_have_the_same_shares_in_all_sets(
+    bins: pd.DataFrame, train: int, test: int, by: By, seed: int
 ) -> None:
-    sets = split(bins, set(), knobs(train, test, seed, by))
+    sets = split(bins, set(), knobs(train, test, seed, by, 0.1))
     everywhere = shares(bins, set(bins["id"]))
-    for name in ("train", "test"):
+    for name in SETS:
         found = shares(bins, ids_of(sets, name))
         assert (found - everywhere).abs().max() <= 3 / len(ids_of(sets, name)) + 0.002
 
 
 def test_by_image_the_quantities_are_apportioned_exactly(bins: pd.DataFrame) -> None:
     sets = split(bins, set(), knobs(1800, 200, by="image"))
-    test = Counter(bins.loc[bins["id"].isin(ids_of(sets, "test")), "quantity"])
-    assert test == apportion(200, Counter(bins["quantity"]))
+    for name, size in (("test", 200), ("validation", 90)):
+        found = Counter(bins.loc[bins["id"].isin(ids_of(sets, name)), "quantity"])
+        assert found == apportion(size, Counter(bins["quantity"]))
 
 
 def test_bins_are_listed_once_sorted_by_id(bins: pd.DataFrame) -> None:
     sets = split(bins, set(), knobs(1000, 200))
-    assert list(sets.columns) == ["id", "set"]
+    assert list(sets.columns) == ["id", "set", "group"]
     assert sets["id"].is_monotonic_increasing
     assert sets["id"].is_unique
 
@@ -111,10 +149,35 @@ def test_the_order_of_the_rows_does_not_matter(bins: pd.DataFrame) -> None:
     assert one.to_numpy().tolist() == two.to_numpy().tolist()
 
 
-def test_another_seed_gives_another_test_set(bins: pd.DataFrame) -> None:
-    tests = [ids_of(split(bins, set(), knobs(1800, 200, seed)), "test") for seed in range(3)]
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_another_seed_gives_another_set(bins: pd.DataFrame, name: str) -> None:
+    seeds = [split(bins, set(), knobs(1800, 200, seed, validation=0.1)) for seed in range(3)]
+    found = [ids_of(sets, name) for sets in seeds]
     for one, two in [(0, 1), (0, 2), (1, 2)]:
-        assert len(tests[one] & tests[two]) < 100
+        assert len(found[one] & found[two]) < 100
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("by", ["group", "image"])
+def test_another_share_moves_bins_between_train_and_validation_only(
+    bins: pd.DataFrame, by: By, seed: int
+) -> None:
+    found = [
+        split(bins, set(), knobs(1500, 200, seed, by, validation))
+        for validation in (0.01, 0.05, 0.3, 0.9)
+    ]
+    for sets in found[1:]:
+        assert sets["id"].tolist() == found[0]["id"].tolist()
+        assert ids_of(sets, "test") == ids_of(found[0], "test")
+    assert [sizes(sets)[1] for sets in found] == [15, 75, 450, 1350]
+
+
+def test_what_validates_is_no_neighbour_of_what_tests(bins: pd.DataFrame) -> None:
+    # An order of its own: one draw for both would cut it off the same end of train.
+    small, large = (
+        ids_of(split(bins, set(), knobs(train, 200)), "validation") for train in (900, 1800)
+    )
+    assert len(small & large) < 45
 
 
 def test_unusable_bins_are_in_no_set_and_hardly_move_the_others(bins: pd.DataFrame) -> None:
@@ -122,14 +185,14 @@ def test_unusable_bins_are_in_no_set_and_hardly_move_the_others(bins: pd.DataFra
     before = split(bins, set(), knobs(1600, 200))
     after = split(bins, unusable, knobs(1600, 200))
     assert not set(after["id"]) & unusable
-    assert after["set"].value_counts().to_dict() == {"train": 1600, "test": 200}
+    assert sizes(after) == [1520, 80, 200]
     kept = ids_of(before, "test") & ids_of(after, "test")
     assert len(kept) > 170
 
 
 def test_where_too_few_bins_are_usable_train_has_the_rest(bins: pd.DataFrame) -> None:
     sets = split(bins, set(bins["id"][:50]), knobs(1800, 200))
-    assert sets["set"].value_counts().to_dict() == {"train": 1750, "test": 200}
+    assert sizes(sets) == [1662, 88, 200]
 
 
 @pytest.mark.parametrize(("train", "test"), [(1801, 200), (2000, 1), (1, 2000)])
@@ -147,12 +210,18 @@ def test_a_test_set_that_leaves_nothing_to_train_is_refused(bins: pd.DataFrame) 
 
 @pytest.mark.usefixtures("workspace")
 @pytest.mark.parametrize(
-    ("groups", "train", "test"),
-    [([10], 8, 2), ([2, 2], 1, 3)],
-    ids=["no group fits into test", "no group fits into train"],
+    ("groups", "train", "test", "validation", "problem"),
+    [
+        ([10], 8, 2, 0.5, "test: no sibling group that is left fits into 2 bins"),
+        ([2, 2], 1, 3, 0.5, "train: no sibling group that is left fits into 1 bins"),
+        ([1] * 20, 9, 2, 0.05, "validation: no sibling group that is left fits into 0 bins"),
+        ([3, 3, 3], 6, 3, 0.3, "validation: no sibling group that is left fits into 2 bins"),
+        ([1] * 20, 9, 2, 0.99, "validation 0.99 leaves no sibling group to train"),
+        ([3, 3], 3, 3, 0.999, "validation 0.999 leaves no sibling group to train"),
+    ],
 )
 def test_a_set_that_no_group_fits_into_is_a_readable_error(
-    groups: list[int], train: int, test: int
+    groups: list[int], train: int, test: int, validation: float, problem: str
 ) -> None:
     labels = [f"{group:05d}" for group, size in enumerate(groups) for _ in range(size)]
     rows = [
@@ -161,9 +230,11 @@ def test_a_set_that_no_group_fits_into_is_a_readable_error(
     ]
     write_table(Path("data/subset.parquet"), pa.Table.from_pylist(rows))
     write_rejects(Path("data/quarantine.csv"), [])
-    write_params({"split.train": train, "split.test": test})
-    with pytest.raises(UserError, match=r"split\.t(rain|est)"):
+    write_params({"split.train": train, "split.test": test, "split.validation": validation})
+    with pytest.raises(UserError) as caught:
         main()
+    assert str(caught.value) == f"split.{problem}"
+    assert not Path("data/split.csv").exists()
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 99, 100])
@@ -176,33 +247,92 @@ def test_apportioning_gives_all_and_at_most_one_off(size: int) -> None:
 
 
 def test_the_stage_writes_ids_as_they_are(workspace: Path) -> None:
-    write_params({"split.train": 30, "split.test": 10})
+    write_params({"split.train": 30, "split.test": 10, "split.validation": 0.2})
     table = drawn_bins(40)
     table.loc[0, ["id", "group"]] = "1102"
     write_table(workspace / "data/subset.parquet", pa.Table.from_pandas(table))
     write_rejects(workspace / "data/quarantine.csv", [Reject("00002", "no bytes")])
-    main()
+    summary = main()
     lines = (workspace / "data/split.csv").read_text("utf-8").splitlines()
-    ids = [line.split(",")[0] for line in lines]
-    assert ids == ["id", *sorted(set(table["id"]) - {"00002"})]
-    assert {line.split(",")[1] for line in lines[1:]} == {"train", "test"}
+    columns = list(zip(*(line.split(",") for line in lines), strict=True))
+    groups = dict(zip(table["id"], table["group"], strict=True))
+    ids = sorted(set(table["id"]) - {"00002"})
+    assert list(columns[0]) == ["id", *ids]
+    assert columns[1][0] == "set"
+    counts = ", ".join(f"{columns[1].count(name)} {name}" for name in SETS)
+    assert summary == f"{counts}; 1 unusable"
+    assert list(columns[2]) == ["group", *(groups[bin_id] for bin_id in ids)]
+    assert "1102,1102" in {f"{line.split(',')[0]},{line.split(',')[2]}" for line in lines}
+
+
+def test_leaks_worked_by_hand() -> None:
+    rows = [
+        ("1", "train", "1"),
+        ("2", "test", "1"),
+        ("3", "test", "1"),
+        ("4", "validation", "4"),
+        ("5", "test", "4"),
+        # Siblings that are both in test give nothing away.
+        ("6", "test", "6"),
+        ("7", "test", "6"),
+        # Not even a twin by number.
+        ("00006", "train", "00006"),
+    ]
+    sets = pd.DataFrame(rows, columns=["id", "set", "group"])
+    assert count_leaks(sets) == {"test_bins": 5, "with_sibling_in_train": 3}
+
+
+@pytest.mark.usefixtures("workspace")
+@pytest.mark.parametrize("by", ["group", "image"])
+def test_the_leak_of_both_protocols_is_written_whichever_is_chosen(
+    bins: pd.DataFrame, by: By
+) -> None:
+    write_table(Path("data/subset.parquet"), pa.Table.from_pandas(bins))
+    write_rejects(Path("data/quarantine.csv"), [])
+    write_params({"split.train": 1800, "split.test": 200, "split.by": by})
+    main()
+    leaks = json.loads(Path("data/split.json").read_text("utf-8"))
+    by_image = split(bins, set(), knobs(1800, 200, by="image"))
+    others = by_image[by_image["set"] != "test"]
+    leaking = by_image[(by_image["set"] == "test") & by_image["group"].isin(others["group"])]
+    assert leaks == {
+        "group": {"test_bins": 200, "with_sibling_in_train": 0},
+        "image": {"test_bins": 200, "with_sibling_in_train": len(leaking)},
+    }
+    assert 100 < len(leaking) < 200
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 7, 2**32 - 1])
 def test_no_real_siblings_straddle_the_split(
-    real_bins: pd.DataFrame, abid_records: dict[str, bytes], seed: int
+    real_bins: pd.DataFrame, real_pairs: list[tuple[str, str]], seed: int
 ) -> None:
-    sets = split(real_bins, set(), knobs(5900, 662, seed))
-    assert sets["set"].value_counts().to_dict() == {"train": 5900, "test": 662}
+    sets = split(real_bins, set(), knobs(5900, 662, seed, validation=0.1))
+    assert sizes(sets) == [5310, 590, 662]
     of_bin = dict(zip(sets["id"], sets["set"], strict=True))
-    pairs = [pair for pair in sibling_pairs(abid_records) if set(pair) <= set(of_bin)]
+    pairs = [pair for pair in real_pairs if set(pair) <= set(of_bin)]
     assert len(pairs) > 1000
     assert all(of_bin[one] == of_bin[two] for one, two in pairs)
 
 
-def test_the_published_protocol_leaks_real_siblings(
-    real_bins: pd.DataFrame, abid_records: dict[str, bytes]
+@pytest.mark.usefixtures("workspace")
+def test_the_published_protocol_leaks_real_siblings_and_the_stage_says_so(
+    real_bins: pd.DataFrame, real_pairs: list[tuple[str, str]]
 ) -> None:
-    test = ids_of(split(real_bins, set(), knobs(5900, 662, by="image")), "test")
-    siblings = {bin_id for pair in sibling_pairs(abid_records) for bin_id in pair}
-    assert len(test & siblings) > 0.5 * len(test)
+    write_table(Path("data/subset.parquet"), pa.Table.from_pandas(real_bins))
+    write_rejects(Path("data/quarantine.csv"), [])
+    write_params({"split.train": 5900, "split.test": 662, "split.by": "image"})
+    main()
+    sets = pd.read_csv("data/split.csv", dtype=str)
+    # A sibling of a sibling is one, also by way of a bin with more than five items.
+    first_of: dict[str, str] = {}
+    for one, two in real_pairs:
+        first_of[two] = first_of.get(one, one)
+    groups = {bin_id: first_of.get(bin_id, bin_id) for bin_id in sets["id"]}
+    test = ids_of(sets, "test")
+    seen = {groups[bin_id] for bin_id in groups.keys() - test}
+    leaking = sum(groups[bin_id] in seen for bin_id in test)
+    assert leaking > 0.5 * len(test)
+    assert json.loads(Path("data/split.json").read_text("utf-8")) == {
+        "group": {"test_bins": 662, "with_sibling_in_train": 0},
+        "image": {"test_bins": 662, "with_sibling_in_train": leaking},
+    }

@@ -26,8 +26,9 @@ from tests.made import (
 EPOCHS, STEPS = 6, 10
 KNOBS: dict[str, Any] = {
     "subset.bins": 200,
-    "split.train": 160,
-    "split.test": 40,
+    "split.train": 180,
+    "split.test": 20,
+    "split.validation": 1 / 9,
     "resize.size": SIZE,
     # A checkpoint after each step.
     "train.checkpoint_minutes": 1e-9,
@@ -51,8 +52,9 @@ class Workspace:
         self.folder = folder
         rows = bin_rows([1, 2, 3, 4, 5] * 40)
         write_resized(folder / "data/resized", rows, shard_bins=50)
-        sets = {row["id"]: "test" if int(row["id"]) > 160 else "train" for row in rows}
-        write_split(folder / "data/split.csv", sets)
+        sets = ["train"] * 160 + ["validation"] * 20 + ["test"] * 20
+        ids = [row["id"] for row in rows]
+        write_split(folder / "data/split.csv", dict(zip(ids, sets, strict=True)))
         start = folder / "models/pretrained/vit/source.json"
         start.parent.mkdir(parents=True)
         start.write_text('{"pretrained": false}\n', "utf-8")

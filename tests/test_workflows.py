@@ -56,6 +56,7 @@ RUNS = {
     "resize.max_rejects": FROM_RESIZE,
     "split.train": FROM_SPLIT,
     "split.test": FROM_SPLIT,
+    "split.validation": FROM_SPLIT,
     "split.by": FROM_SPLIT,
     "split.seed": FROM_SPLIT,
     "train.processes": NOTHING,
@@ -87,6 +88,7 @@ RUNS = {
     "train.MODEL.seed": FROM_TRAIN,
     # For speed only, but nothing tells DVC so.
     "evaluate.batch_size": FROM_EVALUATE,
+    "evaluate.false_alarm": FROM_EVALUATE,
 }
 
 

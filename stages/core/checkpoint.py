@@ -41,7 +41,7 @@ class TrainingState:
     `epoch` (from 1) is the one under way and `step` the number of its finished steps. `totals`
     float64 [3] on the device: of the steps of this process in this epoch, the sum of the losses of
     all images, how many it got right, and the first step whose loss was not finite, or infinity.
-    `history` float64 [epochs, 4]: the rows of the finished epochs.
+    `history` float64 [epochs, values]: the rows of the finished epochs.
     """
 
     network: nn.Module

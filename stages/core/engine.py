@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +39,8 @@ class Epoch:
     epoch: int
     train_loss: float
     train_accuracy: float
+    validation_loss: float
+    validation_accuracy: float
     test_loss: float
     test_accuracy: float
 
@@ -71,6 +73,7 @@ class Trainer:
         self,
         classifier: Classifier,
         train_bins: Bins,
+        validation_bins: Bins,
         test_bins: Bins,
         knobs: Model,
         evaluate_batch_size: int,
@@ -78,6 +81,7 @@ class Trainer:
     ) -> None:
         self.classifier = classifier
         self.train_bins = train_bins
+        self.validation_bins = validation_bins
         self.test_bins = test_bins
         self.knobs = knobs
         self.evaluate_batch_size = evaluate_batch_size
@@ -114,7 +118,11 @@ class Trainer:
             if epoch > self.state.epoch:
                 self.state.start_epoch(epoch)
             if epoch == self.state.epoch:
-                row = (*self.train_one_epoch(watch), *self.test(watch))
+                row = (
+                    *self.train_one_epoch(watch),
+                    *self.test(self.validation_bins, watch),
+                    *self.test(self.test_bins, watch),
+                )
                 self.state.history[epoch - 1] = torch.tensor(row, dtype=torch.float64)
             yield Epoch(epoch, *self.state.history[epoch - 1].tolist())
 
@@ -199,20 +207,20 @@ class Trainer:
             first_bad = totals[2].clamp(max=self.state.step)
             totals[2] = torch.where(loss.isfinite(), totals[2], first_bad)
 
-    def test(self, watch: Watch) -> tuple[float, float]:
-        """The test set's loss and accuracy after an epoch."""
+    def test(self, bins: Bins, watch: Watch) -> tuple[float, float]:
+        """The loss and accuracy of bins that are not trained on, after an epoch."""
         epoch = self.state.epoch
         scores = evaluate(
             self.trained,
-            self.test_bins,
+            bins,
             self.evaluate_batch_size,
             self.processes,
             lambda: watch.stop_if_asked(f"while testing epoch {epoch}"),
         )
         if not math.isfinite(scores.loss):
             raise UserError(
-                f"the test loss of epoch {epoch} is {scores.loss}: lower this model's learning_rate"
-                f" ({self.knobs.learning_rate:g})"
+                f"the loss is {scores.loss} on bins not trained on, after epoch {epoch}: lower this"
+                f" model's learning_rate ({self.knobs.learning_rate:g})"
             )
         return scores.loss, scores.accuracy
 
@@ -273,7 +281,7 @@ def start_state(classifier: Classifier, knobs: Model) -> TrainingState:
         make_optimizer(classifier.network, knobs),
         average,
         totals=torch.tensor([0, 0, math.inf], dtype=torch.float64, device=classifier.device),
-        history=torch.zeros(knobs.epochs, 4, dtype=torch.float64),
+        history=torch.zeros(knobs.epochs, len(fields(Epoch)) - 1, dtype=torch.float64),
     )
 
 

@@ -78,11 +78,10 @@ class Batch(NamedTuple):
     rows: NDArray[np.int64]
 
 
-def load_bins(resized: Path, split: Path, set_name: str) -> Bins:
-    """The bins that `split` (a CSV of id and set) puts in the set. Raises UserError if none."""
+def load_bins(resized: Path, split: Path, *set_names: str) -> list[Bins]:
+    """The bins that `split` (a CSV of id and set) puts in each set. Raises UserError if none."""
     with tempfile.TemporaryDirectory(prefix="bins-", dir=cache_folder()) as folder:
-        (bins,) = load_sets(resized, split, [set_name], Path(folder), Processes())
-        return bins
+        return load_sets(resized, split, set_names, Path(folder), Processes())
 
 
 def load_sets(

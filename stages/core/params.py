@@ -70,6 +70,7 @@ class Resize(Block):
 class Split(Block):
     train: Count
     test: Count
+    validation: Annotated[float, Field(gt=0, lt=1)]
     by: Literal["group", "image"]
     seed: Seed
 
@@ -136,6 +137,7 @@ class Train(Block):
 
 class Evaluate(Block):
     batch_size: Count
+    false_alarm: Annotated[float, Field(gt=0, lt=1)]
 
 
 class Params(Block):
