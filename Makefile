@@ -14,6 +14,8 @@ $(VENV)/.installed: requirements.txt
 		{ echo "Python 3.11 or newer is needed: make $@ PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
+	@# For the commands of pyproject.toml; what builds it is in the lock, as is what it needs.
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 
 .dvc/plots.html: $(VENV)/.installed tools/plots_page.py tools/plots_page.html

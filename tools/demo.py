@@ -36,6 +36,7 @@ OVERRIDES = [
     "resize.size=64",
     "split.train=1000",
     "split.test=200",
+    "split.validation=0.1",
     "train.resnet34.pretrained=false",
     "train.resnet34.batch_size=32",
     "train.resnet34.epochs=5",

@@ -37,9 +37,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        temporary.write_text(text, "utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
@@ -49,8 +53,8 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """A table of write_csv. Ids are strings: 00100 and 100 are two bins."""
-    return pd.read_csv(path, dtype={"id": str}, keep_default_na=False)
+    """A table of write_csv. Ids, which groups are named by too, are strings: 00100 is not 100."""
+    return pd.read_csv(path, dtype={"id": str, "group": str}, keep_default_na=False)
 
 
 def sha256_file(path: Path) -> str:

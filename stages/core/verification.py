@@ -1,0 +1,139 @@
+"""Does a bin hold what its record says? Telling right claims from wrong ones.
+
+About every bin each count is claimed once: its record's, which counts as right, and every other, a
+wrong record; so each error is as frequent as the quantities make it. The score of a claim is the
+calibrated probability of the claimed count. A score below a threshold is an alarm. Records that are
+wrong in the data themselves count as right here, which makes every rate a little worse than it is.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+Counts = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+FALSE_ALARMS = (0.01, 0.05, 0.10)
+#: Shares of wrong records for which the precision of alarms is foretold.
+PREVALENCES = (0.001, 0.01, 0.05)
+_POINTS = 200
+
+
+@dataclass(frozen=True)
+class Claims:
+    """Claims in the order of their scores, lowest first; an entry each.
+
+    `bins` are the places of the bins they are about, `errors` by how many items they are off.
+    """
+
+    bins: Counts
+    errors: Counts
+    scores: Floats
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        right: NDArray[np.bool_] = self.errors == 0
+        return right
+
+
+class Rates(NamedTuple):
+    """Shares of the right claims that are alarms, and of the wrong ones, by their error."""
+
+    false_alarms: float
+    found: float
+    found_off_by_one: float
+    found_off_by_more: float
+
+
+def make_claims(probabilities: Floats, actual: Counts, labels: list[int]) -> Claims:
+    """All claims about bins with `probabilities` [bins, labels] and true counts `actual`."""
+    bins, places = (indices.ravel() for indices in np.indices(probabilities.shape))
+    errors = np.abs(np.array(labels)[places] - actual[bins])
+    scores = probabilities.ravel().astype(np.float64)
+    order = np.argsort(scores, kind="stable")
+    return Claims(bins[order], errors[order], scores[order])
+
+
+def threshold_for(right_scores: Floats, false_alarms: float) -> float:
+    """The highest threshold below which at most that share (under 1) of right claims score."""
+    ordered = np.sort(right_scores)
+    # A share of 0.29 of 100 is 29, whatever floating point says.
+    return float(ordered[int(false_alarms * len(ordered) + 1e-6)])
+
+
+def rates_at(claims: Claims, threshold: float, weights: Floats) -> Rates:
+    """What a threshold comes to where bins count with their weights; 0 where there is no claim."""
+    alarms = claims.scores < threshold
+    of_claim = weights[claims.bins]
+
+    def share(chosen: NDArray[np.bool_]) -> float:
+        total = of_claim[chosen].sum()
+        return float(of_claim[chosen & alarms].sum() / total) if total else 0.0
+
+    errors = claims.errors
+    return Rates(share(errors == 0), share(errors > 0), share(errors == 1), share(errors > 1))
+
+
+def roc_curve(claims: Claims, weights: Floats) -> tuple[Floats, Floats]:
+    """Share of right claims that are false alarms, and of wrong ones found, at every threshold."""
+    of_claim = weights[claims.bins]
+    # Claims of one score are alarms together.
+    last_of_score = np.flatnonzero(np.diff(claims.scores, append=np.inf))
+    curves = []
+    for chosen in (claims.right, ~claims.right):
+        alarms = np.cumsum(np.where(chosen, of_claim, 0.0))
+        curves.append(np.concatenate([[0.0], alarms[last_of_score] / max(alarms[-1], 1e-12)]))
+    return curves[0], curves[1]
+
+
+def auroc(claims: Claims, weights: Floats) -> float:
+    """The area under the ROC curve: how often a wrong claim scores below a right one."""
+    false_alarms, found = roc_curve(claims, weights)
+    return float(np.trapezoid(found, false_alarms))
+
+
+def precision(found: Floats | float, false_alarms: Floats | float, prevalence: float) -> Floats:
+    """The share of alarms that are wrong records, where that share of all records is wrong.
+
+    Bayes' rule. 0 where there is no alarm.
+    """
+    true_alarms = prevalence * np.asarray(found)
+    alarms = true_alarms + (1 - prevalence) * np.asarray(false_alarms)
+    return np.divide(true_alarms, alarms, out=np.zeros_like(alarms), where=alarms > 0)
+
+
+def verification_table(claims: Claims, thresholds: dict[str, float]) -> pd.DataFrame:
+    """A row per threshold, by its name, with its rates."""
+    weights = np.ones(claims.bins.max() + 1)
+    return pd.DataFrame(
+        {"alarms": name, "threshold": threshold} | rates_at(claims, threshold, weights)._asdict()
+        for name, threshold in thresholds.items()
+    )
+
+
+def precision_table(verification: pd.DataFrame) -> pd.DataFrame:
+    """What the rates of each row come to where few records are wrong, by that share.
+
+    `bins_per_find`: how many alarms a person looks at for each wrong record found; `inf` where
+    none is.
+    """
+    rows = []
+    names = ("alarms", "found", "false_alarms")
+    for alarms, found, false_alarms in zip(*(verification[name] for name in names), strict=True):
+        for prevalence in PREVALENCES:
+            share = float(precision(found, false_alarms, prevalence))
+            rows.append((alarms, prevalence, found, share, 1 / share if share else np.inf))
+    columns = ["alarms", "wrong_records", "found", "precision", "bins_per_find"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def roc_table(claims: Claims) -> pd.DataFrame:
+    """Points of the ROC curve for a plot, false_alarms and found: most where few are alarms."""
+    false_alarms, found = roc_curve(claims, np.ones(claims.bins.max() + 1))
+    grid = np.union1d(np.linspace(0, 1, _POINTS + 1), np.geomspace(1e-4, 1, _POINTS + 1))
+    # The last point up to each of the grid: the curve goes up there, then on to the right.
+    places = np.unique(np.searchsorted(false_alarms, grid, side="right") - 1)
+    return pd.DataFrame({"false_alarms": false_alarms[places], "found": found[places]})

@@ -1,0 +1,176 @@
+"""Intervals and paired tests, against SciPy's, in simulations and by hand."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.stats import binom, bootstrap, norm
+
+from stages.core.bootstrap import group_weights, intervals, mcnemar
+
+Floats = NDArray[np.float64]
+GROUPS = ["00001", "00001", "00003", "00100", "100", "00001", "00100", "00008"]
+
+
+def mean_of(values: Floats) -> Callable[[Floats], Mapping[str, float]]:
+    return lambda weights: {"mean": float(np.average(values, weights=weights))}
+
+
+def names(number: int) -> list[str]:
+    """Groups of one."""
+    return [f"{place:05d}" for place in range(number)]
+
+
+def test_a_sample_has_as_many_groups_as_there_are_with_all_their_bins() -> None:
+    samples = list(group_weights(GROUPS, 50))
+
+    assert len(samples) == 50
+    for weights in samples:
+        assert weights.shape == (8,)
+        of_group = dict(zip(GROUPS, weights, strict=True))
+        assert [of_group[group] for group in GROUPS] == weights.tolist()
+        # Five groups, of which 00100 and 100 are two.
+        assert sum(of_group.values()) == len(of_group) == 5
+        assert all(times == int(times) >= 0 for times in of_group.values())
+
+
+def test_each_group_is_drawn_as_often_as_chance_has_it() -> None:
+    weights = np.array(list(group_weights(names(10), 4000)))
+
+    # The binomial distribution's, of 10 draws at 1/10.
+    for times in range(4):
+        expected = binom.pmf(times, 10, 0.1)
+        np.testing.assert_allclose((weights == times).mean(axis=0), expected, atol=0.04)
+    # A draw more of one is one less of another: their correlation is -1/9.
+    others = np.corrcoef(weights.T)[np.triu_indices(10, 1)]
+    assert others.mean() == pytest.approx(-1 / 9, abs=0.01)
+
+
+def test_samples_are_the_same_ones_each_time_and_differ_from_each_other() -> None:
+    first, again = (np.array(list(group_weights(GROUPS, 20))) for _ in range(2))
+
+    np.testing.assert_array_equal(first, again)
+    assert len(np.unique(first, axis=0)) > 10
+    # More samples begin with the same ones.
+    np.testing.assert_array_equal(np.array(list(group_weights(GROUPS, 30)))[:20], first)
+
+
+def test_intervals_are_quantiles_of_plainly_resampled_bins() -> None:
+    values = np.arange(8.0) ** 2
+
+    table = intervals(
+        lambda weights: {
+            "mean": float(np.average(values, weights=weights)),
+            "bins": float(weights.sum()),
+        },
+        GROUPS,
+        samples=300,
+    )
+
+    resampled = [np.repeat(values, weights.astype(int)) for weights in group_weights(GROUPS, 300)]
+    assert table.columns.tolist() == ["metric", "value", "low", "high"]
+    assert table["metric"].tolist() == ["mean", "bins"]
+    assert table["value"].tolist() == [values.mean(), 8]
+    for column, tail in (("low", 0.025), ("high", 0.975)):
+        means, sizes = [some.mean() for some in resampled], [len(some) for some in resampled]
+        expected = [np.quantile(means, tail), np.quantile(sizes, tail)]
+        assert table[column].tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_without_siblings_an_interval_is_scipys(seed: int) -> None:
+    values = np.random.default_rng(seed).gamma(2, size=150)
+
+    (row,) = intervals(mean_of(values), names(150), samples=2000).to_dict("records")
+
+    expected = bootstrap(
+        (values,), np.mean, method="percentile", n_resamples=5000, rng=seed
+    ).confidence_interval
+    error = values.std() / 150**0.5
+    assert row["value"] == values.mean()
+    # Several times the chance of 2000 samples, and a tenth of the interval.
+    assert row["low"] == pytest.approx(expected.low, abs=0.3 * error)
+    assert row["high"] == pytest.approx(expected.high, abs=0.3 * error)
+    half = norm.ppf(0.975) * error
+    assert (row["high"] - row["low"]) / 2 == pytest.approx(half, rel=0.15)
+
+
+def siblings_alike(seed: int, groups: int = 40, size: int = 4) -> tuple[Floats, list[str]]:
+    """Values of bins around 0, nearly the same in each group."""
+    chance = np.random.default_rng(seed)
+    values = np.repeat(chance.normal(size=groups), size) + chance.normal(0, 0.1, groups * size)
+    return values, [f"{place // size:05d}" for place in range(groups * size)]
+
+
+def width(values: Floats, groups: list[str]) -> float:
+    table = intervals(mean_of(values), groups, samples=500)
+    return float((table["high"] - table["low"]).iloc[0])
+
+
+def holds_0(values: Floats, groups: list[str]) -> bool:
+    (row,) = intervals(mean_of(values), groups, samples=100).to_dict("records")
+    return bool(row["low"] <= 0 <= row["high"])
+
+
+def test_siblings_that_are_alike_make_an_interval_wider() -> None:
+    values, groups = siblings_alike(0)
+
+    # Of four bins that are one the error is twice that of four.
+    assert width(values, groups) == pytest.approx(2 * width(values, names(160)), rel=0.15)
+    # Siblings that have nothing in common do not.
+    mixed = np.random.default_rng(1).permutation(values)
+    assert width(mixed, groups) == pytest.approx(width(mixed, names(160)), rel=0.2)
+
+
+def test_the_truth_is_in_about_95_of_100_intervals() -> None:
+    by_group, by_bin = 0, 0
+    for seed in range(100):
+        values, groups = siblings_alike(seed)
+        by_group += holds_0(values, groups)
+        by_bin += holds_0(values, names(160))
+
+    # A percentile interval of 40 groups is a little too narrow; the chance of 100 is 2%.
+    assert 0.88 <= by_group / 100 <= 0.98
+    # One half as wide as it should be holds the truth in two cases of three.
+    assert 0.55 <= by_bin / 100 < 0.8
+
+
+def rights(both: int, first: int, second: int, neither: int) -> list[NDArray[np.bool_]]:
+    """Which bins each of two is right on, by how many there are of each kind, in random order."""
+    kinds = [(True, True)] * both + [(True, False)] * first
+    kinds += [(False, True)] * second + [(False, False)] * neither
+    table = np.random.default_rng(0).permutation(np.array(kinds))
+    return [table[:, 0], table[:, 1]]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "p_value"),
+    [
+        # Of 6 coins at most one falls so or so: 2 * (1 + 6) / 64.
+        (1, 5, 14 / 64),
+        (5, 1, 14 / 64),
+        (0, 5, 2 / 32),
+        (0, 1, 1.0),
+        (3, 3, 1.0),
+        (0, 0, 1.0),
+        # 2 * (1 + 10 + 45) / 1024
+        (2, 8, 112 / 1024),
+    ],
+)
+def test_mcnemar_worked_by_hand(first: int, second: int, p_value: float) -> None:
+    found = mcnemar(*rights(30, first, second, 11))
+
+    assert found[:2] == (first, second)
+    assert found.p_value == pytest.approx(p_value)
+    # What both do the same counts for nothing.
+    assert mcnemar(*rights(1, first, second, 200)) == found
+
+
+@pytest.mark.parametrize(("first", "second"), [(40, 60), (12, 31), (300, 250), (7, 7)])
+def test_mcnemar_is_twice_the_binomial_tail(first: int, second: int) -> None:
+    tail = binom.cdf(min(first, second), first + second, 0.5)
+
+    found = mcnemar(*rights(100, first, second, 100))
+
+    assert found.p_value == pytest.approx(min(1.0, 2 * tail), rel=1e-9)

@@ -1,0 +1,274 @@
+"""What is computed from scored bins: tables of few bins worked by hand, others by scikit-learn."""
+
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import pytest
+import sklearn.metrics
+from numpy.typing import NDArray
+from scipy.special import log_softmax
+
+from stages.core import evaluation
+from stages.core.bootstrap import group_weights, intervals
+from stages.core.evaluation import (
+    Scored,
+    accuracy_by_siblings,
+    alarm_rates,
+    calibration_table,
+    confusion_table,
+    metrics_with_intervals,
+    per_quantity_table,
+)
+from stages.core.metrics import counting_metrics, probability_metrics
+from stages.core.verification import auroc, rates_at
+
+LABELS = [1, 2, 3]
+METRICS = ["accuracy", "rmse", "mae", "within_one", "macro_f1", "kappa"]
+METRICS += ["rmse_of_mean", "nll", "ece", "auroc", "found", "false_alarms"]
+SAMPLES = 100
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them takes a millisecond or two."""
+    monkeypatch.setattr(evaluation, "intervals", partial(intervals, samples=SAMPLES))
+
+
+def by_hand(groups: list[str] | None = None) -> Scored:
+    """Four bins, of which the last one is taken for a 2."""
+    return Scored(
+        ids=["00001", "00002", "00003", "3"],
+        groups=groups or ["00001", "00001", "00003", "3"],
+        actual=np.array([1, 2, 3, 3]),
+        probabilities=np.array(
+            [[0.8, 0.1, 0.1], [0.2, 0.5, 0.3], [0.0, 0.1, 0.9], [0.25, 0.5, 0.25]]
+        ),
+        labels=LABELS,
+    )
+
+
+def drawn(seed: int, bins: int = 60) -> Scored:
+    """Bins in groups of two."""
+    chance = np.random.default_rng(seed)
+    actual = chance.choice(LABELS, bins)
+    scores = chance.gamma(0.7, size=(bins, 3)) + 0.6 * (actual[:, None] == LABELS)
+    return Scored(
+        ids=[f"{place:05d}" for place in range(bins)],
+        groups=[f"{place // 2 * 2:05d}" for place in range(bins)],
+        actual=actual,
+        probabilities=scores / scores.sum(axis=1, keepdims=True),
+        labels=LABELS,
+    )
+
+
+def test_the_most_probable_count_is_predicted() -> None:
+    scored = by_hand()
+
+    assert scored.predicted.tolist() == [1, 2, 3, 2]
+    assert scored.targets.tolist() == [0, 1, 2, 2]
+
+
+def test_labels_need_not_be_in_order() -> None:
+    probabilities = np.array([[0.1, 0.2, 0.7], [0.3, 0.6, 0.1]])
+    scored = Scored(["1", "2"], ["1", "2"], np.array([2, 3]), probabilities, [3, 5, 2])
+
+    assert scored.predicted.tolist() == [2, 5]
+    assert scored.targets.tolist() == [2, 0]
+    assert scored.table().columns.tolist() == ["id", "actual", "predicted", "p3", "p5", "p2"]
+
+
+def test_right_scores_are_the_probabilities_of_the_true_counts() -> None:
+    assert sorted(by_hand().right_scores.tolist()) == [0.25, 0.5, 0.8, 0.9]
+
+
+def test_a_table_has_a_row_per_bin() -> None:
+    table = by_hand().table()
+
+    assert table.columns.tolist() == ["id", "actual", "predicted", "p1", "p2", "p3"]
+    assert table["id"].tolist() == ["00001", "00002", "00003", "3"]
+    assert table.iloc[3].tolist() == ["3", 3, 2, 0.25, 0.5, 0.25]
+
+
+def test_calibrating_changes_confidence_and_nothing_else() -> None:
+    scored = drawn(0)
+
+    calibrated = scored.calibrated(2.0)
+
+    assert calibrated.predicted.tolist() == scored.predicted.tolist()
+    assert (calibrated.ids, calibrated.groups) == (scored.ids, scored.groups)
+    expected = np.exp(log_softmax(np.log(scored.probabilities) / 2, axis=1))
+    np.testing.assert_allclose(calibrated.probabilities, expected)
+    for name, value in scored.metrics().items():
+        same = calibrated.metrics()[name] == pytest.approx(value)
+        assert same == (name not in {"rmse_of_mean", "nll", "ece"}), name
+
+
+def test_the_temperature_has_the_least_loss_of_a_grid() -> None:
+    scored = drawn(1)
+
+    temperature = scored.temperature()
+
+    losses = [scored.calibrated(t).metrics()["nll"] for t in np.linspace(0.1, 5, 200)]
+    assert scored.calibrated(temperature).metrics()["nll"] <= min(losses) + 1e-9
+
+
+def test_metrics_are_those_of_counts_and_of_probabilities() -> None:
+    scored, weights = drawn(2), np.random.default_rng(0).uniform(0, 2, 60)
+
+    for given in (None, weights):
+        counting = counting_metrics(scored.actual, scored.predicted, LABELS, given)
+        probable = probability_metrics(scored.actual, scored.probabilities, LABELS, given)
+        assert scored.metrics(given) == counting | probable
+    assert scored.metrics()["accuracy"] == sklearn.metrics.accuracy_score(
+        scored.actual, scored.predicted
+    )
+
+
+def test_reliability_worked_by_hand() -> None:
+    # 0.8, 0.5 and 0.9 are right, the other 0.5 is wrong.
+    table = by_hand().reliability()
+
+    assert table["confidence"].tolist() == pytest.approx([0.5, 0.8, 0.9])
+    assert table["accuracy"].tolist() == [0.5, 1, 1]
+    assert table["test_bins"].tolist() == [2, 1, 1]
+
+
+def test_metrics_have_intervals_of_sibling_groups() -> None:
+    scored = drawn(3)
+
+    table = metrics_with_intervals(scored, threshold=0.2)
+
+    assert table.columns.tolist() == ["metric", "value", "low", "high"]
+    assert table["metric"].tolist() == METRICS
+    assert (table["low"] <= table["high"]).all()
+    rows = table.set_index("metric")
+    rates = rates_at(scored.claims, 0.2, np.ones(60))
+    values = scored.metrics() | {
+        "auroc": auroc(scored.claims, np.ones(60)),
+        "found": rates.found,
+        "false_alarms": rates.false_alarms,
+    }
+    assert rows["value"].to_dict() == pytest.approx(values)
+    right = scored.predicted == scored.actual
+    resampled = group_weights(scored.groups, SAMPLES)
+    samples = [np.average(right, weights=weights) for weights in resampled]
+    low, high = np.quantile(samples, [0.025, 0.975])
+    found = (rows["low"]["accuracy"], rows["high"]["accuracy"])
+    assert found == pytest.approx((low, high))
+    # Metrics that resampling biases, like ece, may lie outside of their own.
+    for name in ("accuracy", "rmse", "mae", "nll", "auroc", "found", "false_alarms"):
+        assert rows["low"][name] < rows["value"][name] < rows["high"][name], name
+
+
+def test_found_and_false_alarms_are_at_the_given_threshold() -> None:
+    scored = drawn(4)
+
+    rows = [metrics_with_intervals(scored, t).set_index("metric") for t in (0.0, 0.2, 1.1)]
+
+    for name in ("found", "false_alarms"):
+        none, some, every = ([row[end][name] for end in ("low", "value", "high")] for row in rows)
+        assert none == [0, 0, 0]
+        assert every == pytest.approx([1, 1, 1])
+        assert 0 < some[1] < 1
+    others = [row.drop(["found", "false_alarms"]) for row in rows]
+    assert all(one.equals(two) for one, two in pairwise(others))
+
+
+def test_accuracy_by_siblings_worked_by_hand() -> None:
+    scored = by_hand(["00001", "00002", "00003", "3"])
+
+    table = accuracy_by_siblings(scored, {"00001", "3", "00077"})
+
+    columns = ["siblings_in_train", "test_bins", "accuracy", "low", "high"]
+    assert table.columns.tolist() == columns
+    # Of two bins one is right: a sample has none, one or two of it. The other two are both right.
+    assert table.to_numpy().tolist() == [["with", 2, 0.5, 0, 1], ["without", 2, 1, 1, 1]]
+
+
+@pytest.mark.parametrize(("seen", "name"), [(set(), "without"), ({"00001", "00003", "3"}, "with")])
+def test_there_is_no_row_for_what_no_bin_is(seen: set[str], name: str) -> None:
+    table = accuracy_by_siblings(by_hand(), seen)
+
+    assert table["siblings_in_train"].tolist() == [name]
+    assert table[["test_bins", "accuracy"]].to_numpy().tolist() == [[4, 0.75]]
+
+
+def test_the_accuracies_of_both_kinds_are_the_accuracy_of_all() -> None:
+    scored = drawn(5)
+
+    table = accuracy_by_siblings(scored, set(scored.groups[:20]))
+
+    assert table["test_bins"].tolist() == [20, 40]
+    overall = np.average(table["accuracy"], weights=table["test_bins"])
+    assert overall == pytest.approx(scored.metrics()["accuracy"])
+
+
+def test_alarm_rates_worked_by_hand() -> None:
+    # Of four right claims one may be an alarm: the second lowest score of validation's.
+    validation, test = by_hand(), by_hand().calibrated(1.0)
+
+    table = alarm_rates(validation, test, 0.25)
+
+    assert table["alarms"].tolist() == ["chosen", "1%", "5%", "10%"]
+    # Of test a share so small is no bin: the threshold is the lowest score.
+    assert table["threshold"].tolist() == pytest.approx([0.5, 0.25, 0.25, 0.25])
+    # Of the other eight claims one scores 0.5 and is no alarm; below 0.25 there are five.
+    assert table["false_alarms"].tolist() == [0.25, 0, 0, 0]
+    assert table["found"].tolist() == pytest.approx([7 / 8, 5 / 8, 5 / 8, 5 / 8])
+
+
+def test_validation_chooses_the_first_threshold_and_test_is_what_it_is_measured_on() -> None:
+    validation, test, other = drawn(6), drawn(7), drawn(8, bins=40)
+
+    table = alarm_rates(validation, test, 0.1)
+
+    chosen = table.iloc[0]
+    assert np.mean(validation.right_scores < chosen["threshold"]) == pytest.approx(0.1)
+    assert chosen["false_alarms"] == pytest.approx(np.mean(test.right_scores < chosen["threshold"]))
+    assert alarm_rates(validation, other, 0.1)["threshold"].iloc[0] == chosen["threshold"]
+    assert alarm_rates(other, test, 0.1)["threshold"].iloc[0] != chosen["threshold"]
+    # The others are test's own.
+    for place, share in ((1, 0.01), (2, 0.05), (3, 0.1)):
+        row = table.iloc[place]
+        assert np.mean(test.right_scores < row["threshold"]) <= share
+        assert row["threshold"] in test.right_scores
+
+
+def test_the_calibration_table_has_the_losses_before_and_after() -> None:
+    before = by_hand()
+
+    table = calibration_table(before, before.calibrated(2.0), 2.0)
+
+    assert table.columns.tolist() == ["calibrated", "temperature", "nll", "ece"]
+    assert table["calibrated"].tolist() == ["before", "after"]
+    assert table["temperature"].tolist() == [1, 2]
+    loss = -np.log([0.8, 0.5, 0.9, 0.25]).mean()
+    assert table["nll"].iloc[0] == pytest.approx(loss)
+    # |1 - 0.8| and |1 - 0.9| of one bin each, and of 0.5, right once of two, nothing.
+    assert table["ece"].iloc[0] == pytest.approx((0.2 + 0.1) / 4)
+    roots = np.sqrt(before.probabilities)
+    of_true = (roots / roots.sum(axis=1, keepdims=True))[range(4), before.targets]
+    assert table["nll"].iloc[1] == pytest.approx(-np.log(of_true).mean())
+
+
+def test_the_confusion_table_has_a_row_for_each_pair_of_counts() -> None:
+    scored = drawn(9)
+    expected = sklearn.metrics.confusion_matrix(scored.actual, scored.predicted, labels=LABELS)
+
+    table = confusion_table(scored.confusion(), LABELS)
+
+    assert table.columns.tolist() == ["actual", "predicted", "test_bins"]
+    assert table["actual"].tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert table["predicted"].tolist() == [1, 2, 3] * 3
+    assert table["test_bins"].tolist() == expected.ravel().tolist()
+    assert pd.api.types.is_integer_dtype(table["test_bins"])
+
+
+def test_per_quantity_worked_by_hand() -> None:
+    table = per_quantity_table(by_hand().confusion(), LABELS)
+
+    expected: NDArray[np.float64] = np.array([[1, 1, 1, 1], [2, 1, 0.5, 1], [3, 0.5, 1, 2]])
+    assert table.columns.tolist() == ["quantity", "recall", "precision", "test_bins"]
+    np.testing.assert_allclose(table.to_numpy(), expected)
