@@ -4,25 +4,32 @@ The same inputs give the same bytes. So the page has no times, which differ from
 commit, which a run precedes; it has MD5s as dvc.lock records them, by which git finds the commit.
 """
 
-import base64
 import hashlib
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from matplotlib.figure import Figure
 
 from stages.core import plots
 from stages.core.command import run_stage
+from stages.core.comparison import compare_models
 from stages.core.draw import shuffled
-from stages.core.files import atomic_write, digest, publish_folder, read_csv, unfinished
-from stages.core.metrics import headline_metrics
+from stages.core.figures import Tables, draw_figures
+from stages.core.files import (
+    digest,
+    publish_folder,
+    read_csv,
+    unfinished,
+    write_csv,
+    write_text,
+)
+from stages.core.metrics import counting_metrics
+from stages.core.page import embedded, render
 from stages.core.params import Params, load_params
 from stages.core.shards import read_rejects, shard_paths, whole_parquet
 
@@ -31,16 +38,30 @@ SUBSET = Path("data/subset.parquet")
 QUARANTINE = Path("data/quarantine.csv")
 RESIZED = Path("data/resized")
 SPLIT = Path("data/split.csv")
+LEAKS = Path("data/split.json")
 REPORTS = Path("reports")
+COMPARISON = REPORTS / "comparison.csv"
 FIGURES = REPORTS / "figures"
 OUT = REPORTS / "index.html"
 TEMPLATE = Path(__file__).with_suffix(".html")
 PUBLISHED = Path(__file__).with_name("published.csv")
-TABLES = ["confusion", "curves", "per_quantity", "predictions", "reliability"]
-SURELY_WRONG, SAMPLE = 12, 24
+TABLES = [
+    "alarms",
+    "calibration",
+    "confusion",
+    "curves",
+    "intervals",
+    "per_quantity",
+    "precision",
+    "predictions",
+    "reliability",
+    "reliability_uncalibrated",
+    "roc",
+    "siblings",
+    "validation",
+]
+DOUBTFUL, SAMPLE = 24, 24
 
-# By name of the file in reports/<model>, and by model.
-Tables = Mapping[str, Mapping[str, pd.DataFrame]]
 Metrics = Mapping[str, Any]
 Rows = list[dict[Hashable, Any]]
 
@@ -58,27 +79,34 @@ def main() -> str:
     with whole_parquet(SUBSET):
         subset = pd.read_parquet(SUBSET, columns=["id", "quantity"])
     bins = subset.merge(read_csv(SPLIT), on="id")
-    figures = draw_figures(bins, results, tables)
+    comparison = compare_models(tables["predictions"], bins.set_index("id")["group"])
+    write_csv(COMPARISON, comparison)
+    majority = int(bins.loc[bins["set"] == "train", "quantity"].mode().iloc[0])
+    by_majority = majority_metrics(tables["predictions"], majority)
+    figures = draw_figures(bins, by_majority["accuracy"], tables)
     with unfinished("report", digest(params)) as folder:
         for name, (figure, _) in figures.items():
             plots.save_figure(figure, folder / f"{name}.png")
         publish_folder(folder, FIGURES)
-    wrong = {model: surely_wrong(table) for model, table in tables["predictions"].items()}
+    doubted = doubtful(tables)
     some = sample(tables["predictions"], params.split.seed)
-    shown = sorted({row["id"] for rows in [some, *wrong.values()] for row in rows})
-    majority = int(bins.loc[bins["set"] == "train", "quantity"].mode().iloc[0])
     page = render(
+        TEMPLATE,
         params=params,
-        best=max(results, key=lambda model: results[model]["accuracy"]),
+        # Test measures, and chooses nothing.
+        best=max(results, key=lambda model: results[model]["validation_accuracy"]),
         results=results,
         majority=majority,
-        scores=results | {"majority class": majority_metrics(tables["predictions"], majority)},
+        by_majority=by_majority,
+        intervals=by_metric(tables["intervals"]),
+        comparison=comparison.to_dict("records"),
+        leaks=read_json(LEAKS),
         published=read_csv(PUBLISHED).to_dict("records"),
         figures={name: picture(FIGURES / f"{name}.png", alt) for name, (_, alt) in figures.items()},
-        per_quantity=tables["per_quantity"],
-        surely_wrong=wrong,
+        tables=tables,
+        doubtful=doubted,
         sample=some,
-        photographs=read_photographs(shown),
+        photographs=read_photographs(sorted({row["id"] for row in [*some, *doubted]})),
         index=read_json(INDEX_COUNTS),
         drawn=len(subset),
         unusable=len(read_rejects(QUARANTINE)),
@@ -86,73 +114,41 @@ def main() -> str:
         training=training_knobs(params, models),
         digests={path.as_posix(): md5(path) for path in identifying_files(models)},
     )
-    with atomic_write(OUT) as temporary:
-        temporary.write_text(page, "utf-8")
+    write_text(OUT, page)
     return f"open {OUT} in a browser"
 
 
-def draw_figures(
-    bins: pd.DataFrame, results: Mapping[str, Metrics], tables: Tables
-) -> dict[str, tuple[Figure, str]]:
-    """Each figure by its file's name, with a text for those who do not see it."""
-    quantities = pd.crosstab(bins["quantity"], bins["set"])
-    figures = {"quantities": (plots.quantities_figure(quantities), quantities_text(quantities))}
-    for model, metrics in results.items():
-        curves = tables["curves"][model]
-        figure = plots.curves_figure(model, curves, metrics["majority_accuracy"])
-        figures[f"curves_{model}"] = figure, curves_text(model, curves)
-        confusion = tables["confusion"][model].pivot_table(
-            "test_bins", "actual", "predicted", aggfunc="sum"
-        )
-        figure = plots.confusion_figure(model, confusion.to_numpy(), confusion.index.tolist())
-        figures[f"confusion_{model}"] = figure, confusion_text(model, confusion)
-    text = "Recall per quantity, in the tables below."
-    figures["recall"] = plots.recall_figure(tables["per_quantity"]), text
-    text = "Accuracy by confidence: " + "; ".join(
-        f"{model} differs by {metrics['ece']:.1%} on average" for model, metrics in results.items()
-    )
-    figures["reliability"] = plots.reliability_figure(tables["reliability"]), text
-    return figures
-
-
-def quantities_text(quantities: pd.DataFrame) -> str:
-    return "Bins per quantity: " + "; ".join(
-        f"{quantity}: {row['train']:,} train, {row['test']:,} test"
-        for quantity, row in quantities.iterrows()
-    )
-
-
-def curves_text(model: str, curves: pd.DataFrame) -> str:
-    last = curves.iloc[-1]
-    return (
-        f"Loss and accuracy of {model} by epoch. After epoch {last['epoch']:.0f} it is right on"
-        f" {last['train_accuracy']:.1%} of train and {last['test_accuracy']:.1%} of test."
-    )
-
-
-def confusion_text(model: str, confusion: pd.DataFrame) -> str:
-    """`confusion`: test bins, with the quantities as index and the predictions as columns."""
-    shares = confusion.div(confusion.sum(axis=1).clip(lower=1), axis=0)
-    return f"Predictions of {model} for each quantity: " + "; ".join(
-        f"{quantity}: "
-        + ", ".join(f"{share:.0%} as {predicted}" for predicted, share in row.items())
-        for quantity, row in shares.iterrows()
-    )
+def by_metric(intervals: Mapping[str, pd.DataFrame]) -> dict[str, dict[Hashable, Any]]:
+    """Each model's rows of intervals.csv by the metric's name."""
+    return {model: table.set_index("metric").to_dict("index") for model, table in intervals.items()}
 
 
 def majority_metrics(predictions: Mapping[str, pd.DataFrame], majority: int) -> Metrics:
     """The metrics of always answering `majority`."""
     actual = next(iter(predictions.values()))["actual"].to_numpy()
     labels = sorted({majority, *actual.tolist()})
-    return headline_metrics(actual, np.full_like(actual, majority), labels, majority)
+    return counting_metrics(actual, np.full_like(actual, majority), labels)
 
 
-def surely_wrong(predictions: pd.DataFrame) -> Rows:
-    """The bins for which the model is surest of a count other than the record's."""
-    wrong = predictions[predictions["predicted"] != predictions["actual"]]
-    wrong = wrong.assign(confidence=wrong.filter(regex=r"^p\d+$").max(axis=1))
-    wrong = wrong.sort_values(["confidence", "id"], ascending=[False, True])[:SURELY_WRONG]
-    return wrong.to_dict("records")
+def doubtful(tables: Tables) -> Rows:
+    """The held-out bins whose records the models together contradict most surely, first.
+
+    Those of test and validation, on which no model was trained. `belief` is the mean of the models'
+    calibrated probabilities of the record's count, `seen` the count they find most probable.
+    """
+    held_out = [
+        pd.concat([tables["predictions"][model], tables["validation"][model]])
+        for model in tables["predictions"]
+    ]
+    both = pd.concat(held_out).groupby(["id", "actual"]).mean(numeric_only=True)
+    probabilities = both.filter(regex=r"^p\d+$")
+    labels = probabilities.columns.str.removeprefix("p").astype(int)
+    bins = both.index.to_frame(index=False)
+    places = labels.get_indexer(pd.Index(bins["actual"]))
+    bins["belief"] = probabilities.to_numpy()[np.arange(len(bins)), places]
+    bins["seen"] = labels[probabilities.to_numpy().argmax(axis=1)]
+    bins = bins[bins["seen"] != bins["actual"]].sort_values(["belief", "id"])
+    return bins[:DOUBTFUL].to_dict("records")
 
 
 def sample(predictions: Mapping[str, pd.DataFrame], seed: int) -> Rows:
@@ -203,21 +199,6 @@ def read_json(path: Path) -> Any:
 
 def picture(path: Path, alt: str) -> dict[str, str]:
     return {"src": embedded("image/png", path.read_bytes()), "alt": alt}
-
-
-def embedded(media_type: str, data: bytes) -> str:
-    """The URL of a file that the page itself holds."""
-    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
-
-
-def render(**values: Any) -> str:
-    """The page; everything that goes into it is escaped."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["percent"] = lambda share: f"{share:.1%}"
-    environment.filters["thousands"] = lambda number: f"{number:,}"
-    return environment.from_string(TEMPLATE.read_text("utf-8")).render(**values)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,11 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
+from stages.core.evaluation import confusion_table, per_quantity_table
 from stages.core.files import write_csv
 from stages.core.metrics import confusion_matrix, reliability_table
-from stages.evaluate import confusion_table, per_quantity_table
+from stages.core.plots import SETS
+from stages.core.verification import make_claims, roc_table
 from tests.browser import DESKTOP, PHONE, Browser, Page, running_browser
 from tests.conftest import REPOSITORY
 from tools import plots_page
@@ -93,13 +95,15 @@ def write_reports(folder: Path, seed: int, epochs: int) -> None:
         predicted = np.where(chance.random(300) < 0.6, actual, guess)
         confusion = confusion_matrix(actual, predicted, LABELS)
         confidence = chance.uniform(0.3, 1, 300)
-        names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+        names = [f"{name}_{value}" for value in ("loss", "accuracy") for name in SETS]
         curves = {"epoch": range(1, epochs + 1)} | {name: chance.random(epochs) for name in names}
+        claims = make_claims(chance.dirichlet(np.ones(len(LABELS)), 300), actual, LABELS)
         for name, table in {
             "curves": pd.DataFrame(curves),
             "confusion": confusion_table(confusion, LABELS),
             "per_quantity": per_quantity_table(confusion, LABELS),
             "reliability": reliability_table(predicted == actual, confidence),
+            "roc": roc_table(claims),
         }.items():
             write_csv(folder / model / f"{name}.csv", table)
     (folder / "figures").mkdir(exist_ok=True)
@@ -222,7 +226,7 @@ def test_curves_have_a_point_per_epoch_also_of_one(compared: Path, browser: Brow
         assert {*REVISIONS, *fields} == set(texts(page, title, ".role-legend-label text"))
 
 
-def test_one_epoch_of_one_revision_shows_both_sets(shown: Path, browser: Browser) -> None:
+def test_one_epoch_of_one_revision_shows_all_sets(shown: Path, browser: Browser) -> None:
     page = open_plots(browser, shown)
 
     for title in of_kind("curves"):
@@ -277,6 +281,16 @@ def test_reliability_has_a_point_per_interval_and_the_diagonal(
         points = marks(page, title, "symbol")
         assert [point["rev"] for point in points] == [name for name in REVISIONS for _ in range(7)]
         assert len(marks(page, title, "line")) == 1 + len(REVISIONS)
+
+
+def test_verification_has_a_curve_per_revision_and_the_diagonal(
+    compared: Path, browser: Browser
+) -> None:
+    page = open_plots(browser, compared)
+
+    for title in of_kind("roc"):
+        assert len(marks(page, title, "line")) == 1 + len(REVISIONS)
+        assert set(REVISIONS) <= set(texts(page, title, ".role-legend-label text"))
 
 
 @pytest.mark.parametrize("width", [PHONE, DESKTOP])

@@ -16,17 +16,20 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-TRAIN, TEST, REFERENCE = "#5b7690", "#c8385a", "#6b7683"
+from stages.core.verification import PREVALENCES, precision
+
+SETS = {"train": "#5b7690", "validation": "#d9a13b", "test": "#c8385a"}
+REFERENCE = "#6b7683"
 MODELS = ["#1f6fb4", "#c2571a", "#3f7f3f", "#7a4fa3"]
 WIDTH = 4.8
 DOTS_PER_INCH = 130
 
 
 def quantities_figure(quantities: pd.DataFrame) -> Figure:
-    """Bars of the bins per quantity; `quantities`: index quantity, columns train and test."""
+    """Bars of the bins per quantity; `quantities`: index quantity, columns of SETS."""
     figure, (axes,) = _figure(height=3.2)
     bottom = np.zeros(len(quantities))
-    for name, color in (("train", TRAIN), ("test", TEST)):
+    for name, color in SETS.items():
         axes.bar(
             quantities.index.astype(str), quantities[name], bottom=bottom, color=color, label=name
         )
@@ -39,7 +42,7 @@ def quantities_figure(quantities: pd.DataFrame) -> Figure:
 def curves_figure(model: str, curves: pd.DataFrame, majority_accuracy: float) -> Figure:
     """Loss and accuracy by epoch; `curves`: rows of curves.csv."""
     figure, (loss, accuracy) = _figure(height=5.6, rows=2)
-    for name, color in (("train", TRAIN), ("test", TEST)):
+    for name, color in SETS.items():
         for panel, value in ((loss, "loss"), (accuracy, "accuracy")):
             values = curves[f"{name}_{value}"]
             # With a marker, since a line of one epoch shows nothing.
@@ -52,7 +55,7 @@ def curves_figure(model: str, curves: pd.DataFrame, majority_accuracy: float) ->
         panel.set_xlim(0.5, len(curves) + 0.5)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.25)
-    _legend(figure, accuracy)
+    _legend(figure, accuracy, columns=2)
     return figure
 
 
@@ -90,15 +93,23 @@ def recall_figure(per_quantity: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def reliability_figure(reliability: Mapping[str, pd.DataFrame]) -> Figure:
-    """Accuracy by confidence, a point as large as its bins; `reliability`: its CSV's, by model."""
-    figure, (axes,) = _figure(height=WIDTH)
+def reliability_figure(
+    before: Mapping[str, pd.DataFrame], after: Mapping[str, pd.DataFrame]
+) -> Figure:
+    """Accuracy by confidence, a point as large as its bins, and a thin line before calibration.
+
+    `before` and `after`: rows of reliability_uncalibrated.csv and reliability.csv, by model.
+    """
+    figure, (axes,) = _figure(height=WIDTH + 0.3)
     axes.plot([0, 1], [0, 1], color=REFERENCE, linestyle="--", label="ideal")
-    for (model, table), color in zip(reliability.items(), cycle(MODELS), strict=False):
+    for (model, table), color in zip(after.items(), cycle(MODELS), strict=False):
         confidence, accuracy = table["confidence"], table["accuracy"]
         axes.plot(confidence, accuracy, "o-", color=color, linewidth=1, markersize=3, label=model)
         sizes = 300 * table["test_bins"] / table["test_bins"].sum()
         axes.scatter(confidence, accuracy, sizes, color=color, clip_on=False)
+        confidence, accuracy = before[model]["confidence"], before[model]["accuracy"]
+        label = f"{model} before"
+        axes.plot(confidence, accuracy, "x:", color=color, linewidth=1, markersize=4, label=label)
     axes.set(xlabel="confidence in the prediction", ylabel="share that is right")
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", title="Reliability")
     for axis in (axes.xaxis, axes.yaxis):
@@ -108,14 +119,51 @@ def reliability_figure(reliability: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
+def roc_figure(roc: Mapping[str, pd.DataFrame]) -> Figure:
+    """Wrong records found by false alarms; `roc`: rows of roc.csv, by model."""
+    figure, (axes,) = _figure(height=WIDTH)
+    axes.plot([0, 1], [0, 1], color=REFERENCE, linestyle="--", label="chance")
+    for (model, table), color in zip(roc.items(), cycle(MODELS), strict=False):
+        axes.plot(table["false_alarms"], table["found"], color=color, label=model)
+    axes.set(xlabel="right records that are alarms", ylabel="wrong records found")
+    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", title="Verification: ROC")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.grid(alpha=0.25)
+    _legend(figure, axes)
+    return figure
+
+
+def precision_figure(roc: Mapping[str, pd.DataFrame]) -> Figure:
+    """Precision by wrong records found, where PREVALENCES of the records are wrong.
+
+    `roc`: rows of roc.csv, by model. Precision has a logarithmic axis: it differs tenfold.
+    """
+    figure, (axes,) = _figure(height=WIDTH)
+    for (model, table), color in zip(roc.items(), cycle(MODELS), strict=False):
+        found, false_alarms = table["found"].to_numpy(), table["false_alarms"].to_numpy()
+        for prevalence, style in zip(PREVALENCES, (":", "--", "-"), strict=True):
+            shares = precision(found, false_alarms, prevalence)
+            label = f"{model}, {prevalence:.1%}"
+            some = false_alarms > 0
+            axes.plot(found[some], shares[some], color=color, linestyle=style, label=label)
+    axes.set(xlabel="wrong records found", ylabel="alarms that are wrong records")
+    axes.set(xlim=(0, 1), ylim=(5e-4, 1), yscale="log", title="Verification: precision and recall")
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+    axes.grid(alpha=0.25)
+    _legend(figure, axes, columns=2)
+    return figure
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     # Without the version of matplotlib, which would change the bytes.
     figure.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None})
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def _legend(figure: Figure, axes: Axes, columns: int = 3) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _figure(height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
