@@ -2,8 +2,10 @@
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from tests.project import ROOT, Project
@@ -43,6 +45,13 @@ ELSEWHERE = {
     "dvc push": "test_pipeline.py::test_a_colleague_pulls_what_was_pushed",
     "dvc pull models/vit": "test_pipeline.py::test_a_colleague_pulls_what_was_pushed",
     "torchrun --nnodes 2": "test_train.py::test_torchrun_trains_what_train_processes_does",
+    "python -m tools.audit photographs": (
+        "test_audit.py::test_wrong_records_come_first_and_are_alarms"
+    ),
+    "python -m tools.audit s3://": (
+        "test_audit.py::test_a_bucket_and_a_folder_of_the_same_bins_are_audited_alike"
+    ),
+    "audit-bins": "test_readme.py::test_the_audit_is_a_command",
     "dvc commit --force train@vit": "test_readme.py::test_what_was_trained_by_hand_is_committed",
 }
 
@@ -85,6 +94,19 @@ def test_every_knob_is_in_the_table() -> None:
     knobs = re.findall(r"^ +([a-z_]+):", params, re.MULTILINE)
     models = {"resnet34", "vit"}
     assert {knob for knob in knobs if not re.search(rf"[`.]{knob}`", table)} <= models
+
+
+def test_the_audit_is_a_command(project: Project, tmp_path: Path) -> None:
+    (command,) = [command for command in commands() if command.startswith("audit-bins")]
+    words = command.replace("nightly", str(tmp_path)).split()
+    environment = project.environment
+    done = subprocess.run(
+        words, cwd=project.folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode in (0, 1), done.stderr
+    alarms = (pd.read_csv(tmp_path / "audit.csv")["alarm"] == "yes").sum()
+    assert f"{alarms} alarms" in done.stdout
+    assert done.returncode == (1 if alarms else 0)
 
 
 def test_what_was_trained_by_hand_is_committed(project: Project, tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import obstore
@@ -75,14 +76,27 @@ def open_bucket(bucket: params.Bucket) -> Store:
     )
 
 
-@contextmanager
-def explained(bucket: params.Bucket) -> Iterator[None]:
+class Settings(NamedTuple):
+    """What a user sets, as messages call it."""
+
+    url: str = "bucket.url"
+    endpoint: str = "bucket.endpoint"
+    sign: str = "set bucket.anonymous to false"
+
+
+def explained(bucket: params.Bucket) -> AbstractContextManager[None]:
     """Turn what the store raises into a UserError that names the bucket and what to do."""
     place = bucket.url + (f" at {bucket.endpoint}" if bucket.endpoint else "")
+    return explained_at(place, Settings(), anonymous=bucket.anonymous)
+
+
+@contextmanager
+def explained_at(place: str, settings: Settings, *, anonymous: bool) -> Iterator[None]:
     try:
         yield
     except BaseError as error:
-        raise UserError(f"{place} {_what_to_do(error, bucket)}") from None
+        what = _what_to_do(error, settings, anonymous=anonymous)
+        raise UserError(f"{place} {what}") from None
 
 
 def list_objects(store: Store, prefix: str) -> pa.Table:
@@ -177,25 +191,28 @@ def _md5(data: bytes) -> str:
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
-def _what_to_do(error: BaseError, bucket: params.Bucket) -> str:
+def _what_to_do(error: BaseError, settings: Settings, *, anonymous: bool) -> str:
     # A listing raises its HTTP status inside a generic error, as text.
     text = str(error)
     if "<Code>NoSuchBucket</Code>" in text:
-        return "does not exist: check bucket.url and bucket.endpoint"
+        return f"does not exist: check {settings.url} and {settings.endpoint}"
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or "403 Forbidden" in text:
-        if bucket.anonymous:
+        if anonymous:
             return (
-                "refuses access: it does not allow anonymous reads; set bucket.anonymous to false,"
-                " and AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
+                f"refuses access: it does not allow anonymous reads; {settings.sign}, and set"
+                " AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
             )
         return "refuses access: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     return (
-        f"cannot be read: {_cause(error)}. Check bucket.endpoint and the network; the next run goes"
-        " on where this one stopped"
+        f"cannot be read: {_cause(error)}. Check {settings.endpoint} and the network; the next run"
+        " goes on where this one stopped"
     )
 
 
 def _cause(error: BaseError) -> str:
-    """The first line of the error's text, short: obstore's carries a dump of all its sources."""
-    text = str(error).strip().splitlines()[0]
+    """The first line of the error's text, short: obstore's carries a dump of all its sources.
+
+    Without what the server answered (XML), in which S3 repeats keys and session tokens.
+    """
+    text = str(error).partition("<")[0].strip().partition("\n")[0].rstrip(": ")
     return text if len(text) <= 300 else text[:300] + "..."

@@ -1,0 +1,282 @@
+"""The page of an audit, also in a browser."""
+
+import base64
+import io
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from tests.browser import DESKTOP, PHONE, Browser, running_browser
+from tests.conftest import image_file, picture
+from tests.test_report import Page
+from tools.audit.expected import Expected
+from tools.audit.objects import Content
+from tools.audit.page import Facts, make_thumbnails, percent, render_page, spoken_item
+from tools.audit.table import audit_table
+from tools.drawing import drawn_bins
+
+LABELS = [1, 2, 3, 4, 5]
+HOSTILE = "<script>alert('1')</script>\"><img src=x onerror=alert(1)>"
+FACTS = Facts("s3://bins", "counts.csv", ["resnet34", "vit"], 9900, 0.05, 0.03217)
+Items = Mapping[str, list[dict[str, Any]]]
+
+
+def probabilities(*likely: tuple[int, float]) -> list[float]:
+    """Of the labels; what the likely ones leave is shared by the others."""
+    given = dict(likely)
+    rest = (1 - sum(given.values())) / (len(LABELS) - len(given))
+    return [given.get(label, rest) for label in LABELS]
+
+
+def item(name: str | None, quantity: int | None = 1, asin: str = "B000") -> dict[str, Any]:
+    return {"name": name, "quantity": quantity, "asin": asin}
+
+
+def audited() -> pd.DataFrame:
+    """Three alarms, one right bin, and three that were not judged."""
+    scores = {
+        "00002": probabilities((3, 0.0004), (5, 0.9993)),
+        "00012": probabilities((2, 0.03), (3, 0.6)),
+        "100": probabilities((4, 0.01), (1, 0.5)),
+        "00100": probabilities((4, 0.7)),
+        "00007": [np.nan] * 5,
+        "00009": probabilities((4, 0.4)),
+    }
+    scored = pd.DataFrame({"id": list(scores)})
+    scored[[f"p{label}" for label in LABELS]] = list(scores.values())
+    scored["problem"] = ["", "", "", "", "unreadable photograph: not an image", ""]
+    counts = {"00002": 3, "00012": 2, "100": 4, "00100": 4, "00007": 1, "00009": 12, "00013": 13}
+    return audit_table(scored, Expected("", counts), LABELS, FACTS.threshold)
+
+
+def photographs() -> list[Content]:
+    drawn = list(drawn_bins(3, seed=5))
+    ids = ["00002", "00012", "100"]
+    return [Content(bin_id, one.photograph) for bin_id, one in zip(ids, drawn, strict=True)]
+
+
+def rendered(facts: Facts = FACTS, top: int = 200, items: Items | None = None) -> Page:
+    thumbnails = make_thumbnails(photographs())
+    return Page(render_page(facts, audited(), LABELS, top, thumbnails, items or {}))
+
+
+def test_the_page_says_what_was_found_and_what_it_is_worth() -> None:
+    words = rendered().words()
+
+    assert "3 alarms among 4 records compared with photographs (75.0%)." in words
+    assert "whose count has a probability below 3.22% by its photograph." in words
+    assert "On the 9,900 validation photographs at most 5% of the right records were" in words
+    assert "of the 4 here, about 0 would be alarms even if all records were right." in words
+    assert "Photographs: s3://bins. Expected counts: counts.csv." in words
+    assert "Models, averaged: resnet34, vit." in words
+
+
+def test_the_alarms_come_in_the_order_of_their_suspicion() -> None:
+    words = rendered().words()
+
+    found = re.findall(r"(\d+) Record says (\d+), photograph looks like (\d+)", words)
+    assert found == [("00002", "3", "5"), ("100", "4", "1"), ("00012", "2", "3")]
+
+
+def test_each_card_has_the_probability_of_each_count() -> None:
+    page = rendered()
+
+    charts = [
+        " ".join(attributes["aria-label"].split()) for tag, attributes in page.tags if tag == "svg"
+    ]
+    assert charts[0] == "Probability of each count: 1: <1%, 2: <1%, 3: <1%, 4: <1%, 5: >99%"
+    assert charts[2] == "Probability of each count: 1: 12%, 2: 3%, 3: 60%, 4: 12%, 5: 12%"
+    bars = [attributes for tag, attributes in page.tags if tag == "rect"][10:]
+    assert [bar.get("class") for bar in bars] == [None, "expected", "seen", None, None]
+    heights = [float(bar["height"]) - 1 for bar in bars]
+    assert heights == pytest.approx(
+        [48 * share for share in (0.123, 0.03, 0.6, 0.123, 0.123)], abs=0.1
+    )
+    feet = {float(bar["y"]) + float(bar["height"]) for bar in bars}
+    assert max(feet) - min(feet) < 0.11
+
+
+def test_the_photographs_are_those_of_the_bins() -> None:
+    page = rendered()
+
+    shown = [attributes for tag, attributes in page.tags if tag == "img"]
+    found = [attributes["alt"].removeprefix("Photograph of bin ") for attributes in shown]
+    assert found == ["00002", "100", "00012"]
+    sources = {content.id: content.data for content in photographs()}
+    for bin_id, attributes in zip(found, shown, strict=True):
+        data = base64.b64decode(attributes["src"].partition(",")[2])
+        small, large = (
+            np.asarray(Image.open(io.BytesIO(image)).convert("RGB").resize((64, 64)), float)
+            for image in (data, sources[bin_id])
+        )
+        assert np.abs(small - large).mean() < 4
+
+
+def test_a_photograph_that_is_gone_by_now_leaves_its_card() -> None:
+    page = Page(render_page(FACTS, audited(), LABELS, 200, {}, {}))
+
+    assert page.words().count("no photograph any more") == 3
+
+
+def test_thumbnails_are_small_upright_and_drawn_anew() -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    comment = b"<script>alert(1)</script>"
+    data = image_file(Image.fromarray(picture(1000, 500)), exif=turned, comment=comment)
+
+    (url,) = make_thumbnails([Content("1", data), Content("2", b"", "not found")]).values()
+
+    thumbnail = base64.b64decode(url.removeprefix("data:image/jpeg;base64,"))
+    assert Image.open(io.BytesIO(thumbnail)).size == (160, 320)
+    assert comment in data
+    assert comment not in thumbnail
+    assert b"Exif" not in thumbnail
+
+
+def test_what_was_not_judged_is_counted_by_reason() -> None:
+    assert rendered().rows == [
+        ["reason", "bins", "ids"],
+        ["photograph missing", "1", "00013"],
+        ["the model counts 1 to 5 only", "1", "00009"],
+        ["unreadable photograph: not an image", "1", "00007"],
+    ]
+
+
+def test_only_the_first_are_shown_and_that_is_said() -> None:
+    words = rendered(top=2).words()
+
+    assert "The first 2 of 3; all are in audit.csv." in words
+    assert "100 Record says 4" in words
+    assert "00012" not in words
+
+
+def test_an_audit_without_alarms_has_a_page_too() -> None:
+    table = audited()
+    table = table[table["alarm"] == "no"]
+
+    words = Page(render_page(FACTS, table, LABELS, 200, {}, {})).words()
+
+    assert "0 alarms among 1 record compared" in words
+    assert "Alarms, the surest first None." in words
+    assert "Not judged" not in words
+
+
+def test_the_items_of_the_record_are_listed_shortened() -> None:
+    things = [item(f"Thing {number}", 2) for number in range(8)]
+    items = {"00002": [item("A " + "very " * 40 + "long name"), item(None, None, "B00X"), *things]}
+
+    words = rendered(items=items).words()
+
+    assert "very ve… B00X 2 x Thing 0 2 x Thing 1 2 x Thing 2 and 5 more" in words
+    assert len(words.partition("1 x ")[2].partition("…")[0]) == 69
+    assert "Thing 3" not in words
+
+
+def test_an_item_is_one_line() -> None:
+    assert spoken_item(item(" Tea,\n\t20 bags ", 3)) == "3 x Tea, 20 bags"
+    assert spoken_item(item("", None, "B1")) == "B1"
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0.0, "0%"), (1e-9, "<1%"), (0.0149, "1%"), (0.5, "50%"), (0.9949, ">99%"), (1.0, "100%")],
+)
+def test_nothing_is_called_impossible_or_certain_that_is_not(share: float, text: str) -> None:
+    assert percent(share) == text
+
+
+def hostile_page() -> str:
+    facts = FACTS._replace(photographs=HOSTILE, expected=HOSTILE, models=[HOSTILE])
+    table = audited().replace({"00007": HOSTILE, "100": HOSTILE})
+    table.loc[table["id"] == "00013", "reason"] = HOSTILE
+    return render_page(
+        facts,
+        table,
+        LABELS,
+        200,
+        make_thumbnails(photographs()),
+        {"00002": [item(HOSTILE), item("\u202ereversed\u0000"), item("x" * 500)]},
+    )
+
+
+def test_hostile_strings_are_shown_and_not_run() -> None:
+    page = Page(hostile_page())
+
+    assert page.text.count(HOSTILE) == 3 + 2 + 1 + 1
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert all("onerror" not in attributes for _, attributes in page.tags)
+    assert page.text.count("1 x <script>") == 1
+
+
+def test_the_page_needs_nothing_but_itself_and_can_be_heard() -> None:
+    page = rendered(items={"00002": [item("Tea")]})
+
+    tags = {tag for tag, _ in page.tags}
+    assert not {"script", "link", "iframe", "object", "base", "a"} & tags
+    assert all(src.startswith("data:image/jpeg;") for src in page.attributes("img", "src"))
+    assert all(page.attributes("img", "alt"))
+    assert set(page.attributes("th", "scope")) == {"col", "row"}
+    headings = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert headings.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(headings))
+    (policy,) = (a["content"] for tag, a in page.tags if "http-equiv" in a)
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with running_browser() as browser:
+        yield browser
+
+
+@pytest.mark.parametrize("hostile", [False, True])
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+def test_a_browser_shows_the_page_without_a_network(
+    tmp_path: Path, browser: Browser, width: int, *, hostile: bool
+) -> None:
+    items = {"00002": [item("Tea, 20 bags", 2), item("Oil Filter")]}
+    thumbnails = make_thumbnails(photographs())
+    text = (
+        hostile_page() if hostile else render_page(FACTS, audited(), LABELS, 9, thumbnails, items)
+    )
+    (tmp_path / "index.html").write_text(text, "utf-8")
+
+    page = browser.open(tmp_path / "index.html", width)
+
+    assert page.problems == []
+    assert {url.partition(":")[0] for url in page.requests} == {"file", "data"}
+    assert page.sideways() == 0
+    assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
+    charts = "[...document.querySelectorAll('svg')].map(svg => svg.getBoundingClientRect())"
+    assert page.evaluate(f"{charts}.every(box => box.width > 200 && box.height > 40)")
+    page.screenshot(tmp_path / "page.png")
+    with Image.open(tmp_path / "page.png") as image:
+        assert image.width == width
+        assert len(image.convert("RGB").getcolors(1 << 24) or []) > 100
+
+
+def test_the_texts_of_the_page_stand_out(tmp_path: Path, browser: Browser) -> None:
+    thumbnails = make_thumbnails(photographs()[:2])
+    text = render_page(FACTS, audited(), LABELS, 9, thumbnails, {"00002": [item("Tea")]})
+    (tmp_path / "index.html").write_text(text, "utf-8")
+
+    page = browser.open(tmp_path / "index.html")
+
+    # The ratio of WCAG 2, which wants 4.5, against the darkest ground, that of a missing picture.
+    ratios = page.evaluate(
+        """[...document.body.querySelectorAll("*")].filter(element => element.tagName != "rect")
+        .map(element => getComputedStyle(element))
+        .map(style => style.fill == "rgb(0, 0, 0)" ? style.color : style.fill)
+        .map(color => color.match(/[0-9]+/g).slice(0, 3).map(v => v / 255)
+            .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+        .map(([r, g, b]) => 0.92 / (0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05))"""
+    )
+    assert len(set(ratios)) >= 4
+    assert min(ratios) >= 4.5

@@ -1,0 +1,1 @@
+"""The audit: which bins hold something else than their inventory record says."""

@@ -1,0 +1,133 @@
+"""Find the bins whose inventory record is probably wrong, by their photographs, the surest first.
+
+Writes two files into a folder: audit.csv, a row for each bin with its count as expected and as
+seen, and index.html, a page of the alarms with their photographs. An alarm is a bin whose
+photograph makes the expected count improbable; how improbable follows from --false-alarm.
+"""
+
+import argparse
+import sys
+import traceback
+from pathlib import Path
+from typing import Never
+
+from stages.core.command import UserError
+
+EPILOG = """\
+expected counts, without --expected:
+  of photographs in bin-images/   the records beside them, metadata/<id>.json
+  of Parquet shards               their column `quantity`
+
+examples:
+  python -m tools.audit photographs --expected counts.csv
+  python -m tools.audit s3://aft-vbi-pds --model models/vit
+  python -m tools.audit data/resized --false-alarm 0.01 --out nightly
+
+exit codes, for a nightly job:
+  0   no alarms
+  1   alarms
+  2   an error: nothing, or not all, could be audited
+  130 stopped by Ctrl-C
+
+A run that was stopped or killed goes on where it was when it is started again. Ids are texts:
+00100 and 100 are two bins. In a spreadsheet, import the column `id` of audit.csv as text.
+"""
+
+
+def main() -> None:
+    arguments = vars(make_parser().parse_args())
+    try:
+        # torch takes seconds to import, for which --help and a wrong option do not wait.
+        from tools.audit.run import audit  # noqa: PLC0415
+
+        alarms = audit(**arguments)
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("audit: interrupted; the next run goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.filename is None:
+            fail_as_bug()
+        fail(f"{error}: check this file and its folder, and run again")
+    except Exception:  # noqa: BLE001 - whatever it is
+        fail_as_bug()
+    sys.exit(1 if alarms else 0)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.audit",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "photographs",
+        help="a folder of <id>.jpg, or with bin-images/<id>.jpg; s3://bucket/prefix of the same;"
+        " or Parquet with the columns id and image: a file, or a folder of them",
+    )
+    parser.add_argument(
+        "--expected",
+        type=Path,
+        metavar="PATH",
+        help="a CSV with the columns id and expected (or quantity), or a folder of <id>.json",
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        action="append",
+        metavar="FOLDER",
+        help="like models/vit; give it twice to average two; default: all that were evaluated",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("audit"), metavar="FOLDER", help="default: audit"
+    )
+    parser.add_argument(
+        "--false-alarm",
+        type=share,
+        default=0.05,
+        metavar="SHARE",
+        help="of the right records, how many may be alarms; default: 0.05",
+    )
+    parser.add_argument(
+        "--top", type=whole, default=200, metavar="BINS", help="most on the page; default: 200"
+    )
+    s3 = parser.add_argument_group("S3")
+    s3.add_argument("--endpoint", metavar="URL", help="of an S3-compatible server")
+    s3.add_argument("--region", default="us-east-1", help="default: us-east-1")
+    s3.add_argument(
+        "--signed",
+        action="store_true",
+        help="sign requests with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of the environment",
+    )
+    return parser
+
+
+def share(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to below 1")
+    return number
+
+
+def whole(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return number
+
+
+def fail(text: str) -> Never:
+    print(f"audit: error: {text}", file=sys.stderr)
+    sys.exit(2)
+
+
+def fail_as_bug() -> Never:
+    """With the traceback, and another code than that of alarms, which Python would end with."""
+    traceback.print_exc()
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The page of an audit: the alarms, the surest first, with their photographs."""
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from PIL import Image
+
+from stages.core import jpeg
+from stages.core.page import embedded, render
+from stages.core.release import probability_columns
+from tools.audit.objects import Content
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+# Pixels of the longer side, and quality: some 12 kB each.
+THUMBNAIL = 320
+QUALITY = 75
+_NAME_LETTERS = 70
+_ITEMS = 5
+_EXAMPLES = 5
+
+
+class Facts(NamedTuple):
+    """What the page says of the whole audit."""
+
+    photographs: str
+    expected: str
+    models: list[str]
+    validation_bins: int
+    false_alarm: float
+    threshold: float
+
+
+def render_page(
+    facts: Facts,
+    table: pd.DataFrame,
+    labels: Sequence[int],
+    top: int,
+    thumbnails: Mapping[str, str],
+    items: Mapping[str, list[dict[str, Any]]],
+) -> str:
+    """`table` as audit_table gives it; `thumbnails` (URLs) and `items` (as parsed) by id."""
+    judged = table[table["alarm"] != ""]
+    alarms = table[table["alarm"] == "yes"]
+    return render(
+        TEMPLATE,
+        percent=percent,
+        facts=facts,
+        judged=len(judged),
+        alarms=len(alarms),
+        expected_false=round(facts.false_alarm * len(judged)),
+        unjudged=unjudged(table),
+        bins=[card(row, labels, items) for row in alarms[:top].to_dict("records")],
+        thumbnails=thumbnails,
+    )
+
+
+def card(
+    row: Mapping[Any, Any], labels: Sequence[int], items: Mapping[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    columns = probability_columns(list(labels))
+    probabilities = {label: row[name] for label, name in zip(labels, columns, strict=True)}
+    listed = items.get(row["id"], [])
+    return {
+        "id": row["id"],
+        "expected": row["expected"],
+        "seen": row["seen"],
+        "probabilities": dict(sorted(probabilities.items())),
+        "items": [spoken_item(item) for item in listed[:_ITEMS]],
+        "more_items": max(0, len(listed) - _ITEMS),
+    }
+
+
+def spoken_item(item: Mapping[str, Any]) -> str:
+    """Like "2 x a name", in one line, shortened."""
+    name = " ".join((item["name"] or item["asin"]).split())
+    if len(name) > _NAME_LETTERS:
+        name = name[: _NAME_LETTERS - 1].rstrip() + "…"
+    return name if item["quantity"] is None else f"{item['quantity']} x {name}"
+
+
+def unjudged(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Each reason with the number of bins and a few of them, the most frequent first."""
+    reasons = table[table["alarm"] == ""].groupby("reason")["id"].agg(list)
+    rows = [
+        {"reason": reason, "bins": len(ids), "examples": ids[:_EXAMPLES]}
+        for reason, ids in reasons.items()
+    ]
+    return sorted(rows, key=lambda row: (-row["bins"], row["reason"]))
+
+
+def percent(share: float) -> str:
+    """In whole percent, but neither 0% nor 100% of what is not quite."""
+    if 0 < share < 0.01:
+        return "<1%"
+    if 0.99 < share < 1:
+        return ">99%"
+    return f"{share:.0%}"
+
+
+def make_thumbnails(contents: Iterable[Content]) -> dict[str, str]:
+    """Small copies as URLs that hold them, by id; none of what cannot be had any more."""
+    thumbnails = {}
+    for content in contents:
+        if not content.problem:
+            thumbnails[content.id] = embedded("image/jpeg", make_thumbnail(content.data))
+    return thumbnails
+
+
+def make_thumbnail(data: bytes) -> bytes:
+    """Drawn anew, so that of the file itself nothing gets into the page but its pixels."""
+    image = Image.fromarray(jpeg.decode(data))
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=QUALITY)
+    return buffer.getvalue()

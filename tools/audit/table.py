@@ -1,0 +1,65 @@
+"""Which bins are suspicious: the table that an audit is."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from stages.core.release import probability_columns
+from tools.audit.expected import Expected
+
+
+def audit_table(
+    scored: pd.DataFrame, expected: Expected, labels: Sequence[int], threshold: float
+) -> pd.DataFrame:
+    """A row per bin of the photographs and of the expected counts, the most suspicious first.
+
+    The score of a record is the probability of the expected count; below the threshold it is an
+    alarm, and `suspicion` is 1 - score. Bins that cannot be judged come last, by id, with `reason`
+    and neither suspicion nor alarm. `scored`: id, p<label> of each label, and problem.
+    """
+    columns = probability_columns(list(labels))
+    bins = scored.merge(expected_table(expected), on="id", how="outer")
+    score = pd.Series(np.nan, bins.index)
+    for label, column in zip(labels, columns, strict=True):
+        score = score.mask(bins["expected"].eq(label).fillna(value=False), bins[column])
+    readable = bins[columns[0]].notna()
+    most_probable = np.array(labels)[bins[columns].fillna(0.0).to_numpy().argmax(axis=1)]
+    bins["seen"] = pd.Series(most_probable, bins.index, dtype="Int64").where(readable)
+    bins["suspicion"] = 1 - score
+    bins["alarm"] = np.where(score.isna(), "", np.where(score < threshold, "yes", "no"))
+    bins["reason"] = reasons(bins, score.isna(), labels)
+    # By the score: 1 - score is the same for many tiny ones.
+    order = pd.DataFrame({"score": score, "id": bins["id"]}).sort_values(["score", "id"]).index
+    names = ["id", "expected", "seen", "suspicion", "alarm", *columns, "reason"]
+    return bins.loc[order, names].reset_index(drop=True)
+
+
+def expected_table(expected: Expected) -> pd.DataFrame:
+    """id, expected (null where there is a problem) and record_problem."""
+    counts = [*expected.counts.values(), *(None for _ in expected.problems)]
+    return pd.DataFrame(
+        {
+            "id": pd.Series([*expected.counts, *expected.problems], dtype="str"),
+            "expected": pd.array(counts, "Int64"),
+            "record_problem": [*("" for _ in expected.counts), *expected.problems.values()],
+        }
+    )
+
+
+def reasons(bins: pd.DataFrame, unjudged: pd.Series, labels: Sequence[int]) -> pd.Series:
+    """Why each bin could not be judged; "" where it was."""
+    only = f"the model counts {spoken(labels)} only"
+    reason = pd.Series(np.where(unjudged, only, ""), bins.index, dtype="str")
+    reason = reason.mask(bins["expected"].isna(), "no expected count")
+    reason = reason.mask(bins["record_problem"].fillna("") != "", bins["record_problem"])
+    reason = reason.mask(bins["problem"].fillna("") != "", bins["problem"])
+    return reason.mask(bins["problem"].isna(), "photograph missing")
+
+
+def spoken(labels: Sequence[int]) -> str:
+    """Like "1 to 5" or "0, 2, 7"."""
+    ordered = sorted(labels)
+    if ordered == list(range(ordered[0], ordered[-1] + 1)):
+        return f"{ordered[0]} to {ordered[-1]}"
+    return ", ".join(map(str, ordered))
