@@ -2,7 +2,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help setup demo demo-clean s3 doctor test check bench-train bench-gpu format lock
+.PHONY: help setup demo demo-clean s3 doctor test check bench-train bench-dvc bench-gpu format lock
 
 help:  ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## /\1\t/p' Makefile | expand -t 12
@@ -48,6 +48,9 @@ check: setup  ## lint, format and types
 bench-train: setup $(VENV)/.bench-installed  ## loading and training against peers on this CPU; 15 minutes, undisturbed
 	python -m benchmarks.loader
 	python -m benchmarks.train_cpu
+
+bench-dvc: setup  ## DVC's own time, with shards and with single files; 12 minutes, undisturbed
+	python -m benchmarks.dvc_operations
 
 bench-gpu:  ## training on this GPU; 9 minutes
 	@# Without setup: benchmarks/README.md says what a GPU machine needs.
