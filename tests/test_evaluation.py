@@ -18,6 +18,7 @@ from stages.core.evaluation import (
     alarm_rates,
     calibration_table,
     confusion_table,
+    evaluate_scores,
     metrics_with_intervals,
     per_quantity_table,
 )
@@ -251,6 +252,32 @@ def test_the_calibration_table_has_the_losses_before_and_after() -> None:
     roots = np.sqrt(before.probabilities)
     of_true = (roots / roots.sum(axis=1, keepdims=True))[range(4), before.targets]
     assert table["nll"].iloc[1] == pytest.approx(-np.log(of_true).mean())
+
+
+def test_all_of_test_is_calibrated_and_alarmed_by_what_validation_says() -> None:
+    validation, test, other = drawn(10), drawn(11), drawn(12, bins=30)
+
+    found = evaluate_scores(validation, test, 0.1, set())
+    again = evaluate_scores(validation, other, 0.1, set())
+
+    assert found.temperature == again.temperature == validation.temperature()
+    pd.testing.assert_frame_equal(found.validation, again.validation)
+    calibrated = validation.calibrated(found.temperature)
+    pd.testing.assert_frame_equal(found.validation, calibrated.table())
+    assert found.metrics["validation_accuracy"] == validation.metrics()["accuracy"]
+    for evaluated, scored in ((found, test), (again, other)):
+        after = scored.calibrated(found.temperature)
+        tables = evaluated.tables
+        pd.testing.assert_frame_equal(tables["predictions"], after.table())
+        pd.testing.assert_frame_equal(tables["reliability"], after.reliability())
+        pd.testing.assert_frame_equal(tables["reliability_uncalibrated"], scored.reliability())
+        pd.testing.assert_frame_equal(tables["alarms"], alarm_rates(calibrated, after, 0.1))
+        losses = [scored.metrics()["nll"], after.metrics()["nll"]]
+        assert tables["calibration"]["nll"].tolist() == pytest.approx(losses)
+        assert evaluated.metrics.items() >= after.metrics().items()
+        threshold = tables["alarms"]["threshold"].iloc[0]
+        expected = metrics_with_intervals(after, threshold)
+        pd.testing.assert_frame_equal(tables["intervals"], expected)
 
 
 def test_the_confusion_table_has_a_row_for_each_pair_of_counts() -> None:

@@ -302,6 +302,19 @@ def test_the_leak_of_both_protocols_is_written_whichever_is_chosen(
     assert 100 < len(leaking) < 200
 
 
+@pytest.mark.usefixtures("workspace")
+def test_a_protocol_that_the_groups_do_not_allow_is_not_counted() -> None:
+    # Ten siblings: no test set of two has them together.
+    rows = [{"id": f"{n:05d}", "quantity": n % 2 + 1, "group": "00000"} for n in range(10)]
+    write_table(Path("data/subset.parquet"), pa.Table.from_pylist(rows))
+    write_rejects(Path("data/quarantine.csv"), [])
+    chosen = {"split.train": 8, "split.test": 2, "split.validation": 0.5}
+    write_params(chosen | {"split.by": "image"})
+    assert main() == "4 train, 4 validation, 2 test; 0 unusable"
+    leaks = json.loads(Path("data/split.json").read_text("utf-8"))
+    assert leaks == {"image": {"test_bins": 2, "with_sibling_in_train": 2}}
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2, 7, 2**32 - 1])
 def test_no_real_siblings_straddle_the_split(
     real_bins: pd.DataFrame, real_pairs: list[tuple[str, str]], seed: int

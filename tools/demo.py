@@ -152,7 +152,7 @@ The clone stays for playing, and the S3 server at {endpoint} goes on for it:
   dvc exp run -S train.vit.learning_rate=1e-3   # runs train@vit, evaluate@vit and report
   dvc plots diff HEAD workspace                 # writes dvc_plots/index.html
   dvc exp show --only-changed
-  rm -r .dvc/cache models && dvc pull models/vit
+  rm -rf .dvc/cache models && dvc pull models/vit
 `make demo-clean` stops the server and removes it all."""
     )
 
