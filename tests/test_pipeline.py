@@ -141,6 +141,11 @@ def test_nothing_is_left_to_do_and_nothing_unfinished_is_left(project: Project) 
     }
 
 
+def test_data_takes_its_space_once(project: Project) -> None:
+    for path in ("data/resized/00000.parquet", "data/split.csv", "models/vit/model.safetensors"):
+        assert (project.folder / path).stat().st_nlink == 2
+
+
 def test_another_clone_makes_the_same_bytes(
     project: Project, endpoint: str, tmp_path: Path
 ) -> None:

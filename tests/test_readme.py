@@ -15,6 +15,7 @@ IN_A_PROJECT = [
     "dvc metrics diff",
     "dvc plots diff HEAD workspace",
     "dvc exp show --only-changed",
+    "dvc exp show --drop '.*' --keep 'Exp|.*:(accuracy|found)$|train.vit.learning_rate'",
     "dvc exp show --no-pager --hide-workspace --sort-by reports/vit/metrics.json:rmse --drop '.*'"
     " --keep 'Exp|.*vit/metrics.json:rmse|train.vit.learning_rate|train.vit.seed'",
 ]

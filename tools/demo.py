@@ -27,14 +27,14 @@ BUCKETS = DEMO / "s3"
 LOG = DEMO / "s3.log"
 PID = DEMO / "s3.pid"
 
-DRAWN_BINS = 1900
+DRAWN_BINS = 2200
 TRUNCATED_PHOTOGRAPH, GARBLED_RECORD = "00004", "00005"
 # Small photographs and a small ViT from random starts: minutes on two cores, without a hub.
 OVERRIDES = [
     "bucket.url=s3://bins",
-    "subset.bins=1200",
+    "subset.bins=1400",
     "resize.size=64",
-    "split.train=1000",
+    "split.train=1200",
     "split.test=200",
     "split.validation=0.1",
     "train.resnet34.pretrained=false",

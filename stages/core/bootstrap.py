@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import binomtest
+from tqdm import tqdm
 
 Floats = NDArray[np.float64]
 SAMPLES = 1000
@@ -46,7 +47,9 @@ def intervals(
     `statistics` computes them where bins count with the weights it is given.
     """
     values = statistics(np.ones(len(groups)))
-    resampled = pd.DataFrame([dict(statistics(w)) for w in group_weights(groups, samples)])
+    drawn = group_weights(groups, samples)
+    progress = tqdm(drawn, "bootstrap", total=samples, disable=None, leave=False)
+    resampled = pd.DataFrame([dict(statistics(weights)) for weights in progress])
     tail = (1 - CONFIDENCE) / 2
     low, high = resampled.quantile(tail), resampled.quantile(1 - tail)
     return (

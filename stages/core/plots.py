@@ -111,10 +111,8 @@ def reliability_figure(
         label = f"{model} before"
         axes.plot(confidence, accuracy, "x:", color=color, linewidth=1, markersize=4, label=label)
     axes.set(xlabel="confidence in the prediction", ylabel="share that is right")
-    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", title="Reliability")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.grid(alpha=0.25)
+    axes.set_title("Reliability")
+    _make_unit_square(axes)
     _legend(figure, axes)
     return figure
 
@@ -126,10 +124,8 @@ def roc_figure(roc: Mapping[str, pd.DataFrame]) -> Figure:
     for (model, table), color in zip(roc.items(), cycle(MODELS), strict=False):
         axes.plot(table["false_alarms"], table["found"], color=color, label=model)
     axes.set(xlabel="right records that are alarms", ylabel="wrong records found")
-    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", title="Verification: ROC")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.grid(alpha=0.25)
+    axes.set_title("Verification: ROC")
+    _make_unit_square(axes)
     _legend(figure, axes)
     return figure
 
@@ -159,6 +155,14 @@ def precision_figure(roc: Mapping[str, pd.DataFrame]) -> Figure:
 def save_figure(figure: Figure, path: Path) -> None:
     # Without the version of matplotlib, which would change the bytes.
     figure.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None})
+
+
+def _make_unit_square(axes: Axes) -> None:
+    """Shares along both axes."""
+    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.grid(alpha=0.25)
 
 
 def _legend(figure: Figure, axes: Axes, columns: int = 3) -> None:

@@ -61,7 +61,8 @@ def threshold_for(right_scores: Floats, false_alarms: float) -> float:
     """The highest threshold below which at most that share (under 1) of right claims score."""
     ordered = np.sort(right_scores)
     # A share of 0.29 of 100 is 29, whatever floating point says.
-    return float(ordered[int(false_alarms * len(ordered) + 1e-6)])
+    below = int(false_alarms * len(ordered) + 1e-6)
+    return float(ordered[min(below, len(ordered) - 1)])
 
 
 def rates_at(claims: Claims, threshold: float, weights: Floats) -> Rates:
@@ -134,6 +135,7 @@ def roc_table(claims: Claims) -> pd.DataFrame:
     """Points of the ROC curve for a plot, false_alarms and found: most where few are alarms."""
     false_alarms, found = roc_curve(claims, np.ones(claims.bins.max() + 1))
     grid = np.union1d(np.linspace(0, 1, _POINTS + 1), np.geomspace(1e-4, 1, _POINTS + 1))
-    # The last point up to each of the grid: the curve goes up there, then on to the right.
-    places = np.unique(np.searchsorted(false_alarms, grid, side="right") - 1)
+    # The first and the last point at each share of the grid: the curve goes straight up there.
+    lowest, highest = (np.searchsorted(false_alarms, grid, side) for side in ("left", "right"))
+    places = np.union1d(lowest, highest - 1)
     return pd.DataFrame({"false_alarms": false_alarms[places], "found": found[places]})
