@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stages.core import plots
-from stages.core.command import run_stage
+from stages.core.command import UserError, run_stage
 from stages.core.comparison import compare_models
 from stages.core.draw import shuffled
 from stages.core.figures import Tables, draw_figures
@@ -71,6 +71,8 @@ def main() -> str:
     models = [
         model for model in params.train.models() if (REPORTS / model / "metrics.json").exists()
     ]
+    if not models:
+        raise UserError("no model was evaluated: make reports/<model> with `dvc repro`")
     results = {model: read_json(REPORTS / model / "metrics.json") for model in models}
     tables = {
         name: {model: read_csv(REPORTS / model / f"{name}.csv") for model in models}

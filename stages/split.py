@@ -99,7 +99,7 @@ def count_leaks(sets: pd.DataFrame) -> dict[str, int]:
     """How many bins of test have a sibling among those that are trained or chosen with."""
     tested = sets["set"] == "test"
     leaking = sets.loc[tested, "group"].isin(sets.loc[~tested, "group"])
-    return {"test_bins": int(tested.sum()), "with_sibling_in_train": int(leaking.sum())}
+    return {"test_bins": int(tested.sum()), "with_sibling_seen": int(leaking.sum())}
 
 
 def apportion(size: int, counts: Counter[int]) -> Counter[int]:

@@ -24,7 +24,7 @@ from tools.drawing import drawn_bins
 
 LABELS = [1, 2, 3, 4, 5]
 HOSTILE = "<script>alert('1')</script>\"><img src=x onerror=alert(1)>"
-FACTS = Facts("s3://bins", "counts.csv", ["resnet34", "vit"], 9900, 0.05, 0.03217)
+FACTS = Facts("s3://bins", "counts.csv", ["resnet34", "vit"], 9900, 0.05, 0.03217, 0)
 Items = Mapping[str, list[dict[str, Any]]]
 
 
@@ -72,7 +72,7 @@ def test_the_page_says_what_was_found_and_what_it_is_worth() -> None:
 
     assert "3 alarms among 4 records compared with photographs (75.0%)." in words
     assert "whose count has a probability below 3.22% by its photograph." in words
-    assert "On the 9,900 validation photographs at most 5% of the right records were" in words
+    assert "On the 9,900 validation photographs about 5% of the right records were" in words
     assert "of the 4 here, about 0 would be alarms even if all records were right." in words
     assert "Photographs: s3://bins. Expected counts: counts.csv." in words
     assert "Models, averaged: resnet34, vit." in words

@@ -40,7 +40,7 @@ CALIBRATION = pd.DataFrame(
 TABLES = {
     "intervals": INTERVALS,
     "alarms": ALARMS,
-    "precision": precision_table(ALARMS),
+    "precision": precision_table(ALARMS, 22_000),
     "siblings": SIBLINGS,
     "calibration": CALIBRATION,
 }
@@ -132,7 +132,7 @@ def test_the_precision_is_that_of_the_chosen_threshold() -> None:
 def test_a_model_that_finds_nothing_has_a_card() -> None:
     nothing = ALARMS.assign(**dict.fromkeys(RATES, 0.0))
 
-    text = card_of(alarms=nothing, precision=precision_table(nothing))
+    text = card_of(alarms=nothing, precision=precision_table(nothing, 22_000))
 
     assert "| 0.1% | 0.00% | - |" in text
     assert "inf" not in text.partition("| wrong records |")[2].partition("\n\n")[0]

@@ -225,13 +225,14 @@ def test_the_metrics_are_those_of_the_predictions() -> None:
 
 @pytest.mark.usefixtures("project")
 def test_each_metric_of_test_has_an_interval() -> None:
-    rows = table_of("intervals")
+    rows = table_of("intervals").set_index("metric")
 
+    assert (rows["low"] <= rows["high"]).all()
+    headline = rows[~rows.index.str.startswith("found_at_")]
+    assert len(headline) == len(rows) - 3
     others = {"majority_accuracy", "validation_accuracy", "test_bins"}
-    assert rows["metric"].tolist() == [name for name in metrics() if name not in others]
-    for name, value, low, high in rows.itertuples(index=False):
-        assert value == pytest.approx(metrics()[name], rel=1e-5)
-        assert low <= high
+    expected = {name: value for name, value in metrics().items() if name not in others}
+    assert headline["value"].to_dict() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.usefixtures("project")
@@ -354,9 +355,11 @@ def test_the_bin_with_a_sibling_in_train_is_counted_apart() -> None:
     rows = table_of("siblings").set_index("siblings_in_train")
 
     # Not also 2, whose twin by number is in train.
-    assert rows["test_bins"].to_dict() == {"with": 1, "without": 6}
-    assert rows.loc["with", "accuracy"] == table["right"].iloc[0]
-    assert rows.loc["without", "accuracy"] == pytest.approx(table["right"].iloc[1:].mean())
+    assert rows["test_bins"].to_dict() == {"with": 1, "without": 6, "difference": 7}
+    # Of the quantity of the one, which both halves have.
+    alike = table[table["actual"] == table["actual"].iloc[0]]
+    assert rows.loc["with", "accuracy"] == alike["right"].iloc[0]
+    assert rows.loc["without", "accuracy"] == pytest.approx(alike["right"].iloc[1:].mean())
 
 
 def test_evaluating_again_gives_the_same_bytes_and_says_the_accuracy(project: Path) -> None:
@@ -439,7 +442,7 @@ def test_validation_chooses_temperature_and_threshold(evaluated: Path, other: Ot
 def test_a_sibling_in_validation_is_one_that_was_seen(other: Other) -> None:
     other.evaluate(project_rows(), ["validation", *SETS[1:]])
 
-    assert table_of("siblings")["test_bins"].tolist() == [1, 6]
+    assert table_of("siblings")["test_bins"].tolist() == [1, 6, 7]
 
 
 def test_the_size_of_a_batch_does_not_matter(evaluated: Path, other: Other) -> None:
@@ -470,7 +473,7 @@ def test_the_model_card_has_the_numbers_of_the_intervals() -> None:
         numbers = [float(number) for number in re.findall(r"-?\d+\.\d+", line)]
         assert numbers == pytest.approx([row["value"], row["low"], row["high"]], abs=1e-4)
     assert "25 bins to train, 8 to calibrate and choose thresholds, 7 to test" in text
-    assert f"temperature of {settings()['temperature']:.3f} " in text
+    assert f"temperature of {settings()['temperature']:.3f}, " in text
     assert "(pad)" in text
 
 

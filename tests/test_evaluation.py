@@ -23,11 +23,12 @@ from stages.core.evaluation import (
     per_quantity_table,
 )
 from stages.core.metrics import counting_metrics, probability_metrics
-from stages.core.verification import auroc, rates_at
+from stages.core.verification import rates_at, roc_metrics
 
 LABELS = [1, 2, 3]
 METRICS = ["accuracy", "rmse", "mae", "within_one", "macro_f1", "kappa"]
-METRICS += ["rmse_of_mean", "nll", "ece", "auroc", "found", "false_alarms"]
+METRICS += ["rmse_of_mean", "nll", "ece", "auroc", "found_at_1", "found_at_5", "found_at_10"]
+METRICS += ["found", "false_alarms"]
 SAMPLES = 100
 
 
@@ -147,7 +148,7 @@ def test_metrics_have_intervals_of_sibling_groups() -> None:
     rows = table.set_index("metric")
     rates = rates_at(scored.claims, 0.2, np.ones(60))
     values = scored.metrics() | {
-        "auroc": auroc(scored.claims, np.ones(60)),
+        **roc_metrics(scored.claims, np.ones(60)),
         "found": rates.found,
         "false_alarms": rates.false_alarms,
     }
@@ -158,8 +159,7 @@ def test_metrics_have_intervals_of_sibling_groups() -> None:
     low, high = np.quantile(samples, [0.025, 0.975])
     found = (rows["low"]["accuracy"], rows["high"]["accuracy"])
     assert found == pytest.approx((low, high))
-    # Metrics that resampling biases, like ece, may lie outside of their own.
-    for name in ("accuracy", "rmse", "mae", "nll", "auroc", "found", "false_alarms"):
+    for name in ("accuracy", "rmse", "mae", "nll", "ece", "auroc", "found", "false_alarms"):
         assert rows["low"][name] < rows["value"][name] < rows["high"][name], name
 
 
@@ -177,15 +177,27 @@ def test_found_and_false_alarms_are_at_the_given_threshold() -> None:
     assert all(one.equals(two) for one, two in pairwise(others))
 
 
-def test_accuracy_by_siblings_worked_by_hand() -> None:
-    scored = by_hand(["00001", "00002", "00003", "3"])
+def answered(actual: list[int], predicted: list[int]) -> Scored:
+    """Bins without siblings, with these predictions; the ids are their places."""
+    probabilities = (np.array(predicted)[:, None] == np.array(LABELS)) * 0.7 + 0.1
+    ids = [f"{place}" for place in range(len(actual))]
+    return Scored(ids, ids, np.array(actual), probabilities, LABELS)
 
-    table = accuracy_by_siblings(scored, {"00001", "3", "00077"})
+
+def test_accuracy_by_siblings_worked_by_hand() -> None:
+    scored = answered([1, 1, 2, 1, 1, 2, 2, 2], [1, 1, 3, 1, 2, 2, 2, 2])
+
+    table = accuracy_by_siblings(scored, {"0", "1", "2", "77"})
 
     columns = ["siblings_in_train", "test_bins", "accuracy", "low", "high"]
     assert table.columns.tolist() == columns
-    # Of two bins one is right: a sample has none, one or two of it. The other two are both right.
-    assert table.to_numpy().tolist() == [["with", 2, 0.5, 0, 1], ["without", 2, 1, 1, 1]]
+    assert table["siblings_in_train"].tolist() == ["with", "without", "difference"]
+    assert table["test_bins"].tolist() == [3, 5, 8]
+    # Half of all bins are 1 and half 2: with siblings all 1 are right and no 2, without half the 1
+    # and all 2.
+    assert table["accuracy"].tolist() == pytest.approx([0.5, 0.75, -0.25])
+    assert (table["low"] <= table["accuracy"]).all()
+    assert (table["accuracy"] <= table["high"]).all()
 
 
 @pytest.mark.parametrize(("seen", "name"), [(set(), "without"), ({"00001", "00003", "3"}, "with")])
@@ -196,14 +208,14 @@ def test_there_is_no_row_for_what_no_bin_is(seen: set[str], name: str) -> None:
     assert table[["test_bins", "accuracy"]].to_numpy().tolist() == [[4, 0.75]]
 
 
-def test_the_accuracies_of_both_kinds_are_the_accuracy_of_all() -> None:
-    scored = drawn(5)
+def test_other_quantities_are_no_leak() -> None:
+    # Right on every 1 and on every second 2, whether it has a sibling or not.
+    scored = answered([1, 1, 1, 2, 2, 1, 2, 2, 2, 2, 3], [1, 1, 1, 2, 3, 1, 2, 3, 2, 3, 1])
 
-    table = accuracy_by_siblings(scored, set(scored.groups[:20]))
+    table = accuracy_by_siblings(scored, {"0", "1", "2", "3", "4"})
 
-    assert table["test_bins"].tolist() == [20, 40]
-    overall = np.average(table["accuracy"], weights=table["test_bins"])
-    assert overall == pytest.approx(scored.metrics()["accuracy"])
+    # Of 3 there is none with a sibling; of the other ten 4 are 1 and 6 are 2.
+    assert table["accuracy"].tolist() == pytest.approx([0.7, 0.7, 0])
 
 
 def test_alarm_rates_worked_by_hand() -> None:

@@ -51,15 +51,15 @@ TRAINED, VALIDATION, TEST = 8, range(8, 10), range(10, 16)
 # Of each test bin the count that both models see, and how surely.
 PREDICTED = [[1, 0.5], [5, 0.9], [4, 0.7], [3, 0.9], [2, 0.65], [1, 0.8]]
 NAMES = ["accuracy", "within_one", "rmse", "rmse_of_mean", "mae", "macro_f1", "kappa", "nll", "ece"]
-NAMES += ["auroc", "found", "false_alarms"]
+NAMES += ["auroc", "found_at_1", "found_at_5", "found_at_10", "found", "false_alarms"]
 VALUES = {
     "resnet34": [
         *(0.6251, 0.9155, 0.9012, 0.8512, 0.4503, 0.6049, 0.7001, 1.1012, 0.0712),
-        *(0.8123, 0.4012, 0.0498),
+        *(0.8123, 0.1512, 0.3541, 0.5553, 0.4012, 0.0498),
     ],
     "vit": [
         *(0.7112, 0.9466, 0.8123, 0.7623, 0.3344, 0.6988, 0.7513, 0.9514, 0.1049),
-        *(0.8634, 0.5017, 0.0603),
+        *(0.8634, 0.2521, 0.4551, 0.6562, 0.5017, 0.0603),
     ],
 }
 RESULTS = {
@@ -79,8 +79,11 @@ SHOWN = {
     "negative log-likelihood, nats": ["1.101", "0.951", "-"],
     "calibration error": ["7.1%", "10.5%", "-"],
     "verification AUROC": ["0.812", "0.863", "-"],
-    "wrong records found": ["40.1%", "50.2%", "-"],
-    "false alarms": ["5.0%", "6.0%", "-"],
+    "wrong records found at 1% false alarms": ["15.1%", "25.2%", "-"],
+    "at 5%": ["35.4%", "45.5%", "-"],
+    "at 10%": ["55.5%", "65.6%", "-"],
+    "wrong records found at the chosen threshold": ["40.1%", "50.2%", "-"],
+    "its false alarms": ["5.0%", "6.0%", "-"],
 }
 
 
@@ -177,8 +180,8 @@ def write_inputs(rows: list[dict[str, Any]]) -> None:
 
 def write_leaks(with_sibling: int) -> None:
     leaks = {
-        "group": {"test_bins": 6, "with_sibling_in_train": with_sibling},
-        "image": {"test_bins": 6, "with_sibling_in_train": 4},
+        "group": {"test_bins": 6, "with_sibling_seen": with_sibling},
+        "image": {"test_bins": 6, "with_sibling_seen": 4},
     }
     write_json(Path("data/split.json"), leaks)
 
@@ -224,7 +227,7 @@ def write_tested(folder: Path, test: Scored) -> None:
         "calibration": calibration_table(test, test, 1.25),
         "confusion": confusion_table(confusion, LABELS),
         "per_quantity": per_quantity_table(confusion, LABELS),
-        "precision": precision_table(alarms),
+        "precision": precision_table(alarms, len(test.ids)),
         "predictions": test.table(),
         "reliability": test.reliability(),
         "reliability_uncalibrated": test.reliability(),
@@ -243,16 +246,14 @@ def figures_in(page: Page) -> list[str]:
 
 
 def test_the_page_has_both_models_numbers_and_the_baselines(page: Page) -> None:
-    rows = {row[0]: row[1:] for row in page.rows[1:13]}
+    rows = {row[0]: row[1:] for row in page.rows[1:16]}
 
     assert page.rows[0] == ["on the test bins", "resnet34", "vit", "majority class"]
     assert ACCURACY in page.rows
     for name, expected in SHOWN.items():
         *models, majority = rows[name]
-        assert [cell.startswith(value) for cell, value in zip(models, expected, strict=False)] == [
-            True,
-            True,
-        ]
+        for cell, value in zip(models, expected[:-1], strict=True):
+            assert cell.startswith(value)
         assert majority == expected[-1]
     assert "vit counts 71.1% of 6 test photographs as their inventory record does" in page.words()
     assert "Answering 1 for every bin would agree with 21.0%" in page.words()
@@ -270,8 +271,10 @@ def test_the_best_is_the_best_on_validation_whatever_test_says() -> None:
 def test_the_models_are_compared_on_the_same_bins(made: Path, page: Page) -> None:
     table = pd.read_csv(made / "reports/comparison.csv")
 
-    assert table["metric"].tolist() == ["accuracy", "rmse"]
-    assert table["difference"].tolist() == [0, 0]
+    (row,) = table.to_dict("records")
+    assert (row["first"], row["second"]) == ("resnet34", "vit")
+    assert row["accuracy"] == row["rmse_low"] == row["only_first_right"] == 0
+    assert row["p_value"] == 1
     assert "resnet34 less vit: +0.0 points of accuracy (95% interval +0.0 to +0.0)" in page.words()
     assert "McNemar's test gives p = 1." in page.words()
 
@@ -282,7 +285,7 @@ def test_the_page_has_published_results_with_their_sources(page: Page) -> None:
     for row in published.itertuples():
         address = str(row.source).partition("://")[2]
         cells = [f"{row.who}{address}", row.accuracy, row.rmse or "-", row.quantities]
-        assert [*cells, row.photographs, row.split, "most"] in page.rows
+        assert [*cells, row.photographs, row.split, row.siblings] in page.rows
     assert page.attributes("a", "href") == published["source"].tolist()
     trained = ["1, 2, 3, 4, 5", "8 to train, 6 to test", "by group", "0.0%"]
     assert ["vit, this run", "71.1%", "0.812", *trained] in page.rows
@@ -294,18 +297,18 @@ def test_the_page_says_what_the_leak_is_worth() -> None:
 
     write_params(Path(), {"split.by": "image"})
     for model in RESULTS:
-        write_csv(Path("reports", model, "siblings.csv"), siblings("with", "without"))
+        write_csv(Path("reports", model, "siblings.csv"), siblings("with", "without", "difference"))
     page = made_page()
 
     interval = "45.6%40.0% to 50.0%"
-    assert ["vit", interval, interval, "71.1%"] in page.rows
+    assert ["vit", interval, interval, interval, "71.1%"] in page.rows
     assert "4 have one in train or validation; split by group, 0 of 6 would" in page.words()
 
 
 def test_the_page_says_which_share_of_wrong_records_is_found(page: Page) -> None:
     # Of 1, 2, 3, 4, 5, 1 the scores are 0.5, 0.025, 0.075, 0.025, 0.0875, 0.8: no threshold has
     # fewer false alarms but none.
-    chosen = ["chosen: below 0.0250", "0.0%", "0.0%", "0.0%", "0.0%"]
+    chosen = ["chosen: below 0.025", "0.0%", "0.0%", "0.0%", "0.0%"]
     assert page.rows.count(chosen) == 2
     assert ["5%", "0.00%", "-"] in page.rows
 
@@ -459,6 +462,15 @@ def test_a_model_without_results_is_left_out() -> None:
     assert ["knob", "resnet34"] in page.rows
     assert not any(row[:1] == ["vit"] for row in page.rows)
     assert "McNemar" not in page.words()
+
+
+@pytest.mark.usefixtures("project")
+def test_without_any_model_the_report_says_what_to_do() -> None:
+    for model in RESULTS:
+        Path("reports", model, "metrics.json").unlink()
+
+    with pytest.raises(UserError, match="no model was evaluated"):
+        report.main()
 
 
 @pytest.mark.usefixtures("project")

@@ -279,7 +279,7 @@ def test_leaks_worked_by_hand() -> None:
         ("00006", "train", "00006"),
     ]
     sets = pd.DataFrame(rows, columns=["id", "set", "group"])
-    assert count_leaks(sets) == {"test_bins": 5, "with_sibling_in_train": 3}
+    assert count_leaks(sets) == {"test_bins": 5, "with_sibling_seen": 3}
 
 
 @pytest.mark.usefixtures("workspace")
@@ -296,8 +296,8 @@ def test_the_leak_of_both_protocols_is_written_whichever_is_chosen(
     others = by_image[by_image["set"] != "test"]
     leaking = by_image[(by_image["set"] == "test") & by_image["group"].isin(others["group"])]
     assert leaks == {
-        "group": {"test_bins": 200, "with_sibling_in_train": 0},
-        "image": {"test_bins": 200, "with_sibling_in_train": len(leaking)},
+        "group": {"test_bins": 200, "with_sibling_seen": 0},
+        "image": {"test_bins": 200, "with_sibling_seen": len(leaking)},
     }
     assert 100 < len(leaking) < 200
 
@@ -312,7 +312,7 @@ def test_a_protocol_that_the_groups_do_not_allow_is_not_counted() -> None:
     write_params(chosen | {"split.by": "image"})
     assert main() == "4 train, 4 validation, 2 test; 0 unusable"
     leaks = json.loads(Path("data/split.json").read_text("utf-8"))
-    assert leaks == {"image": {"test_bins": 2, "with_sibling_in_train": 2}}
+    assert leaks == {"image": {"test_bins": 2, "with_sibling_seen": 2}}
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 7, 2**32 - 1])
@@ -346,6 +346,6 @@ def test_the_published_protocol_leaks_real_siblings_and_the_stage_says_so(
     leaking = sum(groups[bin_id] in seen for bin_id in test)
     assert leaking > 0.5 * len(test)
     assert json.loads(Path("data/split.json").read_text("utf-8")) == {
-        "group": {"test_bins": 662, "with_sibling_in_train": 0},
-        "image": {"test_bins": 662, "with_sibling_in_train": leaking},
+        "group": {"test_bins": 662, "with_sibling_seen": 0},
+        "image": {"test_bins": 662, "with_sibling_seen": leaking},
     }

@@ -12,12 +12,12 @@ from stages.core.verification import (
     PREVALENCES,
     Claims,
     Rates,
-    auroc,
     make_claims,
     precision,
     precision_table,
     rates_at,
     roc_curve,
+    roc_metrics,
     roc_table,
     threshold_for,
     verification_table,
@@ -101,7 +101,7 @@ def test_the_auroc_is_scikit_learns(seed: int, digits: int, weighted: bool) -> N
     expected = sklearn.metrics.roc_auc_score(
         ~claims.right, -claims.scores, sample_weight=weights[claims.bins]
     )
-    assert auroc(claims, weights) == pytest.approx(expected, abs=1e-12)
+    assert roc_metrics(claims, weights)["auroc"] == pytest.approx(expected, abs=1e-12)
     assert 0.6 < expected < 0.95
 
 
@@ -117,7 +117,7 @@ def test_the_auroc_is_how_often_a_wrong_claim_scores_lower(seed: int, digits: in
     lower = np.subtract.outer(claims.scores[wrong], claims.scores[right])
     # Ties count half.
     expected = (pairs * ((lower < 0) + 0.5 * (lower == 0))).sum() / pairs.sum()
-    assert auroc(claims, weights) == pytest.approx(expected, abs=1e-12)
+    assert roc_metrics(claims, weights)["auroc"] == pytest.approx(expected, abs=1e-12)
 
 
 def test_scores_that_tell_nothing_or_all_have_an_auroc_of_a_half_or_1() -> None:
@@ -126,7 +126,7 @@ def test_scores_that_tell_nothing_or_all_have_an_auroc_of_a_half_or_1() -> None:
 
     for probabilities, area in ((nothing, 0.5), (everything, 1.0), (1 - everything, 0.0)):
         claims = make_claims(probabilities, actual, [1, 2, 3])
-        assert auroc(claims, np.ones(3)) == pytest.approx(area)
+        assert roc_metrics(claims, np.ones(3))["auroc"] == pytest.approx(area)
 
 
 def highest_threshold(scores: Floats, share: float) -> float:
@@ -271,7 +271,7 @@ def test_the_precision_table_says_how_many_bins_to_look_at() -> None:
         }
     )
 
-    table = precision_table(verification)
+    table = precision_table(verification, 1000)
 
     columns = ["alarms", "wrong_records", "found", "precision", "bins_per_find"]
     assert table.columns.tolist() == columns
@@ -283,6 +283,36 @@ def test_the_precision_table_says_how_many_bins_to_look_at() -> None:
     assert table["bins_per_find"].tolist() == pytest.approx([*looks, *[np.inf] * 3])
     shares = [1 / look for look in looks]
     assert table["precision"].tolist() == pytest.approx([*shares, 0, 0, 0])
+
+
+def test_no_false_alarm_yet_is_no_proof_that_there_are_none() -> None:
+    rates = {"false_alarms": 0.0, "found": 0.5, "found_off_by_one": 0.5, "found_off_by_more": 0.5}
+    verification = pd.DataFrame([{"alarms": "chosen", "threshold": 0.2} | rates])
+
+    table = precision_table(verification, 300)
+
+    # Of 1000 records 1 is wrong, and found in half of the cases; of 999 right ones 1 in 100 may be.
+    assert table["precision"].iloc[0] == pytest.approx(0.5 / (0.5 + 9.99))
+    # With fewer right claims than 3 anything may be.
+    assert precision_table(verification, 2)["precision"].iloc[0] == pytest.approx(0.5 / 999.5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_what_is_found_at_round_false_alarms_is_on_scikit_learns_curve(*, weighted: bool) -> None:
+    claims = drawn_claims(3, 400, 15)
+    weights = np.random.default_rng(3).uniform(0.1, 3, 400) if weighted else np.ones(400)
+
+    metrics = roc_metrics(claims, weights)
+
+    false_alarms, found, _ = sklearn.metrics.roc_curve(
+        ~claims.right,
+        -claims.scores,
+        sample_weight=weights[claims.bins],
+        drop_intermediate=False,
+    )
+    for share in (0.01, 0.05, 0.10):
+        most = found[false_alarms <= share].max()
+        assert metrics[f"found_at_{100 * share:.0f}"] == pytest.approx(most)
 
 
 def curve_points(claims: Claims, bins: int) -> set[tuple[float, float]]:
@@ -317,7 +347,7 @@ def test_the_table_of_the_roc_curve_is_dense_where_few_alarm() -> None:
     table = roc_table(claims)
 
     area = np.trapezoid(table["found"], table["false_alarms"])
-    assert area == pytest.approx(auroc(claims, np.ones(5000)), abs=1e-3)
+    assert area == pytest.approx(roc_metrics(claims, np.ones(5000))["auroc"], abs=1e-3)
     steps = table["false_alarms"].diff().iloc[1:]
     assert steps.max() < 0.006
     # 5000 right claims: nearly each of the first ones is a point.

@@ -41,15 +41,20 @@ def intervals(
     statistics: Callable[[Floats], Mapping[str, float]],
     groups: Sequence[str],
     samples: int = SAMPLES,
+    biased: Sequence[str] = (),
 ) -> pd.DataFrame:
     """Each statistic's value with its 95% percentile interval: metric, value, low and high.
 
-    `statistics` computes them where bins count with the weights it is given.
+    `statistics` computes them where bins count with the weights it is given. Those that are
+    `biased` are distances from 0, which the noise of resampling only makes larger: the mean of
+    their samples is moved to the value.
     """
     values = statistics(np.ones(len(groups)))
     drawn = group_weights(groups, samples)
     progress = tqdm(drawn, "bootstrap", total=samples, disable=None, leave=False)
     resampled = pd.DataFrame([dict(statistics(weights)) for weights in progress])
+    for name in biased:
+        resampled[name] = (resampled[name] - resampled[name].mean() + values[name]).clip(lower=0)
     tail = (1 - CONFIDENCE) / 2
     low, high = resampled.quantile(tail), resampled.quantile(1 - tail)
     return (

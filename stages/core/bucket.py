@@ -76,7 +76,7 @@ def open_bucket(bucket: params.Bucket) -> Store:
     )
 
 
-class Settings(NamedTuple):
+class Names(NamedTuple):
     """What a user sets, as messages call it."""
 
     url: str = "bucket.url"
@@ -87,15 +87,15 @@ class Settings(NamedTuple):
 def explained(bucket: params.Bucket) -> AbstractContextManager[None]:
     """Turn what the store raises into a UserError that names the bucket and what to do."""
     place = bucket.url + (f" at {bucket.endpoint}" if bucket.endpoint else "")
-    return explained_at(place, Settings(), anonymous=bucket.anonymous)
+    return explained_at(place, Names(), anonymous=bucket.anonymous)
 
 
 @contextmanager
-def explained_at(place: str, settings: Settings, *, anonymous: bool) -> Iterator[None]:
+def explained_at(place: str, names: Names, *, anonymous: bool) -> Iterator[None]:
     try:
         yield
     except BaseError as error:
-        what = _what_to_do(error, settings, anonymous=anonymous)
+        what = _what_to_do(error, names, anonymous=anonymous)
         raise UserError(f"{place} {what}") from None
 
 
@@ -191,20 +191,20 @@ def _md5(data: bytes) -> str:
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
-def _what_to_do(error: BaseError, settings: Settings, *, anonymous: bool) -> str:
+def _what_to_do(error: BaseError, names: Names, *, anonymous: bool) -> str:
     # A listing raises its HTTP status inside a generic error, as text.
     text = str(error)
     if "<Code>NoSuchBucket</Code>" in text:
-        return f"does not exist: check {settings.url} and {settings.endpoint}"
+        return f"does not exist: check {names.url} and {names.endpoint}"
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or "403 Forbidden" in text:
         if anonymous:
             return (
-                f"refuses access: it does not allow anonymous reads; {settings.sign}, and set"
+                f"refuses access: it does not allow anonymous reads; {names.sign}, and set"
                 " AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
             )
         return "refuses access: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     return (
-        f"cannot be read: {_cause(error)}. Check {settings.endpoint} and the network; the next run"
+        f"cannot be read: {_cause(error)}. Check {names.endpoint} and the network; the next run"
         " goes on where this one stopped"
     )
 

@@ -20,10 +20,10 @@ from stages.core.release import probability_columns
 from stages.core.verification import (
     FALSE_ALARMS,
     Claims,
-    auroc,
     make_claims,
     precision_table,
     rates_at,
+    roc_metrics,
     roc_table,
     threshold_for,
     verification_table,
@@ -106,14 +106,16 @@ def evaluate_scores(
     alarms = alarm_rates(validation, test, false_alarm)
     measured = metrics_with_intervals(test, threshold=alarms["threshold"].iloc[0])
     confusion = test.confusion()
-    metrics = dict(zip(measured["metric"], measured["value"], strict=True))
+    pairs = zip(measured["metric"], measured["value"], strict=True)
+    # Those at round false alarms are in intervals.csv: a table of experiments has room for few.
+    metrics = {name: value for name, value in pairs if not name.startswith("found_at_")}
     tables = {
         "alarms": alarms,
         "calibration": calibration_table(uncalibrated, test, temperature),
         "confusion": confusion_table(confusion, test.labels),
         "intervals": measured,
         "per_quantity": per_quantity_table(confusion, test.labels),
-        "precision": precision_table(alarms),
+        "precision": precision_table(alarms, len(test.ids)),
         "predictions": test.table(),
         "reliability": test.reliability(),
         "reliability_uncalibrated": uncalibrated.reliability(),
@@ -130,34 +132,52 @@ def metrics_with_intervals(test: Scored, threshold: float) -> pd.DataFrame:
     def statistics(weights: Floats) -> dict[str, float]:
         rates = rates_at(test.claims, threshold, weights)
         verified = {"found": rates.found, "false_alarms": rates.false_alarms}
-        return test.metrics(weights) | {"auroc": auroc(test.claims, weights)} | verified
+        return test.metrics(weights) | roc_metrics(test.claims, weights) | verified
 
-    return intervals(statistics, test.groups)
+    return intervals(statistics, test.groups, biased=["ece"])
 
 
 def accuracy_by_siblings(test: Scored, seen_groups: set[str]) -> pd.DataFrame:
     """Accuracy with its interval on test bins with a sibling in `seen_groups`, and without.
 
-    The latter is what a leak-free test would say of the same model. No row for what no bin is.
+    The difference of the two is what the leak is worth. Bins without siblings hold other counts,
+    which are easier or harder by themselves: so each half is weighed to the quantities of all test
+    bins. No row for a half that has no bins.
     """
-    with_sibling = np.array([group in seen_groups for group in test.groups])
-    right = test.predicted == test.actual
-    rows = [
-        accuracy_of(right[chosen], np.array(test.groups)[chosen]).assign(siblings_in_train=name)
-        for name, chosen in (("with", with_sibling), ("without", ~with_sibling))
-        if chosen.any()
+    seen = np.array([group in seen_groups for group in test.groups])
+    halves = {"with": seen, "without": ~seen}
+    halves = {name: half for name, half in halves.items() if half.any()}
+
+    def accuracies(weights: Floats) -> dict[str, float]:
+        found = standardized_accuracies(test, list(halves.values()), weights)
+        of_halves = dict(zip(halves, found, strict=True))
+        if len(halves) < 2:
+            return of_halves
+        return of_halves | {"difference": of_halves["with"] - of_halves["without"]}
+
+    table = intervals(accuracies, test.groups)
+    bins = {name: int(half.sum()) for name, half in halves.items()} | {"difference": len(seen)}
+    table = table.rename(columns={"metric": "siblings_in_train", "value": "accuracy"})
+    table.insert(1, "test_bins", table["siblings_in_train"].map(bins))
+    return table
+
+
+def standardized_accuracies(
+    test: Scored, halves: list[NDArray[np.bool_]], weights: Floats
+) -> list[float]:
+    """The accuracy on each of `halves`, if it held the quantities that all bins hold.
+
+    Of those quantities that occur in each of them; 0 where there is none.
+    """
+    right, size = test.predicted == test.actual, len(test.labels)
+    bins = [np.bincount(test.targets, weights * half, minlength=size) for half in halves]
+    hits = [np.bincount(test.targets, weights * half * right, minlength=size) for half in halves]
+    shares = np.bincount(test.targets, weights, minlength=size) * np.all(bins, axis=0)
+    shares /= max(shares.sum(), 1e-12)
+    return [
+        float((shares * hit / np.maximum(count, 1e-12)).sum())
+        for hit, count in zip(hits, bins, strict=True)
     ]
-    columns = ["siblings_in_train", "test_bins", "accuracy", "low", "high"]
-    return pd.concat(rows).rename(columns={"value": "accuracy"})[columns]
-
-
-def accuracy_of(right: NDArray[np.bool_], groups: NDArray[np.str_]) -> pd.DataFrame:
-    """One row with the share that is right, its interval, and how many bins there are."""
-
-    def accuracy(weights: Floats) -> dict[str, float]:
-        return {"accuracy": float(np.average(right, weights=weights))}
-
-    return intervals(accuracy, groups.tolist()).assign(test_bins=len(right))
 
 
 def alarm_rates(validation: Scored, test: Scored, false_alarm: float) -> pd.DataFrame:

@@ -90,10 +90,14 @@ def roc_curve(claims: Claims, weights: Floats) -> tuple[Floats, Floats]:
     return curves[0], curves[1]
 
 
-def auroc(claims: Claims, weights: Floats) -> float:
-    """The area under the ROC curve: how often a wrong claim scores below a right one."""
+def roc_metrics(claims: Claims, weights: Floats) -> dict[str, float]:
+    """The area under the ROC curve (how often a wrong claim scores below a right one), and the
+    share of wrong claims found at each of FALSE_ALARMS."""
     false_alarms, found = roc_curve(claims, weights)
-    return float(np.trapezoid(found, false_alarms))
+    places = np.searchsorted(false_alarms, FALSE_ALARMS, side="right") - 1
+    at = zip(FALSE_ALARMS, found[places], strict=True)
+    found_at = {f"found_at_{100 * share:.0f}": float(value) for share, value in at}
+    return {"auroc": float(np.trapezoid(found, false_alarms))} | found_at
 
 
 def precision(found: Floats | float, false_alarms: Floats | float, prevalence: float) -> Floats:
@@ -115,17 +119,20 @@ def verification_table(claims: Claims, thresholds: dict[str, float]) -> pd.DataF
     )
 
 
-def precision_table(verification: pd.DataFrame) -> pd.DataFrame:
+def precision_table(verification: pd.DataFrame, right_claims: int) -> pd.DataFrame:
     """What the rates of each row come to where few records are wrong, by that share.
 
     `bins_per_find`: how many alarms a person looks at for each wrong record found; `inf` where
-    none is.
+    none is. Where none of the `right_claims` was an alarm, 3 / right_claims of them may be, the
+    bound of 95% certainty (Hanley and Lippman-Hand, If Nothing Goes Wrong, Is Everything All
+    Right?, JAMA 1983).
     """
     rows = []
     names = ("alarms", "found", "false_alarms")
     for alarms, found, false_alarms in zip(*(verification[name] for name in names), strict=True):
         for prevalence in PREVALENCES:
-            share = float(precision(found, false_alarms, prevalence))
+            false = false_alarms or min(1.0, 3 / right_claims)
+            share = float(precision(found, false, prevalence))
             rows.append((alarms, prevalence, found, share, 1 / share if share else np.inf))
     columns = ["alarms", "wrong_records", "found", "precision", "bins_per_find"]
     return pd.DataFrame(rows, columns=columns)

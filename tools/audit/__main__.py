@@ -26,7 +26,7 @@ examples:
 exit codes, for a nightly job:
   0   no alarms
   1   alarms
-  2   an error: nothing, or not all, could be audited
+  2   an error: nothing could be audited
   130 stopped by Ctrl-C
 
 A run that was stopped or killed goes on where it was when it is started again. Ids are texts:

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 import pydantic
+from obstore.store import LocalStore
 
 from stages.core import params
 from stages.core.bucket import (
     IN_FLIGHT,
     WINDOW,
+    Names,
     ObjectError,
-    Settings,
     Store,
     list_objects,
     open_bucket,
@@ -26,8 +27,9 @@ from stages.core.parallel import map_in_order
 from stages.core.records import is_bin_id
 
 #: The audit's options, in messages.
-OPTIONS = Settings("its name", "--endpoint", "add --signed")
+OPTIONS = Names("its name", "--endpoint", "add --signed")
 _ROWS = 1000
+_DISK_READERS = 8
 
 
 class Content(NamedTuple):
@@ -98,9 +100,12 @@ def refuse_twins(ids: list[str], what: str) -> None:
 
 
 def read_bins(store: Store, objects: pa.Table) -> Generator[Content, None, None]:
-    """The files in their order, many reads under way."""
+    """The files in their order, many reads under way; of a disk, which answers at once, few."""
     rows = (row for batch in objects.to_batches(_ROWS) for row in batch.to_pylist())
-    return map_in_order(partial(_read, store), rows, IN_FLIGHT, WINDOW)
+    readers, window = (
+        (_DISK_READERS, 8 * _DISK_READERS) if isinstance(store, LocalStore) else (IN_FLIGHT, WINDOW)
+    )
+    return map_in_order(partial(_read, store), rows, readers, window)
 
 
 def _read(store: Store, row: dict[str, Any]) -> Content:

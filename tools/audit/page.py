@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ class Facts(NamedTuple):
     validation_bins: int
     false_alarm: float
     threshold: float
+    trained_on: int
 
 
 def render_page(
@@ -104,7 +106,8 @@ def make_thumbnails(contents: Iterable[Content]) -> dict[str, str]:
     """Small copies as URLs that hold them, by id; none of what cannot be had any more."""
     thumbnails = {}
     for content in contents:
-        if not content.problem:
+        # A file may have changed since it was scored.
+        with suppress(jpeg.ImageError):
             thumbnails[content.id] = embedded("image/jpeg", make_thumbnail(content.data))
     return thumbnails
 

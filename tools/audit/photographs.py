@@ -26,6 +26,8 @@ from tools.audit.objects import (
 )
 
 SUFFIXES = "jpe?g"
+# As many as records can have.
+MOST_ITEMS = 2**31 - 1
 # Photographs of a shard that are in memory at once, and what is read of the file at once, in bytes.
 _ROWS = 64
 _BUFFER = 1 << 20
@@ -135,6 +137,8 @@ def read_ids(path: Path) -> pa.Table:
         if "quantity" in types and not pa.types.is_integer(types["quantity"]):
             raise UserError(f"{path}: its column quantity has {types['quantity']}, not integers")
         rows = pq.read_table(path, columns=[name for name in ("id", "quantity") if name in types])
+    if "quantity" in types and pc.any(pc.greater(rows["quantity"], MOST_ITEMS)).as_py():
+        raise UserError(f"{path}: its column quantity has a number above {MOST_ITEMS}")
     for number, bin_id in enumerate(rows["id"].to_pylist(), start=1):
         if bin_id is None or not is_bin_id(bin_id):
             raise UserError(f"{path}: row {number}: {bin_id!a:.80} is no bin's id")

@@ -7,7 +7,7 @@ import pandas as pd
 
 from stages.core.bucket import explained_at
 from stages.core.command import UserError
-from stages.core.files import atomic_write, digest, digest_files, unfinished, write_csv
+from stages.core.files import digest, digest_files, read_csv, unfinished, write_csv, write_text
 from tools.audit.expected import Expected, find_expected, left_out
 from tools.audit.models import Ensemble, load_ensemble
 from tools.audit.objects import OPTIONS
@@ -16,6 +16,7 @@ from tools.audit.photographs import Photographs, open_photographs
 from tools.audit.scores import score_photographs
 from tools.audit.table import audit_table
 
+SPLIT = Path("data/split.csv")
 TABLE = "audit.csv"
 PAGE = "index.html"
 
@@ -50,12 +51,12 @@ def audit(
                 ensemble.validation_bins,
                 false_alarm,
                 ensemble.threshold(false_alarm),
+                count_trained_on(source.ids),
             )
             table = audit_table(scored, counts, ensemble.labels, facts.threshold)
             page = make_page(facts, table, ensemble, source, counts, top)
             write_csv(out / TABLE, table)
-            with atomic_write(out / PAGE) as temporary:
-                temporary.write_text(page, "utf-8")
+            write_text(out / PAGE, page)
     return summarize(len(source.ids), table, out)
 
 
@@ -82,6 +83,14 @@ def announce(source: Photographs, counts: Expected, ensemble: Ensemble) -> None:
         f" {counts.place}, {models} on {ensemble.releases[0].classifier.device}",
         flush=True,
     )
+
+
+def count_trained_on(ids: Sequence[str]) -> int:
+    """How many of these bins data/split.csv has in train, where there is one."""
+    if not SPLIT.exists():
+        return 0
+    sets = read_csv(SPLIT)
+    return int(sets.loc[sets["set"] == "train", "id"].isin(ids).sum())
 
 
 def code_version() -> str:
