@@ -22,6 +22,7 @@ from stages.core.bucket import (
 from stages.core.command import run_stage
 from stages.core.files import digest, publish_folder, sha256_file, unfinished
 from stages.core.params import load_params
+from stages.core.retries import Retries
 from stages.core.shards import (
     IMAGES,
     Reject,
@@ -44,6 +45,7 @@ def main() -> str:
     limit = RejectLimit("fetch.max_rejects", params.fetch.max_rejects)
     with whole_parquet(SUBSET):
         subset = pq.read_table(SUBSET)
+    retries = Retries()
     with explained(params.bucket):
         store = open_bucket(params.bucket)
         state = folder_state(store, subset)
@@ -52,7 +54,7 @@ def main() -> str:
             shards, rejects = build_shards(
                 folder,
                 shards_of(subset, params.fetch.shard_bins),
-                partial(fetch_bin, store),
+                partial(fetch_bin, store, retries),
                 IMAGES,
                 limit,
                 workers=IN_FLIGHT,
@@ -61,7 +63,8 @@ def main() -> str:
             )
             write_rejects(REJECTS, rejects)
             publish_folder(shards, OUT)
-    return f"{len(subset) - len(rejects)} photographs; {len(rejects)} not to be had ({REJECTS})"
+    fetched = len(subset) - len(rejects)
+    return f"{fetched} photographs; {len(rejects)} not to be had ({REJECTS}){retries.summary()}"
 
 
 def folder_state(store: Store, subset: pa.Table) -> str | None:
@@ -72,10 +75,10 @@ def folder_state(store: Store, subset: pa.Table) -> str | None:
     return table_digest(listing.filter(pc.is_in(listing["key"], subset["key"].combine_chunks())))
 
 
-def fetch_bin(store: Store, drawn: Row) -> Row | Reject:
+def fetch_bin(store: Store, retries: Retries, drawn: Row) -> Row | Reject:
     """Read one photograph, checked against the size and etag of the index."""
     try:
-        image = read_object(store, drawn["key"], drawn["size"], drawn["etag"])
+        image = read_object(store, drawn["key"], drawn["size"], drawn["etag"], retries)
     except ObjectError as error:
         return Reject(drawn["id"], str(error))
     return {"id": drawn["id"], "quantity": drawn["quantity"], "image": image}

@@ -26,6 +26,7 @@ from stages.core.command import UserError, run_stage
 from stages.core.files import atomic_write, digest, unfinished, write_json
 from stages.core.params import load_params
 from stages.core.records import INDEX, RecordError, is_bin_id, parse_record
+from stages.core.retries import Retries
 from stages.core.shards import (
     Reject,
     RejectLimit,
@@ -46,17 +47,18 @@ PART_RECORDS = 10_000
 def main() -> str:
     params = load_params()
     limit = RejectLimit("index.max_rejects", params.index.max_rejects)
+    retries = Retries()
     with explained(params.bucket):
         store = open_bucket(params.bucket)
-        photographs = list_objects(store, PHOTOGRAPHS)
-        listing = join_listings(list_objects(store, RECORDS), photographs)
+        photographs = list_objects(store, PHOTOGRAPHS, retries)
+        listing = join_listings(list_objects(store, RECORDS, retries), photographs)
         if not len(listing):
             raise UserError(f"{params.bucket.url} has no {RECORDS}<id>.json: check bucket.url")
         with unfinished("index", digest(params.bucket.url, table_digest(listing))) as folder:
             parts, rejects = build_shards(
                 folder,
                 shards_of(listing, PART_RECORDS),
-                partial(index_bin, store),
+                partial(index_bin, store, retries),
                 INDEX,
                 limit,
                 workers=IN_FLIGHT,
@@ -66,7 +68,8 @@ def main() -> str:
             indexed = concatenate(parts, OUT)
     counts = summarize(len(listing), indexed, rejects)
     write_json(COUNTS, counts)
-    return f"{indexed} bins; {len(rejects)} records left out {counts['rejected'] or ''}".rstrip()
+    left_out = f"{len(rejects)} records left out {counts['rejected'] or ''}".rstrip()
+    return f"{indexed} bins; {left_out}{retries.summary()}"
 
 
 def join_listings(records: pa.Table, photographs: pa.Table) -> pa.Table:
@@ -86,7 +89,7 @@ def _with_ids(listing: pa.Table, prefix: str, suffix: str) -> pa.Table:
     return files.append_column("id", pc.utf8_slice_codeunits(ids, 0, -len(suffix)))
 
 
-def index_bin(store: Store, listed: Row) -> Row | Reject:
+def index_bin(store: Store, retries: Retries, listed: Row) -> Row | Reject:
     """Read and parse one record."""
     bin_id = listed["id"]
     if not is_bin_id(bin_id):
@@ -95,7 +98,7 @@ def index_bin(store: Store, listed: Row) -> Row | Reject:
         return Reject(bin_id, "no photograph")
     try:
         data = read_object(
-            store, listed["record_key"], listed["record_size"], listed["record_etag"]
+            store, listed["record_key"], listed["record_size"], listed["record_etag"], retries
         )
         record = parse_record(data)
     except ObjectError as error:

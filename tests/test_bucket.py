@@ -7,9 +7,9 @@ from typing import Any
 
 import obstore
 import pytest
-from obstore.store import LocalStore, S3Store
+from obstore.store import S3Store
 
-from stages.core import bucket, params
+from stages.core import bucket, params, retries
 from stages.core.bucket import ObjectError, explained, list_objects, open_bucket, read_object
 from stages.core.command import UserError
 from tests.conftest import S3, MakeBucket, folder_bucket
@@ -25,17 +25,13 @@ DENIED = b"""<?xml version="1.0" encoding="UTF-8"?>
 @pytest.fixture
 def one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the seconds between the attempts."""
-    monkeypatch.setattr(bucket, "READ_ATTEMPTS", 1)
+    monkeypatch.setattr(retries, "ATTEMPTS", 1)
 
 
 @pytest.fixture
-def few_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the 45 seconds in which a server may come back."""
-
-    def impatient(*arguments: Any, **options: Any) -> S3Store:
-        return S3Store(*arguments, **(options | {"retry_config": {"max_retries": 1}}))
-
-    monkeypatch.setattr(bucket, "S3Store", impatient)
+def short_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the half minute in which a server may come back."""
+    monkeypatch.setattr(bucket, "DEADLINE", 0.5)
 
 
 @pytest.fixture
@@ -134,6 +130,7 @@ def test_an_object_is_read_as_it_was_put(make_bucket: MakeBucket) -> None:
         assert data == (content if row["key"] == KEY else b"")
 
 
+@pytest.mark.usefixtures("one_attempt")
 def test_a_missing_object_is_an_object_error(make_bucket: MakeBucket) -> None:
     store = open_bucket(make_bucket({KEY: CONTENT}))
     with pytest.raises(ObjectError, match="not found"):
@@ -147,6 +144,7 @@ def test_an_object_of_another_size_is_an_object_error(make_bucket: MakeBucket) -
         read_object(store, KEY, 3, None)
 
 
+@pytest.mark.usefixtures("one_attempt")
 def test_an_object_that_changed_is_an_object_error(s3: S3) -> None:
     source = s3.make_bucket({KEY: CONTENT})
     obstore.put(open_bucket(source), KEY, CONTENT.replace(b"3", b"4"))
@@ -164,35 +162,30 @@ class Answer:
         return self.data
 
 
-def test_content_that_is_damaged_on_the_way_is_read_again(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_content_that_is_damaged_on_the_way_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     # No server of ours damages what it sends.
     answers = iter([CONTENT[:-1], CONTENT.replace(b"3", b"4"), CONTENT])
     monkeypatch.setattr(obstore, "get", lambda *_: Answer(next(answers), MD5))
     monkeypatch.setattr("time.sleep", lambda _: None)
-    assert read_object(LocalStore(tmp_path), KEY, len(CONTENT), MD5) == CONTENT
+    assert read_object(S3Store("bins"), KEY, len(CONTENT), MD5) == CONTENT
 
 
-def test_content_that_stays_damaged_is_an_object_error(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_content_that_stays_damaged_is_an_object_error(monkeypatch: pytest.MonkeyPatch) -> None:
     damaged = CONTENT.replace(b"3", b"4")
     monkeypatch.setattr(obstore, "get", lambda *_: Answer(damaged, MD5))
     monkeypatch.setattr("time.sleep", lambda _: None)
     with pytest.raises(ObjectError, match=f"its etag is {MD5}: damaged, or encrypted by KMS"):
-        read_object(LocalStore(tmp_path), KEY, len(CONTENT), MD5)
+        read_object(S3Store("bins"), KEY, len(CONTENT), MD5)
 
 
-def test_an_etag_that_is_no_md5_is_only_compared(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_etag_that_is_no_md5_is_only_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     # Of an upload in parts.
     etag = f"{MD5}-2"
     monkeypatch.setattr(obstore, "get", lambda *_: Answer(CONTENT, etag))
-    assert read_object(LocalStore(tmp_path), KEY, len(CONTENT), etag) == CONTENT
+    assert read_object(S3Store("bins"), KEY, len(CONTENT), etag) == CONTENT
 
 
+@pytest.mark.usefixtures("one_attempt")
 def test_a_missing_bucket_is_named(s3: S3) -> None:
     with pytest.raises(UserError, match=r"s3://no-such-bucket at http\S+ does not exist"):
         listed(s3.locate("no-such-bucket"), "metadata/")
@@ -204,7 +197,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         listed(source, "metadata/")
 
 
-@pytest.mark.usefixtures("few_retries")
+@pytest.mark.usefixtures("short_deadline")
 def test_a_server_that_does_not_answer_is_named() -> None:
     endpoint = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(UserError, match=f"s3://aft-vbi-pds at {endpoint} cannot be read") as caught:
@@ -212,11 +205,13 @@ def test_a_server_that_does_not_answer_is_named() -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("one_attempt")
 def test_a_bucket_that_refuses_anonymous_reads_tells_what_to_set(denying_server: str) -> None:
     with pytest.raises(UserError, match=r"s3://aft-vbi-pds.*refuses access.*bucket\.anonymous"):
         listed(bucket_at(denying_server), "metadata/")
 
 
+@pytest.mark.usefixtures("one_attempt")
 def test_a_bucket_that_refuses_credentials_names_them(
     denying_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +221,7 @@ def test_a_bucket_that_refuses_credentials_names_them(
         listed(bucket_at(denying_server, anonymous=False), "metadata/")
 
 
+@pytest.mark.usefixtures("one_attempt")
 def test_one_refused_object_is_an_object_error(denying_server: str) -> None:
     with pytest.raises(ObjectError, match="access denied"):
         read_object(open_bucket(bucket_at(denying_server)), KEY, 3, None)

@@ -10,6 +10,7 @@ from stages import fetch
 from stages.core import params
 from stages.core.bucket import Store, list_objects, open_bucket, read_object
 from stages.core.command import UserError
+from stages.core.retries import Retries
 from stages.core.shards import IMAGES, Reject, read_rejects, shard_paths, write_table
 from tests.conftest import MakeBucket, bucket_params, folder_bucket, objects_of, write_params
 from tools.drawing import DrawnBin
@@ -91,14 +92,18 @@ def test_the_next_run_goes_on_where_one_failed(
     prepare(bucket, drawn[:40], shard_bins=10)
     read: list[str] = []
 
-    def read_until_stopped(store: Store, key: str, size: int, etag: str | None) -> bytes:
+    def read_until_stopped(
+        store: Store, key: str, size: int, etag: str | None, retries: Retries
+    ) -> bytes:
         if key == "bin-images/00025.jpg":
             raise StopError
-        return read_object(store, key, size, etag)
+        return read_object(store, key, size, etag, retries)
 
-    def read_and_note(store: Store, key: str, size: int, etag: str | None) -> bytes:
+    def read_and_note(
+        store: Store, key: str, size: int, etag: str | None, retries: Retries
+    ) -> bytes:
         read.append(key)
-        return read_object(store, key, size, etag)
+        return read_object(store, key, size, etag, retries)
 
     monkeypatch.setattr(fetch, "read_object", read_until_stopped)
     with pytest.raises(StopError):

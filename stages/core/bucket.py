@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import obstore
@@ -19,6 +19,7 @@ from obstore.store import LocalStore, S3Store
 
 from stages.core import params
 from stages.core.command import UserError
+from stages.core.retries import DEADLINE, FailedAttempt, Retries
 
 RECORDS = "metadata/"
 PHOTOGRAPHS = "bin-images/"
@@ -27,7 +28,11 @@ IN_FLIGHT = 256
 # Results waiting behind a slow one. More than IN_FLIGHT, so that one slow object stops nobody.
 WINDOW = 4 * IN_FLIGHT
 LIST_PAGE = 1000
-READ_ATTEMPTS = 4
+# Seconds: without a byte, and for a whole answer, which 256 at once on a slow line need.
+STALL_TIMEOUT = 5
+ANSWER_TIMEOUT = 30
+# To find out whether one object fails, or the store.
+PROBE_SECONDS = 3
 
 Store = S3Store | LocalStore
 #: `stamp` tells whether an object changed on this machine: the etag or, in a folder, which has no
@@ -35,6 +40,16 @@ Store = S3Store | LocalStore
 LISTING = pa.schema(
     [("key", pa.string()), ("size", pa.int64()), ("etag", pa.string()), ("stamp", pa.string())]
 )
+
+
+# How obstore's errors without an HTTP status are told apart, by the dump of their sources.
+_KINDS = {
+    "kind: Timeout": "time-out",
+    "kind: Connect,": "failed connection",
+    "IncompleteBody": "cut body",
+    "kind: Interrupted": "reset",
+    "invalid list response": "damaged listing",
+}
 
 
 class ObjectError(Exception):
@@ -61,18 +76,11 @@ def open_bucket(bucket: params.Bucket) -> Store:
         client_options={
             "allow_http": endpoint.startswith("http://"),
             "connect_timeout": timedelta(seconds=5),
-            "timeout": timedelta(seconds=30),
+            "read_timeout": timedelta(seconds=STALL_TIMEOUT),
+            "timeout": timedelta(seconds=ANSWER_TIMEOUT),
         },
-        # 5xx, resets and time-outs are tried again, with jitter, for half a minute or so.
-        retry_config={
-            "backoff": {
-                "init_backoff": timedelta(milliseconds=250),
-                "max_backoff": timedelta(seconds=8),
-                "base": 2,
-            },
-            "max_retries": 10,
-            "retry_timeout": timedelta(seconds=45),
-        },
+        # Retries tries again: it counts, and knows what a right answer is.
+        retry_config={"max_retries": 0},
     )
 
 
@@ -99,13 +107,14 @@ def explained_at(place: str, names: Names, *, anonymous: bool) -> Iterator[None]
         raise UserError(f"{place} {what}") from None
 
 
-def list_objects(store: Store, prefix: str) -> pa.Table:
+def list_objects(store: Store, prefix: str, retries: Retries | None = None) -> pa.Table:
     """Every object below `prefix` (it ends in "/"): key, size, etag (null in a folder) and stamp.
 
     S3 lists at most 1,000 keys a request, in the order of the keys, so a long listing is read in
     parallel ranges, cut at the keys' first two digits.
     """
-    pages = _pages(store, prefix)
+    retries = retries or Retries()
+    pages = _pages(store, prefix, retries)
     first = next(pages, None)
     if first is None:
         return LISTING.empty_table()
@@ -117,7 +126,7 @@ def list_objects(store: Store, prefix: str) -> pa.Table:
         starts = [last_key, *(cut for cut in cuts if cut > last_key)]
         with ThreadPoolExecutor(len(starts)) as pool:
             ranges = pool.map(
-                lambda start, stop: _list_range(store, prefix, start, stop),
+                lambda start, stop: _list_range(store, prefix, retries, start, stop),
                 starts,
                 [*starts[1:], None],
             )
@@ -125,10 +134,12 @@ def list_objects(store: Store, prefix: str) -> pa.Table:
     return pa.concat_tables(tables).sort_by("key")
 
 
-def _list_range(store: Store, prefix: str, start: str, stop: str | None) -> pa.Table:
+def _list_range(
+    store: Store, prefix: str, retries: Retries, start: str, stop: str | None
+) -> pa.Table:
     """The objects whose key is above `start` and not above `stop`."""
     tables = [LISTING.empty_table()]
-    for page in _pages(store, prefix, start):
+    for page in _pages(store, prefix, retries, start):
         if stop is not None and page["key"][-1].as_py() > stop:
             tables.append(page.filter(pc.less_equal(page["key"], stop)))
             break
@@ -136,51 +147,137 @@ def _list_range(store: Store, prefix: str, start: str, stop: str | None) -> pa.T
     return pa.concat_tables(tables)
 
 
-def _pages(store: Store, prefix: str, offset: str | None = None) -> Iterator[pa.Table]:
-    stream = obstore.list(store, prefix, offset=offset, chunk_size=LIST_PAGE, return_arrow=True)
-    for batch in stream:
-        table = pa.table(batch)
-        stamp = pc.replace_substring(table["e_tag"].cast(pa.string()), '"', "")
-        # A folder's etag is made of inode and time, which differ from machine to machine.
-        etag = pa.nulls(len(table), pa.string()) if isinstance(store, LocalStore) else stamp
-        yield pa.table(
-            [table["path"].cast(pa.string()), table["size"].cast(pa.int64()), etag, stamp],
-            schema=LISTING,
-        )
+def _pages(
+    store: Store, prefix: str, retries: Retries, offset: str | None = None
+) -> Iterator[pa.Table]:
+    """The listing after the key `offset`. Raises what the store raised, tried for DEADLINE."""
+    batches: Iterator[Any] | None = None
+
+    def next_page() -> pa.Table | None:
+        nonlocal batches
+        if batches is None:
+            batches = iter(_list(store, prefix, offset))
+        try:
+            batch = next(batches, None)
+        except BaseError as error:
+            # Its continuation token may have expired: the next attempt begins after the last key.
+            batches = None
+            raise _failed(error) from None
+        return None if batch is None else _page(store, batch)
+
+    try:
+        while (page := retries.run(next_page, _patience(store))) is not None:
+            yield page
+            offset = page["key"][-1].as_py()
+    except FailedAttempt as failed:
+        raise failed.error or failed from None
 
 
-def read_object(store: Store, key: str, size: int, etag: str | None) -> bytes:
+def _list(store: Store, prefix: str, offset: str | None) -> Any:
+    return obstore.list(store, prefix, offset=offset, chunk_size=LIST_PAGE, return_arrow=True)
+
+
+def _page(store: Store, batch: Any) -> pa.Table:
+    table = pa.table(batch)
+    stamp = pc.replace_substring(table["e_tag"].cast(pa.string()), '"', "")
+    # A folder's etag is made of inode and time, which differ from machine to machine.
+    etag = pa.nulls(len(table), pa.string()) if isinstance(store, LocalStore) else stamp
+    return pa.table(
+        [table["path"].cast(pa.string()), table["size"].cast(pa.int64()), etag, stamp],
+        schema=LISTING,
+    )
+
+
+def read_object(
+    store: Store, key: str, size: int, etag: str | None, retries: Retries | None = None
+) -> bytes:
     """The object's bytes, as listed: of that size and etag, and of that MD5 where the etag is one.
 
     An S3 etag of 32 hexadecimal digits is the content's MD5, but for objects encrypted with keys
     of KMS or the customer. Those are refused: obstore does not give the header that tells them
-    from damaged ones. Raises ObjectError after READ_ATTEMPTS, and obstore's own errors where the
-    store does not answer.
+    from damaged ones. Raises ObjectError where this object cannot be had, after DEADLINE seconds
+    or, where the store says so each time, ATTEMPTS; and obstore's own error where nothing can.
     """
-    problem = ""
-    for attempt in range(READ_ATTEMPTS):
-        if attempt:
-            time.sleep(0.1 * 4**attempt)
+    retries = retries or Retries()
+    start = time.monotonic()
+    try:
+        data = retries.run(lambda: _read_once(store, key, size, etag), _patience(store))
+    except FailedAttempt as failed:
+        if failed.error is not None and not failed.definite:
+            _raise_outage(store, retries, start, failed.error)
+        raise ObjectError(str(failed)) from None
+    retries.last_read = (key, time.monotonic())
+    return data
+
+
+def _read_once(store: Store, key: str, size: int, etag: str | None) -> bytes:
+    try:
+        result = obstore.get(store, key)
+        data = bytes(result.bytes())
+    except (BaseError, FileNotFoundError) as error:
+        raise _failed(error) from None
+    found = (result.meta["e_tag"] or "").strip('"')
+    if etag is not None and found != etag:
+        reason = "changed since it was listed: run `dvc repro --force index`"
+        raise FailedAttempt("changed object", reason, definite=True)
+    if len(data) != size:
+        reason = f"has {len(data)} bytes, {size} are listed"
+        raise FailedAttempt("cut body", reason, definite=True)
+    if etag is not None and _is_md5(etag) and _md5(data) != etag:
+        reason = (
+            f"content has the MD5 {_md5(data)}, its etag is {etag}: damaged, or encrypted by"
+            " KMS, which is not supported (copy the bucket to one without, or to a folder)"
+        )
+        raise FailedAttempt("damaged body", reason, definite=True)
+    return data
+
+
+def _raise_outage(store: Store, retries: Retries, since: float, error: Exception) -> None:
+    """Raise `error` in all threads if the store gives nothing else either.
+
+    It is asked for what it gave before: a server may list what it cannot read. Only where nothing
+    was read yet is it asked for a listing.
+    """
+
+    def probe() -> None:
         try:
-            result = obstore.get(store, key)
-            data = bytes(result.bytes())
-        except FileNotFoundError:
-            raise ObjectError("not found") from None
-        except PermissionDeniedError:
-            raise ObjectError("access denied") from None
-        found = (result.meta["e_tag"] or "").strip('"')
-        if etag is not None and found != etag:
-            raise ObjectError("changed since it was listed: run `dvc repro --force index`")
-        if len(data) != size:
-            problem = f"has {len(data)} bytes, {size} are listed"
-        elif etag is not None and _is_md5(etag) and _md5(data) != etag:
-            problem = (
-                f"content has the MD5 {_md5(data)}, its etag is {etag}: damaged, or encrypted by"
-                " KMS, which is not supported (copy the bucket to one without, or to a folder)"
-            )
-        else:
-            return data
-    raise ObjectError(problem)
+            if retries.last_read is not None:
+                obstore.get(store, retries.last_read[0]).bytes()
+            else:
+                next(iter(obstore.list(store, chunk_size=1)), None)
+        except (BaseError, FileNotFoundError) as problem:
+            raise _failed(problem) from None
+
+    if retries.last_read is not None and retries.last_read[1] > since:
+        return
+    try:
+        retries.run(probe, PROBE_SECONDS)
+    except FailedAttempt as failed:
+        if not failed.definite:
+            retries.outage = error
+            raise error from None
+
+
+def _patience(store: Store) -> float:
+    """For how many seconds to try: what a folder says is final."""
+    return 0 if isinstance(store, LocalStore) else DEADLINE
+
+
+def _failed(error: BaseError | FileNotFoundError) -> FailedAttempt:
+    """What obstore's error means. Its text repeats the server's answer, and goes nowhere."""
+    text = str(error)
+    status = re.search(r"status code: (\d{3})", text)
+    if isinstance(error, FileNotFoundError):
+        return FailedAttempt("not found", "not found", definite=True, error=error)
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError):
+        return FailedAttempt("access denied", "access denied", definite=True, error=error)
+    if status is None:
+        kind = next((kind for mark, kind in _KINDS.items() if mark in text), "other error")
+        return FailedAttempt(kind, f"{kind}, time and again", definite=False, error=error)
+    # 408 and 429 ask for another attempt, as 5xx do.
+    refused = status[1].startswith("4") and status[1] not in {"408", "429"}
+    kind = "refused request" if refused else "server error"
+    return FailedAttempt(kind, f"{kind} {status[1]}, time and again", definite=refused, error=error)
 
 
 def _is_md5(etag: str) -> bool:
@@ -214,5 +311,5 @@ def _cause(error: BaseError) -> str:
 
     Without what the server answered (XML), in which S3 repeats keys and session tokens.
     """
-    text = str(error).partition("<")[0].strip().partition("\n")[0].rstrip(": ")
+    text = re.split("<|Got invalid", str(error))[0].strip().partition("\n")[0].rstrip(": ")
     return text if len(text) <= 300 else text[:300] + "..."

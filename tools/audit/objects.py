@@ -25,6 +25,7 @@ from stages.core.bucket import (
 from stages.core.command import UserError
 from stages.core.parallel import map_in_order
 from stages.core.records import is_bin_id
+from stages.core.retries import Retries
 
 #: The audit's options, in messages.
 OPTIONS = Names("its name", "--endpoint", "add --signed")
@@ -102,15 +103,16 @@ def refuse_twins(ids: list[str], what: str) -> None:
 def read_bins(store: Store, objects: pa.Table) -> Generator[Content, None, None]:
     """The files in their order, many reads under way; of a disk, which answers at once, few."""
     rows = (row for batch in objects.to_batches(_ROWS) for row in batch.to_pylist())
-    readers, window = (
-        (_DISK_READERS, 8 * _DISK_READERS) if isinstance(store, LocalStore) else (IN_FLIGHT, WINDOW)
-    )
-    return map_in_order(partial(_read, store), rows, readers, window)
+    read = partial(_read, store, Retries())
+    if isinstance(store, LocalStore):
+        return map_in_order(read, rows, _DISK_READERS, 8 * _DISK_READERS)
+    return map_in_order(read, rows, IN_FLIGHT, WINDOW)
 
 
-def _read(store: Store, row: dict[str, Any]) -> Content:
+def _read(store: Store, retries: Retries, row: dict[str, Any]) -> Content:
     try:
-        return Content(row["id"], read_object(store, row["key"], row["size"], row["etag"]))
+        data = read_object(store, row["key"], row["size"], row["etag"], retries)
+        return Content(row["id"], data)
     except ObjectError as error:
         # Its advice after the colon is for the pipeline.
         return Content(row["id"], b"", str(error).partition(":")[0])
