@@ -17,10 +17,11 @@ from stages.core.command import UserError
 from stages.core.records import parse_record
 from stages.core.shards import shard_name
 from tests.conftest import S3, record_json
-from tests.made import bin_rows, square, write_resized
+from tests.made import bin_rows, square, write_resized, write_split
 from tools.audit.expected import Expected, find_expected, left_out, read_counts
 from tools.audit.objects import OPTIONS
 from tools.audit.photographs import Photographs, open_photographs
+from tools.audit.run import count_trained_on
 from tools.audit.table import audit_table, spoken
 
 SECRET = "AKIAIOSFODNN7EXAMPLE"  # noqa: S105 - of nobody: Amazon's example
@@ -284,6 +285,25 @@ def test_alarms_are_below_the_threshold_and_equal_scores_in_the_order_of_their_i
 
     assert table["id"].tolist() == ["a", *sorted(set(ids) - {"a"})]
     assert table["alarm"].tolist() == ["yes"] + ["no"] * 303
+
+
+def test_bins_of_train_are_counted_with_ids_as_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert count_trained_on(["00100"]) == 0
+
+    write_split(Path("data/split.csv"), {"00100": "train", "7": "train", "00007": "test"})
+
+    assert count_trained_on(["00100", "100", "00007", "8"]) == 1
+
+
+def test_counts_beyond_what_records_can_have_are_refused_at_once(tmp_path: Path) -> None:
+    columns = {"id": ["00001"], "image": [b"one"], "quantity": pa.array([2**63], pa.uint64())}
+    pq.write_table(pa.table(columns), tmp_path / shard_name(0))
+
+    with pytest.raises(UserError, match="its column quantity has a number above 2147483647"):
+        opened(tmp_path)
 
 
 def test_no_cell_can_be_a_formula_that_does_something(tmp_path: Path) -> None:

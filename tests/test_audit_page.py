@@ -76,6 +76,19 @@ def test_the_page_says_what_was_found_and_what_it_is_worth() -> None:
     assert "of the 4 here, about 0 would be alarms even if all records were right." in words
     assert "Photographs: s3://bins. Expected counts: counts.csv." in words
     assert "Models, averaged: resnet34, vit." in words
+    assert "train set" not in words
+
+
+def test_the_page_says_how_many_bins_a_model_has_learned() -> None:
+    words = rendered(FACTS._replace(trained_on=1234)).words()
+
+    assert "1,234 of these bins are in the train set of data/split.csv" in words
+
+
+def test_a_photograph_that_is_damaged_by_now_has_no_thumbnail() -> None:
+    thumbnails = make_thumbnails([Content("00001", b"damaged"), *photographs()])
+
+    assert thumbnails.keys() == {content.id for content in photographs()} - {"00001"}
 
 
 def test_the_alarms_come_in_the_order_of_their_suspicion() -> None:

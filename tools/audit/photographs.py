@@ -137,7 +137,8 @@ def read_ids(path: Path) -> pa.Table:
         if "quantity" in types and not pa.types.is_integer(types["quantity"]):
             raise UserError(f"{path}: its column quantity has {types['quantity']}, not integers")
         rows = pq.read_table(path, columns=[name for name in ("id", "quantity") if name in types])
-    if "quantity" in types and pc.any(pc.greater(rows["quantity"], MOST_ITEMS)).as_py():
+    # By its maximum: a comparison would convert unsigned integers, which fails for the largest.
+    if "quantity" in types and (pc.max(rows["quantity"]).as_py() or 0) > MOST_ITEMS:
         raise UserError(f"{path}: its column quantity has a number above {MOST_ITEMS}")
     for number, bin_id in enumerate(rows["id"].to_pylist(), start=1):
         if bin_id is None or not is_bin_id(bin_id):
