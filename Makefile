@@ -65,5 +65,5 @@ format: setup  ## what of `check` can be mended by itself
 	ruff format .
 
 lock: setup  ## requirements.txt anew, from the ranges in pyproject.toml
-	uv pip compile pyproject.toml --group dev --universal --generate-hashes \
+	uv pip compile pyproject.toml --extra ray --group dev --universal --generate-hashes \
 		--no-emit-index-url --no-header --quiet -o requirements.txt
