@@ -17,7 +17,7 @@ import torch
 from benchmarks import common
 from benchmarks.training import Task
 from stages.core.checkpoint import NAME, TrainingState, Watch, restore_checkpoint
-from stages.core.command import Stopped, UserError
+from stages.core.errors import Stopped, UserError
 from stages.core.distributed import Processes
 from stages.core.engine import Trainer
 from stages.core.inference import default_device, place

@@ -1,5 +1,6 @@
 """Read the drawn bins' photographs, byte for byte, into the Parquet shards of data/raw."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,33 +12,36 @@ from obstore.store import LocalStore
 from stages.core.bucket import (
     IN_FLIGHT,
     PHOTOGRAPHS,
-    WINDOW,
     ObjectError,
     Store,
     explained,
     list_objects,
     open_bucket,
     read_object,
+    window_of,
+)
+from stages.core.building import (
+    RejectLimit,
+    Shard,
+    ShardMaker,
+    build_shards,
+    missing_shards,
+    shards_of,
 )
 from stages.core.command import run_stage
-from stages.core.files import digest, publish_folder, sha256_file, unfinished
+from stages.core.executors import executor
+from stages.core.files import digest, sha256_file
 from stages.core.params import load_params
 from stages.core.retries import Retries
-from stages.core.shards import (
-    IMAGES,
-    Reject,
-    RejectLimit,
-    Row,
-    build_shards,
-    shards_of,
-    table_digest,
-    whole_parquet,
-    write_rejects,
-)
+from stages.core.shards import IMAGES, Reject, Row, table_digest, whole_parquet, write_rejects
+from stages.core.space import readable, require_space
+from stages.core.work import publish_folder, unfinished
 
 SUBSET = Path("data/subset.parquet")
 OUT = Path("data/raw")
 REJECTS = Path("data/unfetched.csv")
+# The real ones have up to 260 kB, those of good cameras 10 MB. All that are read at once are held.
+MAX_PHOTOGRAPH_BYTES = 16 * 1024 * 1024
 
 
 def main() -> str:
@@ -51,15 +55,16 @@ def main() -> str:
         state = folder_state(store, subset)
         key = digest(params.bucket, params.fetch.shard_bins, sha256_file(SUBSET), state)
         with unfinished("fetch", key) as folder:
+            planned = shards_of(subset, params.fetch.shard_bins, "size")
+            require_space(folder, bytes_to_fetch(folder, planned), "The photographs to fetch")
+            window = window_of(min(pc.max(subset["size"]).as_py(), MAX_PHOTOGRAPH_BYTES))
+            work = partial(fetch_bin, store, retries)
             shards, rejects = build_shards(
-                folder,
-                shards_of(subset, params.fetch.shard_bins),
-                partial(fetch_bin, store, retries),
-                IMAGES,
+                ShardMaker(folder, work, IMAGES, min(IN_FLIGHT, window), window, retries),
+                planned,
                 limit,
-                workers=IN_FLIGHT,
-                window=WINDOW,
                 unit=" photographs",
+                executor=executor(params.executor),
             )
             write_rejects(REJECTS, rejects)
             publish_folder(shards, OUT)
@@ -75,8 +80,16 @@ def folder_state(store: Store, subset: pa.Table) -> str | None:
     return table_digest(listing.filter(pc.is_in(listing["key"], subset["key"].combine_chunks())))
 
 
+def bytes_to_fetch(folder: Path, planned: Sequence[Shard[Row]]) -> int:
+    """What the photographs of the shards take that are not there yet."""
+    sizes = [row["size"] for shard in missing_shards(folder, planned) for row in shard.load()]
+    return sum(size for size in sizes if size <= MAX_PHOTOGRAPH_BYTES)
+
+
 def fetch_bin(store: Store, retries: Retries, drawn: Row) -> Row | Reject:
     """Read one photograph, checked against the size and etag of the index."""
+    if drawn["size"] > MAX_PHOTOGRAPH_BYTES:
+        return Reject(drawn["id"], f"too large: {readable(drawn['size'])}")
     try:
         image = read_object(store, drawn["key"], drawn["size"], drawn["etag"], retries)
     except ObjectError as error:

@@ -22,21 +22,15 @@ from stages.core.bucket import (
     open_bucket,
     read_object,
 )
-from stages.core.command import UserError, run_stage
-from stages.core.files import atomic_write, digest, unfinished, write_json
+from stages.core.building import RejectLimit, ShardMaker, build_shards, shards_of
+from stages.core.command import run_stage
+from stages.core.errors import UserError
+from stages.core.files import atomic_write, digest, write_json
 from stages.core.params import load_params
-from stages.core.records import INDEX, RecordError, is_bin_id, parse_record
+from stages.core.records import INDEX, MAX_RECORD_BYTES, RecordError, is_bin_id, parse_record
 from stages.core.retries import Retries
-from stages.core.shards import (
-    Reject,
-    RejectLimit,
-    Row,
-    build_shards,
-    shard_paths,
-    shards_of,
-    table_digest,
-    whole_parquet,
-)
+from stages.core.shards import Reject, Row, shard_paths, table_digest, whole_parquet
+from stages.core.work import unfinished
 
 OUT = Path("data/index.parquet")
 COUNTS = Path("data/index.json")
@@ -55,19 +49,16 @@ def main() -> str:
         if not len(listing):
             raise UserError(f"{params.bucket.url} has no {RECORDS}<id>.json: check bucket.url")
         with unfinished("index", digest(params.bucket.url, table_digest(listing))) as folder:
+            work = partial(index_bin, store, retries)
             parts, rejects = build_shards(
-                folder,
+                ShardMaker(folder, work, INDEX, IN_FLIGHT, WINDOW, retries),
                 shards_of(listing, PART_RECORDS),
-                partial(index_bin, store, retries),
-                INDEX,
                 limit,
-                workers=IN_FLIGHT,
-                window=WINDOW,
                 unit=" records",
             )
             indexed = concatenate(parts, OUT)
-    counts = summarize(len(listing), indexed, rejects)
-    write_json(COUNTS, counts)
+            counts = summarize(len(listing), indexed, rejects)
+            write_json(COUNTS, counts)
     left_out = f"{len(rejects)} records left out {counts['rejected'] or ''}".rstrip()
     return f"{indexed} bins; {left_out}{retries.summary()}"
 
@@ -96,6 +87,8 @@ def index_bin(store: Store, retries: Retries, listed: Row) -> Row | Reject:
         return Reject(bin_id, "impossible id")
     if listed["key"] is None:
         return Reject(bin_id, "no photograph")
+    if listed["record_size"] > MAX_RECORD_BYTES:
+        return Reject(bin_id, "too large")
     try:
         data = read_object(
             store, listed["record_key"], listed["record_size"], listed["record_etag"], retries

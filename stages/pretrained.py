@@ -1,11 +1,13 @@
 """Keep the pretrained weights beside the data: models/pretrained/<model>."""
 
+import json
 from pathlib import Path
 
 from stages.core.command import run_stage
-from stages.core.files import digest, publish_folder, unfinished
-from stages.core.networks import download_pretrained, mark_random_start
+from stages.core.files import digest
+from stages.core.networks import SOURCE, download_pretrained, mark_random_start
 from stages.core.params import load_params
+from stages.core.work import publish_folder, unfinished
 
 OUT = Path("models/pretrained")
 
@@ -14,13 +16,15 @@ def main(model: str) -> str:
     knobs = load_params().model(model)
     key = digest(knobs.library, knobs.name, knobs.revision, knobs.pretrained)
     with unfinished(f"pretrained-{model}", key) as folder:
-        if knobs.pretrained:
-            summary = f"weights from {download_pretrained(knobs, folder)}"
-        else:
-            mark_random_start(folder)
-            summary = "none: a random start"
+        # It comes last; a run that was killed after it has the weights.
+        if not (folder / SOURCE).exists():
+            if knobs.pretrained:
+                download_pretrained(knobs, folder)
+            else:
+                mark_random_start(folder)
+        source = json.loads((folder / SOURCE).read_text("utf-8"))
         publish_folder(folder, OUT / model)
-    return summary
+    return f"weights from {source['source']}" if knobs.pretrained else "none: a random start"
 
 
 if __name__ == "__main__":

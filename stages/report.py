@@ -16,22 +16,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stages.core import plots
-from stages.core.command import UserError, run_stage
+from stages.core.command import run_stage
 from stages.core.comparison import compare_models
 from stages.core.draw import shuffled
+from stages.core.errors import UserError
 from stages.core.figures import Tables, draw_figures
-from stages.core.files import (
-    digest,
-    publish_folder,
-    read_csv,
-    unfinished,
-    write_csv,
-    write_text,
-)
+from stages.core.files import read_csv, write_csv, write_text
 from stages.core.metrics import counting_metrics
 from stages.core.page import embedded, render
 from stages.core.params import Params, load_params
 from stages.core.shards import read_rejects, shard_paths, whole_parquet
+from stages.core.work import publish_folder, scratch
 
 INDEX_COUNTS = Path("data/index.json")
 SUBSET = Path("data/subset.parquet")
@@ -86,7 +81,7 @@ def main() -> str:
     majority = int(bins.loc[bins["set"] == "train", "quantity"].mode().iloc[0])
     by_majority = majority_metrics(tables["predictions"], majority)
     figures = draw_figures(bins, by_majority["accuracy"], tables)
-    with unfinished("report", digest(params)) as folder:
+    with scratch("report") as folder:
         for name, (figure, _) in figures.items():
             plots.save_figure(figure, folder / f"{name}.png")
         publish_folder(folder, FIGURES)

@@ -1,36 +1,42 @@
 """Resize every photograph to a small square JPEG: data/resized; the undecodable are listed."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
 
-from stages.core import jpeg, params
+from stages.core import jpeg
+from stages.core.building import RejectLimit, Shard, ShardMaker, build_shards, missing_shards
 from stages.core.command import run_stage
-from stages.core.files import digest, publish_folder, unfinished
+from stages.core.executors import executor
+from stages.core.files import digest
 from stages.core.parallel import usable_cores
+from stages.core.params import Resize, load_params
 from stages.core.shards import (
     IMAGES,
     Reject,
-    RejectLimit,
     Row,
-    Shard,
-    build_shards,
     read_rejects,
     shard_paths,
     whole_parquet,
     write_rejects,
 )
+from stages.core.space import require_space
+from stages.core.work import publish_folder, unfinished
 
 RAW = Path("data/raw")
 UNFETCHED = Path("data/unfetched.csv")
 OUT = Path("data/resized")
 QUARANTINE = Path("data/quarantine.csv")
+# Photographs that tell how large the resized ones become.
+SAMPLE = 32
 
 
 def main() -> str:
-    knobs = params.load_params().resize
+    params = load_params()
+    knobs = params.resize
     limit = RejectLimit("resize.max_rejects", knobs.max_rejects)
     sources = [shard_of(path) for path in shard_paths(RAW)]
     # One thread an image: the pool below keeps every core busy.
@@ -39,15 +45,14 @@ def main() -> str:
     identities = [_identity(path) for path in shard_paths(RAW)]
     key = digest(knobs.size, knobs.fit, knobs.quality, identities)
     with unfinished("resize", key) as folder:
+        needed = bytes_to_write(knobs, missing_shards(folder, sources))
+        require_space(folder, needed, "The resized photographs")
         shards, undecodable = build_shards(
-            folder,
+            ShardMaker(folder, partial(resize_bin, knobs), IMAGES, workers, 16 * workers),
             sources,
-            partial(resize_bin, knobs),
-            IMAGES,
             limit,
-            workers=workers,
-            window=16 * workers,
             unit=" photographs",
+            executor=executor(params.executor),
         )
         write_rejects(QUARANTINE, [*read_rejects(UNFETCHED), *undecodable])
         publish_folder(shards, OUT)
@@ -55,10 +60,18 @@ def main() -> str:
     return f"{total - len(undecodable)} photographs; {len(undecodable)} undecodable ({QUARANTINE})"
 
 
+def bytes_to_write(knobs: Resize, shards: Sequence[Shard[Row]]) -> int:
+    """About what the shards will take, to judge by some photographs of the first."""
+    some = [resize_bin(knobs, row) for shard in shards[:1] for row in shard.load()[:SAMPLE]]
+    sizes = [len(result["image"]) for result in some if not isinstance(result, Reject)]
+    return sum(sizes) * sum(shard.rows for shard in shards) // max(1, len(sizes))
+
+
 def shard_of(path: Path) -> Shard[Row]:
     with whole_parquet(path):
         rows = pq.read_metadata(path).num_rows
-    return Shard(path.name, rows, partial(load_shard, path))
+    # Absolute, for machines that share the disk but not the current directory.
+    return Shard(path.name, rows, partial(load_shard, path.absolute()))
 
 
 def load_shard(path: Path) -> list[Row]:
@@ -67,7 +80,7 @@ def load_shard(path: Path) -> list[Row]:
     return rows
 
 
-def resize_bin(knobs: params.Resize, row: Row) -> Row | Reject:
+def resize_bin(knobs: Resize, row: Row) -> Row | Reject:
     """One photograph, resized, or the reason why it cannot be."""
     try:
         pixels = jpeg.decode(row["image"])

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from stages.core.command import UserError, run_stage
+from stages.core.command import run_stage
 from stages.core.draw import shuffled
+from stages.core.errors import UserError
 from stages.core.files import write_csv, write_json
 from stages.core.params import Split, load_params
 from stages.core.shards import read_rejects, whole_parquet

@@ -7,8 +7,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from stages.core.command import UserError, run_stage
+from stages.core.command import run_stage
 from stages.core.draw import shuffled
+from stages.core.errors import UserError
 from stages.core.params import Subset, load_params
 from stages.core.shards import whole_parquet, write_table
 from stages.core.siblings import sibling_groups

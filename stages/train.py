@@ -4,6 +4,7 @@ A killed run goes on from its last checkpoint. `torchrun --nproc-per-node N -m s
 trains with N processes a machine, on one machine or several.
 """
 
+import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -17,18 +18,22 @@ from stages.core.checkpoint import StopRequest, Watch, restore_checkpoint, stop_
 from stages.core.command import run_stage
 from stages.core.distributed import Processes, joined_processes
 from stages.core.engine import Epoch, Trainer
-from stages.core.files import digest, digest_files, publish_folder, unfinished, write_csv
+from stages.core.files import digest, digest_files, write_csv
 from stages.core.inference import place
 from stages.core.launch import process_count, run_processes
 from stages.core.loader import load_sets
 from stages.core.networks import build_classifier, save_classifier
 from stages.core.params import Params, load_params
+from stages.core.shards import shard_paths
+from stages.core.space import require_space
+from stages.core.work import publish_folder, unfinished
 
 RESIZED = Path("data/resized")
 SPLIT = Path("data/split.csv")
 PRETRAINED = Path("models/pretrained")
 MODELS = Path("models")
 REPORTS = Path("reports")
+PACKED = "The photographs, one after another for all processes,"
 
 
 def main(model: str) -> str:
@@ -49,6 +54,8 @@ def train_model(model: str) -> str:
         with stop_requests() as request:
             trainer, epochs = train(params, model, work, processes, request)
         if processes.is_first:
+            # A killed run's may be linked into DVC's cache, where nothing may be overwritten.
+            shutil.rmtree(work / "model", ignore_errors=True)
             save_classifier(trainer.trained, trainer.knobs, work / "model")
             publish_folder(work / "model", MODELS / model)
             write_csv(REPORTS / model / "curves.csv", pd.DataFrame(map(asdict, epochs)))
@@ -61,6 +68,7 @@ def train(
     """Train, from the last checkpoint in the folder `work` if it has one."""
     knobs = params.model(model)
     names = ["train", "validation", "test"]
+    require_space(work, sum(path.stat().st_size for path in shard_paths(RESIZED)), PACKED)
     sets = load_sets(RESIZED, SPLIT, names, work, processes)
     train_bins, validation_bins, test_bins = sets
     labels = sorted({quantity for bins in sets for quantity in bins.quantities.tolist()})
@@ -72,6 +80,7 @@ def train(
         classifier, train_bins, validation_bins, test_bins, knobs, batch_size, processes
     )
     path = work / checkpoint.NAME
+    require_space(work, space_to_train(trainer), f"The model {model} and its checkpoints")
     resumed = restore_checkpoint(path, trainer.state, processes)
     watch = Watch(processes, path, 60 * params.train.checkpoint_minutes, request)
     if processes.is_first:
@@ -83,6 +92,14 @@ def train(
         if processes.is_first:
             report_epoch(model, epoch, knobs.epochs, time.monotonic() - started)
     return trainer, epochs
+
+
+def space_to_train(trainer: Trainer) -> int:
+    """Bytes of a checkpoint, of the next one beside it, and of the model."""
+    weights: int = sum(value.nbytes for value in trainer.classifier.network.state_dict().values())
+    # The optimizer has two moments of each weight, and there may be their moving average.
+    copies = 4 if trainer.knobs.ema_decay else 3
+    return (2 * copies + 1) * weights
 
 
 def inputs_digest(params: Params, model: str) -> str:

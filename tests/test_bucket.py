@@ -11,7 +11,7 @@ from obstore.store import S3Store
 
 from stages.core import bucket, params, retries
 from stages.core.bucket import ObjectError, explained, list_objects, open_bucket, read_object
-from stages.core.command import UserError
+from stages.core.errors import UserError
 from tests.conftest import S3, MakeBucket, folder_bucket
 from tools.s3 import free_port
 

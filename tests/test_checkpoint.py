@@ -26,9 +26,9 @@ from stages.core.checkpoint import (
     save_checkpoint,
     stop_requests,
 )
-from stages.core.command import Stopped, UserError
 from stages.core.distributed import CPU, Processes
 from stages.core.engine import Epoch, Trainer
+from stages.core.errors import Stopped, UserError
 from stages.core.inference import place
 from stages.core.loader import Bins
 from tests.made import (

@@ -15,9 +15,9 @@ from torch.optim import Adam, AdamW
 from stages.core import engine
 from stages.core.augmentation import jitter_colors
 from stages.core.checkpoint import Watch
-from stages.core.command import UserError
 from stages.core.distributed import CPU, Processes
 from stages.core.engine import Epoch, Trainer, plan_epoch, split_into_batches, split_into_parts
+from stages.core.errors import UserError
 from stages.core.inference import evaluate, normalizer
 from stages.core.loader import Bins
 from stages.core.params import Model

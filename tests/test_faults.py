@@ -12,7 +12,7 @@ import pytest
 from stages import fetch, index
 from stages.core import bucket, params, retries
 from stages.core.bucket import list_objects, open_bucket
-from stages.core.command import UserError
+from stages.core.errors import UserError
 from stages.core.retries import FailedAttempt, Retries
 from stages.core.shards import Reject, read_rejects
 from tests.conftest import S3, bucket_params, objects_of, write_params

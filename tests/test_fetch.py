@@ -9,7 +9,7 @@ import pytest
 from stages import fetch
 from stages.core import params
 from stages.core.bucket import Store, list_objects, open_bucket, read_object
-from stages.core.command import UserError
+from stages.core.errors import UserError
 from stages.core.retries import Retries
 from stages.core.shards import IMAGES, Reject, read_rejects, shard_paths, write_table
 from tests.conftest import MakeBucket, bucket_params, folder_bucket, objects_of, write_params

@@ -9,7 +9,7 @@ import pytest
 from stages import index
 from stages.core import params
 from stages.core.bucket import Store, read_object
-from stages.core.command import UserError
+from stages.core.errors import UserError
 from stages.core.records import INDEX, parse_record
 from stages.core.retries import Retries
 from tests.conftest import (

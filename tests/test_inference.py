@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from stages.core import inference
-from stages.core.command import UserError
 from stages.core.distributed import CPU, Processes
+from stages.core.errors import UserError
 from stages.core.inference import class_numbers, evaluate, normalizer, place
 from stages.core.loader import Bins
 from tests.made import (

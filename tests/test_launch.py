@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from stages.core.command import UserError
+from stages.core.errors import UserError
 from stages.core.launch import process_count, run_processes
 
 

@@ -6,7 +6,7 @@ import pytest
 from dvc.utils.serialize import load_yaml
 from ruamel.yaml import YAML
 
-from stages.core.command import UserError
+from stages.core.errors import UserError
 from stages.core.params import Params, load_params
 from tests.conftest import REPOSITORY, changed_params, write_params
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from stages import report
 from stages.core import plots
-from stages.core.command import UserError
+from stages.core.errors import UserError
 from stages.core.evaluation import (
     Scored,
     alarm_rates,

@@ -10,7 +10,7 @@ from PIL import Image
 
 from stages import resize
 from stages.core import jpeg
-from stages.core.command import UserError
+from stages.core.errors import UserError
 from stages.core.shards import (
     IMAGES,
     Reject,
@@ -160,6 +160,7 @@ def test_the_next_run_goes_on_where_one_failed(monkeypatch: pytest.MonkeyPatch) 
 
     # One worker, so that the fourth call is the fourth photograph.
     monkeypatch.setattr(resize, "usable_cores", lambda: 1)
+    monkeypatch.setattr(resize, "SAMPLE", 0)
     monkeypatch.setattr(jpeg, "encode", stop_at_the_fourth)
     with pytest.raises(StopError):
         resize.main()

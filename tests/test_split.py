@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from stages.core.command import UserError
+from stages.core.errors import UserError
 from stages.core.params import Split, Subset
 from stages.core.shards import Reject, write_rejects, write_table
 from stages.split import apportion, count_leaks, main, split

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stages.core.command import UserError
+from stages.core.errors import UserError
 from stages.core.params import Subset
 from stages.core.shards import write_table
 from stages.subset import COLUMNS, draw, main, with_groups

@@ -20,9 +20,9 @@ from dvc_objects.fs.local import LocalFileSystem
 from obstore.store import S3Store
 
 from stages.core.bucket import PHOTOGRAPHS, RECORDS, Store, explained, open_bucket
-from stages.core.command import UserError
-from stages.core.files import DAYS_KEPT
+from stages.core.errors import UserError
 from stages.core.params import Params, load_params
+from stages.core.work import DAYS_KEPT
 from tools.results import Result, first_line, first_three, ok, output, problem, warning
 from tools.s3 import CLIENT_ENVIRONMENT
 

@@ -18,7 +18,7 @@ from obstore.exceptions import BaseError, PermissionDeniedError, Unauthenticated
 from obstore.store import LocalStore, S3Store
 
 from stages.core import params
-from stages.core.command import UserError
+from stages.core.errors import UserError
 from stages.core.retries import DEADLINE, FailedAttempt, Retries
 
 RECORDS = "metadata/"
@@ -27,6 +27,8 @@ PHOTOGRAPHS = "bin-images/"
 IN_FLIGHT = 256
 # Results waiting behind a slow one. More than IN_FLIGHT, so that one slow object stops nobody.
 WINDOW = 4 * IN_FLIGHT
+# Bytes that may be held of what is read but not yet written.
+READ_BYTES = 1024 * 1024 * 1024
 LIST_PAGE = 1000
 # Seconds: without a byte, and for a whole answer, which 256 at once on a slow line need.
 STALL_TIMEOUT = 5
@@ -188,6 +190,11 @@ def _page(store: Store, batch: Any) -> pa.Table:
     )
 
 
+def window_of(largest: int) -> int:
+    """How many objects may be read ahead, of which the largest has so many bytes."""
+    return max(1, min(WINDOW, READ_BYTES // max(1, largest)))
+
+
 def read_object(
     store: Store, key: str, size: int, etag: str | None, retries: Retries | None = None
 ) -> bytes:
@@ -213,13 +220,17 @@ def read_object(
 def _read_once(store: Store, key: str, size: int, etag: str | None) -> bytes:
     try:
         result = obstore.get(store, key)
+        found = (result.meta["e_tag"] or "").strip('"')
+        if etag is not None and found != etag:
+            reason = "changed since it was listed: run `dvc repro --force index`"
+            raise FailedAttempt("changed object", reason, definite=True)
+        # Before it is read: the body may be far larger than what there is memory for.
+        if result.meta["size"] != size:
+            reason = f"has {result.meta['size']} bytes, {size} are listed"
+            raise FailedAttempt("cut body", reason, definite=True)
         data = bytes(result.bytes())
     except (BaseError, FileNotFoundError) as error:
         raise _failed(error) from None
-    found = (result.meta["e_tag"] or "").strip('"')
-    if etag is not None and found != etag:
-        reason = "changed since it was listed: run `dvc repro --force index`"
-        raise FailedAttempt("changed object", reason, definite=True)
     if len(data) != size:
         reason = f"has {len(data)} bytes, {size} are listed"
         raise FailedAttempt("cut body", reason, definite=True)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from stages.core.command import Stopped, UserError
 from stages.core.distributed import Processes
+from stages.core.errors import Stopped, UserError
 from stages.core.files import atomic_write
 
 NAME = "checkpoint.safetensors"

@@ -6,19 +6,9 @@ import signal
 import sys
 from collections.abc import Callable
 
-
-class UserError(Exception):
-    """Something a user can mend. The text names the key, file or object, and what to do."""
-
-
-class Stopped(Exception):  # noqa: N818 - no error, like KeyboardInterrupt
-    """A signal ended the work, which the next run goes on with from `where`."""
-
-    def __init__(self, number: int, where: str) -> None:
-        super().__init__(number, where)
-        self.signal = number
-        self.where = where
-
+from stages.core.errors import Stopped, UserError
+from stages.core.space import is_disk_full
+from stages.core.work import only_run_here
 
 # What the file system refuses, whatever file it was, and what to do about it.
 _REMEDIES = {
@@ -46,7 +36,8 @@ def run_stage(name: str, main: Callable[..., str], **arguments: str) -> None:
     values = vars(parser.parse_args())
     name = " ".join([name, *values.values()])
     try:
-        print(f"{name}: {main(**values)}", flush=True)
+        with only_run_here(name):
+            print(f"{name}: {main(**values)}", flush=True)
     except UserError as error:
         sys.exit(f"{name}: error: {error}")
     except FileNotFoundError as error:
@@ -63,6 +54,10 @@ def run_stage(name: str, main: Callable[..., str], **arguments: str) -> None:
             file=sys.stderr,
         )
         sys.exit(128 + stopped.signal)
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        sys.exit(f"{name}: error: {error}: {_REMEDIES[errno.ENOSPC]}")
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)

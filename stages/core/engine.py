@@ -19,8 +19,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from stages.core.augmentation import flip, jitter_colors
 from stages.core.batch_norm import synchronize_batch_norm
 from stages.core.checkpoint import NotFiniteError, TrainingState, Watch
-from stages.core.command import UserError
 from stages.core.distributed import Processes
+from stages.core.errors import UserError
 from stages.core.inference import autocast, class_numbers, evaluate, normalizer, progress_bar
 from stages.core.loader import Bins, load_batches
 from stages.core.losses import training_loss

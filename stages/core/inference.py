@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from stages.core.augmentation import normalize
-from stages.core.command import UserError
 from stages.core.distributed import Processes
+from stages.core.errors import UserError
 from stages.core.loader import Bins, load_batches
 from stages.core.networks import Classifier
 

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from stages.core.command import UserError
+from stages.core.errors import UserError
 
 PARAMS_FILE = Path("params.yaml")
 # What pydantic puts into the place of a problem beside the keys of the file.
@@ -143,6 +143,7 @@ class Evaluate(Block):
 class Params(Block):
     """params.yaml."""
 
+    executor: Literal["local", "ray"]
     bucket: Bucket
     index: Index
     subset: Subset

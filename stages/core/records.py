@@ -31,7 +31,11 @@ INDEX = pa.schema(
         ("etag", pa.string()),
     ]
 )
+#: Of what is to be parsed. Amazon's records have 2 kB, at most some 10 kB; 256 are read at once.
+MAX_RECORD_BYTES = 4 * 1024 * 1024
 _INT32_MAX = 2**31 - 1
+#: The largest of 10,000 real records has 10 kB; hundreds are held at once.
+MAX_RECORD_BYTES = 4 * 1024 * 1024
 
 
 class Record(TypedDict):

@@ -67,6 +67,20 @@ class Retries:
             time.sleep(wait)
         raise AssertionError("count has no end")
 
+    def __reduce__(self) -> tuple[type["Retries"], tuple[()]]:
+        """Another machine counts its own."""
+        return Retries, ()
+
+    def take_counts(self) -> Counter[str]:
+        """What was tried again since the last call, which is then forgotten."""
+        with self._lock:
+            counts, self._counts = self._counts, Counter()
+        return counts
+
+    def add_counts(self, counts: Counter[str]) -> None:
+        with self._lock:
+            self._counts += counts
+
     def summary(self) -> str:
         """Like "; retried 16: 9 x server error, 7 x reset", the most frequent first, or ""."""
         if not self._counts:
