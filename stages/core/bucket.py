@@ -14,11 +14,17 @@ from urllib.parse import unquote, urlsplit
 import obstore
 import pyarrow as pa
 import pyarrow.compute as pc
-from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import (
+    BaseError,
+    InvalidPathError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
 from obstore.store import LocalStore, S3Store
 
 from stages.core import params
 from stages.core.errors import UserError
+from stages.core.odd_keys import list_next
 from stages.core.retries import DEADLINE, FailedAttempt, Retries
 
 RECORDS = "metadata/"
@@ -157,10 +163,14 @@ def _pages(
 
     def next_page() -> pa.Table | None:
         nonlocal batches
-        if batches is None:
-            batches = iter(_list(store, prefix, offset))
         try:
+            if batches is None:
+                batches = iter(_list(store, prefix, offset))
             batch = next(batches, None)
+        # A key is no path, or the one after which to go on (a ValueError).
+        except (InvalidPathError, ValueError):
+            batches = None
+            return _odd_page(store, prefix, offset)
         except BaseError as error:
             # Its continuation token may have expired: the next attempt begins after the last key.
             batches = None
@@ -182,12 +192,21 @@ def _list(store: Store, prefix: str, offset: str | None) -> Any:
 def _page(store: Store, batch: Any) -> pa.Table:
     table = pa.table(batch)
     stamp = pc.replace_substring(table["e_tag"].cast(pa.string()), '"', "")
+    return _listing(store, table["path"].cast(pa.string()), table["size"], stamp)
+
+
+def _odd_page(store: Store, prefix: str, offset: str | None) -> pa.Table | None:
+    found = list_next(store, prefix, offset, STALL_TIMEOUT)
+    if not found:
+        return None
+    keys, sizes, stamps = (pa.array(column) for column in zip(*found, strict=True))
+    return _listing(store, keys, sizes, stamps)
+
+
+def _listing(store: Store, keys: Any, sizes: Any, stamps: Any) -> pa.Table:
     # A folder's etag is made of inode and time, which differ from machine to machine.
-    etag = pa.nulls(len(table), pa.string()) if isinstance(store, LocalStore) else stamp
-    return pa.table(
-        [table["path"].cast(pa.string()), table["size"].cast(pa.int64()), etag, stamp],
-        schema=LISTING,
-    )
+    etags = pa.nulls(len(keys), pa.string()) if isinstance(store, LocalStore) else stamps
+    return pa.table([keys, sizes.cast(pa.int64()), etags, stamps], schema=LISTING)
 
 
 def window_of(largest: int) -> int:
