@@ -2,10 +2,12 @@
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from stages.core.building import Executor, MadeShard, Shard, ShardMaker, make_here
 from stages.core.errors import UserError
@@ -14,6 +16,7 @@ from stages.core.parallel import usable_cores
 T = TypeVar("T")
 
 ROOT = Path(__file__).parent.parent.parent
+HEAD_SECONDS = 10
 
 
 def executor(name: Literal["local", "ray"]) -> Executor[Any]:
@@ -63,21 +66,30 @@ def _connected() -> Any:
         raise UserError(
             "executor is ray, which is not installed: pip install ray, or set executor to local"
         ) from None
-    if "RAY_ADDRESS" not in os.environ:
+    _find_head()
+    ray.init(
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+    )
+    return ray
+
+
+def _find_head() -> None:
+    """Raise UserError where nothing answers at RAY_ADDRESS, for which Ray itself waits minutes."""
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
         raise UserError(
             "executor is ray, but RAY_ADDRESS is not set: the address of a cluster's head, like"
             " 10.0.0.1:6379, or auto on a machine of the cluster"
         )
+    if address == "auto":
+        return
+    parts = urlsplit(address if "//" in address else f"//{address}")
     try:
-        ray.init(
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
-        )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"RAY_ADDRESS: no cluster answers there: {reason}") from None
-    return ray
+        socket.create_connection((parts.hostname or "", parts.port or 0), HEAD_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise UserError(f"RAY_ADDRESS: no cluster answers at {address}: {error}") from None
 
 
 def _result(ray: Any, done: Any) -> MadeShard:
