@@ -2,7 +2,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help setup demo demo-clean s3 doctor test check bench-train bench-dvc bench-gpu format lock
+.PHONY: help setup demo demo-clean s3 doctor test check audit-lock check-sky soak bench-train bench-data bench-dvc bench-gpu format lock
 
 help:  ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## /\1\t/p' Makefile | expand -t 12
@@ -40,14 +40,29 @@ doctor:  ## what would fail on this machine, and how to mend it
 test: setup  ## all tests
 	python -m pytest
 
-check: setup  ## lint, format and types
+check: setup  ## lint, format, types, and the lock against a database of vulnerabilities
 	ruff check .
 	ruff format --check .
 	mypy
+	@# What it finds is printed, and no reason to stop: it comes from outside, at any time.
+	@python -m tools.vulnerabilities || true
+
+audit-lock: setup  ## the lock against a database of vulnerabilities; fails where an update mends one
+	python -m tools.vulnerabilities
+
+check-sky: setup .venv-sky/.installed  ## cloud/sky.yaml against SkyPilot's own schema
+	python -m pytest tests/test_sky.py
+
+soak: setup  ## dvc repro under random faults and kills, for some rounds; XX minutes
+	python -m tests.soak
 
 bench-train: setup $(VENV)/.bench-installed  ## loading and training against peers on this CPU; 15 minutes, undisturbed
 	python -m benchmarks.loader
 	python -m benchmarks.train_cpu
+
+bench-data: setup $(VENV)/.bench-installed .venv-img2dataset/.installed  ## fetch and resize against peers, and all of the data at its true size; XX minutes, undisturbed, 17 GB
+	python -m benchmarks.fetching
+	python -m benchmarks.data_path
 
 bench-dvc: setup  ## DVC's own time, with shards and with single files; 12 minutes, undisturbed
 	python -m benchmarks.dvc_operations
@@ -58,6 +73,17 @@ bench-gpu:  ## training on this GPU; 9 minutes
 
 $(VENV)/.bench-installed: benchmarks/requirements.txt $(VENV)/.installed
 	python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@touch $@
+
+.venv-img2dataset/.installed: benchmarks/requirements-img2dataset.txt
+	$(PYTHON) -m venv .venv-img2dataset
+	@# What it needs is locked, but for a package of Python 3.6 that it names and nobody can have.
+	.venv-img2dataset/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r $<
+	@touch $@
+
+.venv-sky/.installed: cloud/requirements.txt
+	$(PYTHON) -m venv .venv-sky
+	.venv-sky/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	@touch $@
 
 format: setup  ## what of `check` can be mended by itself

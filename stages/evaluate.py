@@ -16,7 +16,7 @@ from stages.core.inference import default_device, evaluate, place
 from stages.core.loader import load_bins
 from stages.core.networks import load_classifier
 from stages.core.params import load_params
-from stages.core.release import MODELS, REPORTS, Settings, write_settings
+from stages.core.release import MODELS, REPORTS, Settings, digests_of, write_settings
 
 RESIZED = Path("data/resized")
 SPLIT = Path("data/split.csv")
@@ -25,6 +25,7 @@ SPLIT = Path("data/split.csv")
 def main(model: str) -> str:
     params = load_params()
     sets = read_csv(SPLIT)
+    digests = digests_of(MODELS / model)
     validation, test = score(model, sets, params.evaluate.batch_size)
     seen_groups = set(sets.loc[sets["set"] != "test", "group"])
     evaluation = evaluate_scores(validation, test, params.evaluate.false_alarm, seen_groups)
@@ -35,7 +36,12 @@ def main(model: str) -> str:
     for name, table in evaluation.tables.items():
         write_csv(REPORTS / model / f"{name}.csv", table)
     write_json(REPORTS / model / "metrics.json", metrics)
-    settings = Settings(evaluation.temperature, params.resize.fit, params.resize.quality)
+    settings = Settings(
+        temperature=evaluation.temperature,
+        fit=params.resize.fit,
+        quality=params.resize.quality,
+        sha256=digests,
+    )
     write_settings(REPORTS / model, settings, evaluation.validation)
     write_text(MODELS / f"{model}.md", model_card(model, params, sets, evaluation.tables))
     return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
@@ -44,7 +50,7 @@ def main(model: str) -> str:
 def score(model: str, sets: pd.DataFrame, batch_size: int) -> list[Scored]:
     """The model's scores of validation and of test, as they come out of the network."""
     classifier = load_classifier(MODELS / model)
-    loaded = load_bins(RESIZED, SPLIT, "validation", "test")
+    loaded = load_bins(RESIZED, SPLIT, "validation", "test", stage=f"evaluate {model}")
     place(classifier, default_device())
     groups = sets.set_index("id")["group"]
     return [

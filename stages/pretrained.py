@@ -5,7 +5,8 @@ from pathlib import Path
 
 from stages.core.command import run_stage
 from stages.core.files import digest
-from stages.core.networks import SOURCE, download_pretrained, mark_random_start
+from stages.core.model_files import SOURCE
+from stages.core.networks import download_pretrained, mark_random_start
 from stages.core.params import load_params
 from stages.core.work import publish_folder, unfinished
 

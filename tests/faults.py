@@ -1,5 +1,6 @@
 """A reverse proxy that injects the faults of S3, and of networks, in front of a real server."""
 
+import html
 import http.client
 import random
 import socket
@@ -199,7 +200,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _ask_upstream(self) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection(self.server.upstream, timeout=30)
         try:
-            connection.request("GET", self.path)
+            # With its signature, which is also of the Host that it was sent to.
+            connection.request("GET", self.path, headers=dict(self.headers))
             answer = connection.getresponse()
             headers = {
                 name.lower(): value
@@ -211,7 +213,9 @@ class _Handler(BaseHTTPRequestHandler):
             connection.close()
 
     def _refuse(self, status: int, code: str) -> None:
-        text = f"<Error><Code>{code}</Code><Message>{SECRET}</Message></Error>"
+        # S3 repeats the key, the session token and what was signed.
+        sent = html.escape(str(self.headers))
+        text = f"<Error><Code>{code}</Code><Message>{SECRET} {sent}</Message></Error>"
         self._answer(status, {"Content-Type": "application/xml"}, text.encode(), len(text))
 
     def _answer(self, status: int, headers: Mapping[str, str], body: bytes, length: int) -> None:

@@ -20,13 +20,13 @@ from torch.nn.functional import cross_entropy
 from stages import resize
 from stages.core import inference, jpeg
 from stages.core.calibration import with_temperature
-from stages.core.command import UserError
+from stages.core.errors import UserError
 from stages.core.files import read_csv
 from stages.core.loader import Bins
 from stages.core.networks import Classifier, save_classifier
 from stages.core.parallel import usable_cores
 from stages.core.params import Resize
-from stages.core.release import VALIDATION, Settings, write_settings
+from stages.core.release import SETTINGS, VALIDATION, Settings, digests_of, write_settings
 from stages.core.verification import threshold_for
 from tests.conftest import REPOSITORY, S3, jpeg_file, objects_of
 from tests.made import (
@@ -112,7 +112,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             table[COLUMNS] = with_temperature(scores.probabilities, TEMPERATURE)
             # One that the model does not know what to make of, whose score is the lowest.
             table.loc[39, COLUMNS] = 0.2
-            settings = Settings(TEMPERATURE, FORM.fit, FORM.quality)
+            settings = Settings(
+                temperature=TEMPERATURE,
+                fit=FORM.fit,
+                quality=FORM.quality,
+                sha256=digests_of(root / "models" / name),
+            )
             write_settings(root / "reports" / name, settings, table)
     return root
 
@@ -595,27 +600,42 @@ def test_missing_files_are_named(run: Run, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize(
-    ("name", "old", "new"),
+    ("name", "changes"),
     [
-        ("counts", "models/two/config.json", {'"5"': '"6"'}),
-        ("resizing", "reports/two/inference.json", {"pad": "squeeze"}),
-        ("validation bins", "reports/two/validation.csv", {"00004,4": "00004,3"}),
-        ("validation bins", "reports/two/validation.csv", {"00004,": "04,"}),
+        (
+            "counts",
+            {
+                "models/two/config.json": {'"5"': '"6"'},
+                "reports/two/validation.csv": {"p5": "p6", ",5,": ",6,"},
+            },
+        ),
+        ("resizing", {"reports/two/inference.json": {"pad": "squeeze"}}),
+        ("validation bins", {"reports/two/validation.csv": {"00004,4": "00004,3"}}),
+        ("validation bins", {"reports/two/validation.csv": {"00004,": "04,"}}),
     ],
 )
 def test_models_that_do_not_go_together_are_refused(
-    models: Path, tmp_path: Path, name: str, old: str, new: dict[str, str]
+    models: Path, tmp_path: Path, name: str, changes: dict[str, dict[str, str]]
 ) -> None:
     root = tmp_path / "copy"
     shutil.copytree(models, root)
-    text = (root / old).read_text()
-    for before, after in new.items():
-        assert before in text
-        text = text.replace(before, after)
-    (root / old).write_text(text)
+    for path, replaced in changes.items():
+        text = (root / path).read_text()
+        for before, after in replaced.items():
+            assert before in text
+            text = text.replace(before, after)
+        (root / path).write_text(text)
+    evaluate_again(root, "two")
 
     with pytest.raises(UserError, match=f"cannot be averaged: their {name} differ"):
         load_ensemble([root / "models/one", root / "models/two"])
+
+
+def evaluate_again(root: Path, model: str) -> None:
+    """As if the model, as it is now, were the one that was evaluated."""
+    path = root / "reports" / model / SETTINGS
+    settings = json.loads(path.read_text()) | {"sha256": digests_of(root / "models" / model)}
+    path.write_text(json.dumps(settings))
 
 
 def test_a_damaged_model_is_named(models: Path, tmp_path: Path) -> None:
@@ -623,5 +643,7 @@ def test_a_damaged_model_is_named(models: Path, tmp_path: Path) -> None:
     shutil.copytree(models, root)
     (root / "models/one/model.safetensors").write_bytes(b"damaged")
 
-    with pytest.raises(UserError, match=r"models/one is damaged \(SafetensorError"):
+    with pytest.raises(
+        UserError, match=r"models/one/model.safetensors is not the file that was ev"
+    ):
         load_ensemble([root / "models/one"])

@@ -13,7 +13,7 @@ import pytest
 from obstore.exceptions import GenericError, PermissionDeniedError
 
 from stages.core.bucket import explained_at
-from stages.core.command import UserError
+from stages.core.errors import UserError
 from stages.core.records import parse_record
 from stages.core.shards import shard_name
 from tests.conftest import S3, record_json
@@ -268,7 +268,14 @@ def test_what_the_server_answers_is_not_repeated(
 
 
 @pytest.mark.parametrize(
-    ("labels", "text"), [([1, 2, 3], "1 to 3"), ([5, 0, 7], "0, 5, 7"), ([2, 1], "1 to 2")]
+    ("labels", "text"),
+    [
+        ([1, 2, 3], "1 to 3"),
+        ([5, 0, 7], "0, 5, 7"),
+        ([2, 1], "1 to 2"),
+        ([3], "3 to 3"),
+        ([0, 2**31 - 1], "0, 2147483647"),
+    ],
 )
 def test_labels_are_spoken_as_people_do(labels: Sequence[int], text: str) -> None:
     assert spoken(labels) == text

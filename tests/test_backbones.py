@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from stages.core.command import UserError
 from stages.core.engine import Trainer
+from stages.core.errors import UserError
 from stages.core.loader import Bins
 from stages.core.networks import freeze_backbone, last_layer, load_classifier, save_classifier
 from tests.made import (

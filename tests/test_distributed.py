@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from stages.core import distributed
 from stages.core.checkpoint import StopRequest, Watch, restore_checkpoint
-from stages.core.command import Stopped, UserError
 from stages.core.distributed import CPU, Processes, joined_processes
 from stages.core.engine import Epoch, Trainer
+from stages.core.errors import Stopped, UserError
 from stages.core.inference import place
 from stages.core.launch import run_processes
 from stages.core.loader import Bins, load_sets

@@ -18,11 +18,11 @@ from stages import evaluate, pretrained, train
 from stages.core import evaluation
 from stages.core.bootstrap import intervals
 from stages.core.calibration import fit_temperature, negative_log_likelihood, with_temperature
-from stages.core.command import UserError
+from stages.core.errors import UserError
 from stages.core.files import read_csv
 from stages.core.inference import evaluate as score
 from stages.core.loader import load_bins
-from stages.core.release import Settings, load_release, write_settings
+from stages.core.release import Settings, digests_of, load_release, write_settings
 from stages.core.verification import threshold_for
 from tests.made import (
     TINY_VIT,
@@ -497,8 +497,14 @@ def test_the_release_is_the_model_with_its_calibration() -> None:
 
 def test_settings_come_back_as_they_were_written(project: Path, tmp_path: Path) -> None:
     shutil.copytree(project / "models/vit", tmp_path / "models/vit")
-    written = Settings(temperature=1.2345678901234567, fit="squeeze", quality=93)
-    table = pd.DataFrame({"id": ["00100", "100"], "actual": [1, 3], "p1": [0.5, 0.25]})
+    written = Settings(
+        temperature=1.2345678901234567,
+        fit="squeeze",
+        quality=93,
+        sha256=digests_of(tmp_path / "models/vit"),
+    )
+    shares = {"p1": [0.5, 0.25], "p2": [0.5, 0.125], "p3": [0.0, 0.625]}
+    table = pd.DataFrame({"id": ["00100", "100"], "actual": [1, 3], **shares})
     write_settings(tmp_path / REPORTS, written, table)
 
     release = load_release(tmp_path / "models/vit")

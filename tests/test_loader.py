@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,8 @@ import pytest
 from numpy.typing import NDArray
 
 from stages.core import loader
-from stages.core.command import UserError
 from stages.core.distributed import Processes
+from stages.core.errors import UserError
 from stages.core.loader import Bins, load_batches, load_bins, load_sets, open_bins, pack_bins
 from tests.made import SIZE, bin_rows, make_bins, noise, pillow_pixels, write_resized, write_split
 
@@ -231,6 +233,27 @@ def test_what_a_killed_run_left_is_overwritten(tmp_path: Path, noisy: Bins) -> N
 
     assert photographs(test) == [rows[1]["image"], rows[6]["image"]]
     assert list(work.iterdir()) == []
+
+
+def test_machines_that_share_a_folder_and_a_name_have_a_file_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resized, split, rows = two_sets(tmp_path)
+    meeting = Barrier(2, timeout=10)
+    monkeypatch.setattr(Processes, "wait_for_all", lambda _self: meeting.wait())
+    machines = [Processes(0, 4, 0, 2), Processes(2, 4, 0, 2)]
+
+    def load(machine: Processes) -> list[Bins]:
+        return load_sets(resized, split, ["test"], tmp_path / "work", machine)
+
+    with ThreadPoolExecutor() as pool:
+        loaded = list(pool.map(load, machines))
+
+    files = {os.fstat(test.images._file.fileno()).st_ino for (test,) in loaded}
+    assert len(files) == 2
+    for (test,) in loaded:
+        assert photographs(test) == [rows[1]["image"], rows[6]["image"]]
+    assert list((tmp_path / "work").iterdir()) == []
 
 
 def test_nothing_is_left_in_the_cache(workspace: Path, tmp_path: Path) -> None:

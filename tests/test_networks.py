@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stages.core import jpeg
-from stages.core.command import UserError
+from stages.core.errors import UserError
 from stages.core.inference import normalizer
+from stages.core.model_files import record_source
 from stages.core.networks import Classifier, build_classifier, load_classifier, save_classifier
 from stages.core.params import Model
 from tests.made import (
@@ -76,12 +77,14 @@ def pretrained_vit(folder: Path) -> dict[str, Tensor]:
     config = transformers.ViTConfig(**TINY_VIT, num_labels=7)
     network = transformers.ViTForImageClassification(config)
     network.save_pretrained(folder)
+    record_source(folder, "here")
     return weights_of(network)
 
 
 def pretrained_headless_vit(folder: Path) -> dict[str, Tensor]:
     network = transformers.ViTModel(transformers.ViTConfig(**TINY_VIT))
     network.save_pretrained(folder)
+    record_source(folder, "here")
     return weights_of(network)
 
 
@@ -93,6 +96,7 @@ def pretrained_resnet(folder: Path) -> dict[str, Tensor]:
     network.save_pretrained(folder)
     weights = without_counts(weights_of(network))
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    record_source(folder, "here")
     return weights
 
 
@@ -105,6 +109,8 @@ def without_counts(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def pretrained_mobilenet(folder: Path) -> dict[str, Tensor]:
     network = torchvision.models.mobilenet_v3_small(num_classes=7)
     save_file(network.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    record_source(folder, "here")
     return weights_of(network)
 
 
@@ -144,6 +150,7 @@ def test_old_weights_without_counts_of_batches_will_do(tmp_path: Path) -> None:
     torch.manual_seed(7)
     weights = without_counts(pretrained_mobilenet(tmp_path))
     save_file(weights, tmp_path / "model.safetensors")
+    record_source(tmp_path, "here")
 
     network = build_classifier(PRETRAINED_MOBILENET, tmp_path, LABELS, SIZE).network
 
@@ -412,6 +419,7 @@ def test_pretrained_weights_for_another_size_are_a_user_error(tmp_path: Path) ->
 def test_pretrained_weights_for_any_size_are_taken(tmp_path: Path) -> None:
     config = transformers.ConvNextConfig(**TINY_CONVNEXT, image_size=224)
     transformers.ConvNextForImageClassification(config).save_pretrained(tmp_path)
+    record_source(tmp_path, "here")
 
     knobs = model_knobs("vit", config={"model_type": "convnext"})
 

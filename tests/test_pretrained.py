@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -21,21 +22,30 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stages import pretrained
-from stages.core.command import UserError, run_stage
+from stages.core.command import run_stage
+from stages.core.errors import UserError
 from tests.made import REPOSITORY, TINY_VIT, write_params
 
 REPO = "someone/tiny-vit"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 FILES = ["config.json", "model.safetensors"]
+SIGNATURE = "signature-that-opens-the-file-to-everybody"
+ELSEWHERE = f"/elsewhere?X-Signature={SIGNATURE}"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `files` by path, as the Hugging Face hub does; of those in `cut` only a half."""
+    """Serves `files` by path, as the Hugging Face hub does; of those in `cut` only a half.
+
+    Those in `signed` are elsewhere, under a URL with a signature. Those in `refused` it does not
+    give, with such a status, and repeats the credentials.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, bytes] = {}
         self.cut: set[str] = set()
+        self.signed: set[str] = set()
+        self.refused: dict[str, int] = {}
         self.asked: list[str] = []
 
     @property
@@ -56,7 +66,14 @@ class Handler(BaseHTTPRequestHandler):
     def _head(self) -> bytes:
         self.server.asked.append(f"{self.command} {self.path}")
         data = self.server.files.get(self.path)
-        self.send_response(200 if data is not None else 404)
+        if self.path in self.server.signed:
+            self.send_response(302)
+            self.send_header("Location", f"{self.server.url}{ELSEWHERE}")
+        elif self.command == "GET" and self.path in self.server.refused:
+            self.send_response(self.server.refused[self.path])
+            self.send_header("X-Error-Message", f"not for {self.headers['Authorization']}")
+        else:
+            self.send_response(200 if data is not None else 404)
         self.send_header("X-Repo-Commit", REVISION)
         if data is None:
             known = self.path.startswith(f"/{REPO}/resolve/{REVISION}/")
@@ -285,6 +302,44 @@ def test_a_download_that_breaks_off_is_one_line_and_the_next_run_gets_it(
     assert weights == vit_files["model.safetensors"]
 
 
+@pytest.mark.usefixtures("vit_project")
+@pytest.mark.parametrize("cut", [False, True], ids=["refused", "cut"])
+def test_the_signature_of_a_file_is_not_printed(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, *, cut: bool
+) -> None:
+    hub.signed = {f"/{REPO}/resolve/{REVISION}/model.safetensors"}
+    hub.files[ELSEWHERE] = b"whole"
+    if cut:
+        hub.cut = {ELSEWHERE}
+    else:
+        hub.refused = {ELSEWHERE: 410}
+    logged: list[str] = []
+    log = logging.Handler()
+    monkeypatch.setattr(log, "emit", lambda record: logged.append(record.getMessage()))
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "handlers", [log])
+
+    line = error_line(monkeypatch, "vit")
+
+    assert f"GET {ELSEWHERE}" in hub.asked
+    assert f"model.safetensors of {REPO} at {REVISION} cannot be had: " in line
+    assert cut or f"{hub.url}/elsewhere'" in line
+    assert SIGNATURE not in line + " ".join(logged)
+
+
+@pytest.mark.usefixtures("vit_project")
+def test_a_token_that_a_server_repeats_is_not_printed(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_token_of_mine")
+    hub.refused = {f"/{REPO}/resolve/{REVISION}/config.json": 403}
+
+    line = error_line(monkeypatch, "vit")
+
+    assert "config.json of someone/tiny-vit" in line
+    assert "403 Forbidden: not for Bearer ***" in line
+    assert "hf_token_of_mine" not in line
+
+
 def test_torchvisions_weights_are_kept_as_safetensors(
     project: Path, hub: Hub, resnet_state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,6 +379,22 @@ def test_torchvision_weights_with_another_hash_are_refused(
 
     assert f"{hub.url}{path} cannot be had: invalid hash value" in line
     assert not Path("models/pretrained/resnet34").exists()
+
+
+def test_a_copy_that_torch_kept_and_that_was_changed_is_refused(
+    project: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_params(project, {})
+    path = serve_resnet(hub, {"fc.bias": torch.zeros(1000)}, monkeypatch)
+    pretrained.main("resnet34")
+    kept = project / "torch/hub/checkpoints" / path.lstrip("/")
+    torch.save({"fc.bias": torch.ones(1000)}, kept)
+
+    line = error_line(monkeypatch, "resnet34")
+
+    assert f"error: {kept} is not the file of {hub.url}{path}: remove it, and run again" in line
+    kept.unlink()
+    pretrained.main("resnet34")
 
 
 def test_torchvision_weights_that_are_not_there_are_one_line(

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 from stages.core.parallel import usable_cores
 
 CPU = torch.device("cpu")
+# For which a process waits for the others, of which one may pack photographs or compile meanwhile.
+# An ended process is noticed at once; this is for a machine that vanishes without a word.
+MOST_SILENCE = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,8 @@ def joined_processes() -> Iterator[Processes]:
         yield processes
         return
     # NCCL between GPUs, gloo between CPUs.
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    torch.distributed.init_process_group(backend, timeout=MOST_SILENCE)
     try:
         yield processes
     finally:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch.distributed import DistError
 from torch.multiprocessing.spawn import (
     ProcessExitedException,
     ProcessRaisedException,
@@ -18,7 +20,7 @@ from torch.multiprocessing.spawn import (
 )
 
 from stages.core.checkpoint import STOP_SIGNALS
-from stages.core.command import Stopped, UserError
+from stages.core.errors import Stopped, UserError
 
 # After one has ended badly: for the others to write a checkpoint, or to notice.
 GRACE_SECONDS = 60
@@ -40,7 +42,9 @@ def run_processes(count: int, work: Callable[..., str], *arguments: str) -> str:
     In this very process where count is 1, or where torchrun has started it beside others. Raises
     what one of the processes raised, of UserError and Stopped; the others end then too.
     """
-    if count == 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return _run_beside_others(work, *arguments)
+    if count == 1:
         return work(*arguments)
     answers = multiprocessing.get_context("spawn").SimpleQueue()
     settings = (count, _free_port(), answers, work, arguments)
@@ -58,6 +62,21 @@ def run_processes(count: int, work: Callable[..., str], *arguments: str) -> str:
     if received and answers.empty():
         raise Stopped(received[0], "before its first step")
     return str(answers.get()[1])
+
+
+def _run_beside_others(work: Callable[..., str], *arguments: str) -> str:
+    """work(*arguments); where the others are lost, a UserError says so, since they cannot."""
+    try:
+        return work(*arguments)
+    except RuntimeError as error:
+        if not isinstance(error, DistError) and "/gloo/transport/" not in str(error):
+            raise
+        # Without the place in the C++ source before it, and the advice for programmers after it.
+        reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0].splitlines()[0]
+        raise UserError(
+            f"the exchange with the other processes broke off ({reason}): see what they say; the"
+            " next run goes on from the last checkpoint"
+        ) from None
 
 
 def _run_one(

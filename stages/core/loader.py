@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import socket
-import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,11 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.core import jpeg
-from stages.core.command import UserError
 from stages.core.distributed import CPU, Processes
-from stages.core.files import cache_folder, read_csv
+from stages.core.errors import UserError
+from stages.core.files import read_csv
 from stages.core.parallel import usable_cores
 from stages.core.shards import shard_paths, whole_parquet, write_table
+from stages.core.work import scratch
 
 # Batches decoded ahead of the one in use.
 PREFETCH = 2
@@ -78,17 +77,21 @@ class Batch(NamedTuple):
     rows: NDArray[np.int64]
 
 
-def load_bins(resized: Path, split: Path, *set_names: str) -> list[Bins]:
-    """The bins that `split` (a CSV of id and set) puts in each set. Raises UserError if none."""
-    with tempfile.TemporaryDirectory(prefix="bins-", dir=cache_folder()) as folder:
-        return load_sets(resized, split, set_names, Path(folder), Processes())
+def load_bins(resized: Path, split: Path, *set_names: str, stage: str = "bins") -> list[Bins]:
+    """The bins that `split` (a CSV of id and set) puts in each set. Raises UserError if none.
+
+    They are packed in the scratch folder of `stage`.
+    """
+    with scratch(stage) as folder:
+        return load_sets(resized, split, set_names, folder, Processes())
 
 
 def load_sets(
     resized: Path, split: Path, set_names: Sequence[str], folder: Path, processes: Processes
 ) -> list[Bins]:
     """The bins of several sets, their photographs held once for all `processes` of a machine."""
-    folder = folder / f"bins-{socket.gethostname()}"
+    # By the rank of its first process: two machines may share the folder, and even have one name.
+    folder = folder / f"bins-{processes.rank - processes.local_rank}"
     if processes.local_rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         pack_bins(resized, split, set_names, folder)

@@ -11,7 +11,7 @@ import torch
 
 from stages.core import inference, jpeg
 from stages.core.calibration import Floats
-from stages.core.command import UserError
+from stages.core.errors import UserError
 from stages.core.files import digest, digest_files
 from stages.core.release import (
     MODELS,
@@ -133,10 +133,6 @@ def load_model(folder: Path) -> Release:
             f"{folder} is no model that was evaluated: there is no {error.filename}; `dvc pull`"
             " has models and reports"
         ) from None
-    # A damaged file ends in an error of the library that reads it.
-    except Exception as error:  # noqa: BLE001
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder} is damaged ({type(error).__name__}: {reason})") from None
 
 
 def refuse_other(folder: Path, one: Release, other_folder: Path, other: Release) -> None:

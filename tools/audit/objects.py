@@ -22,7 +22,7 @@ from stages.core.bucket import (
     open_bucket,
     read_object,
 )
-from stages.core.command import UserError
+from stages.core.errors import UserError
 from stages.core.parallel import map_in_order
 from stages.core.records import is_bin_id
 from stages.core.retries import Retries

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from obstore.store import LocalStore
 
 from stages.core.bucket import PHOTOGRAPHS, Store
-from stages.core.command import UserError
+from stages.core.errors import UserError
 from stages.core.files import digest
 from stages.core.records import is_bin_id
 from stages.core.shards import table_digest, whole_parquet

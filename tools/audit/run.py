@@ -6,8 +6,9 @@ from pathlib import Path
 import pandas as pd
 
 from stages.core.bucket import explained_at
-from stages.core.command import UserError
-from stages.core.files import digest, digest_files, read_csv, unfinished, write_csv, write_text
+from stages.core.errors import UserError
+from stages.core.files import digest, digest_files, read_csv, write_csv, write_text
+from stages.core.work import unfinished
 from tools.audit.expected import Expected, find_expected, left_out
 from tools.audit.models import Ensemble, load_ensemble
 from tools.audit.objects import OPTIONS

@@ -60,6 +60,7 @@ def reasons(bins: pd.DataFrame, unjudged: pd.Series, labels: Sequence[int]) -> p
 def spoken(labels: Sequence[int]) -> str:
     """Like "1 to 5" or "0, 2, 7"."""
     ordered = sorted(labels)
-    if ordered == list(range(ordered[0], ordered[-1] + 1)):
+    # They are different numbers. A range of all in between may not fit into memory.
+    if ordered[-1] - ordered[0] == len(ordered) - 1:
         return f"{ordered[0]} to {ordered[-1]}"
     return ", ".join(map(str, ordered))
