@@ -1,4 +1,8 @@
+import datetime
 import math
+import re
+import reprlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -167,18 +171,14 @@ def test_a_value_of_another_type_is_refused(tmp_path: Path, key: str, value: Any
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("bucket.url", "aft-vbi-pds"),
-        ("bucket.url", "https://aft-vbi-pds.s3.amazonaws.com"),
-        ("bucket.url", "s3://"),
-        ("bucket.url", "file://relative/folder"),
         ("bucket.region", ""),
-        ("bucket.endpoint", "localhost:9000"),
-        ("bucket.endpoint", "http://local host:9000"),
+        ("bucket.region", "us-east-1\n"),
+        ("bucket.region", "us--east"),
+        ("bucket.region", "a" * 64),
         ("index.max_rejects", -0.1),
         ("index.max_rejects", 1.1),
-        ("subset.quantities", [3]),
-        ("subset.quantities", [1, 2, 2]),
         ("subset.bins", 0),
+        ("subset.bins", 10**400),
         ("subset.seed", -1),
         ("subset.seed", 2**32),
         ("fetch.shard_bins", 0),
@@ -194,12 +194,19 @@ def test_a_value_of_another_type_is_refused(tmp_path: Path, key: str, value: Any
         ("split.validation", math.nan),
         (f"{RESNET}.library", "keras"),
         (f"{RESNET}.name", "../weights"),
+        (f"{RESNET}.name", "a/.."),
+        (f"{RESNET}.name", "x" * 97),
+        (f"{RESNET}.revision", ".."),
         (f"{RESNET}.learning_rate", 0),
         (f"{RESNET}.learning_rate", math.nan),
         (f"{RESNET}.learning_rate", math.inf),
+        (f"{RESNET}.learning_rate", 1e39),
+        (f"{RESNET}.learning_rate", 1e-39),
+        (f"{RESNET}.weight_decay", 1e39),
         (f"{RESNET}.weight_decay", -0.1),
         (f"{RESNET}.epochs", 0),
-        (f"{RESNET}.mean", [0.5, 0.5]),
+        (f"{RESNET}.epochs", 100_001),
+        (f"{RESNET}.batch_size", 2**31),
         (f"{VIT}.schedule", "step"),
         (f"{VIT}.warmup_steps", -1),
         (f"{VIT}.loss", "mse"),
@@ -213,6 +220,7 @@ def test_a_value_of_another_type_is_refused(tmp_path: Path, key: str, value: Any
         (f"{VIT}.compile", "yes"),
         ("train.processes", "all"),
         ("train.processes", 0),
+        ("train.processes", 1025),
         ("train.checkpoint_minutes", 0),
         ("train.checkpoint_minutes", math.inf),
         ("evaluate.batch_size", 0),
@@ -221,7 +229,7 @@ def test_a_value_of_another_type_is_refused(tmp_path: Path, key: str, value: Any
     ],
 )
 def test_an_impossible_value_is_refused(tmp_path: Path, key: str, value: Any) -> None:
-    with pytest.raises(UserError, match=rf"{key}: .*, not "):
+    with pytest.raises(UserError, match=rf"{key}: .*, not {re.escape(reprlib.repr(value))}"):
         load_changed(tmp_path, key, value)
 
 
@@ -232,7 +240,10 @@ def test_an_impossible_value_is_refused(tmp_path: Path, key: str, value: Any) ->
         ("subset.quantities", [1, 2**31], "subset.quantities.1"),
         ("subset.quantities", [True, 2], "subset.quantities.0"),
         (f"{RESNET}.mean", [0.5, math.nan, 0.5], f"{RESNET}.mean.1"),
+        (f"{RESNET}.mean", [0.5, 0.5, 127.5], f"{RESNET}.mean.2"),
         (f"{RESNET}.std", [0.5, 0.5, 0.0], f"{RESNET}.std.2"),
+        (f"{RESNET}.std", [0.5, 1e-4, 0.5], f"{RESNET}.std.1"),
+        (f"{RESNET}.std", [58.4, 0.5, 0.5], f"{RESNET}.std.0"),
     ],
 )
 def test_a_wrong_element_is_named_by_its_place(
@@ -258,11 +269,11 @@ def test_a_model_name_that_is_no_folder_name_is_refused(tmp_path: Path, name: st
 def test_a_model_with_the_name_of_another_stages_folder_is_refused(
     tmp_path: Path, name: str
 ) -> None:
-    with pytest.raises(UserError, match=f": train: a model cannot be called {name}$"):
+    with pytest.raises(UserError, match=f": train.{name}: a model cannot be called so$"):
         load_with_model(tmp_path, name)
 
 
-@pytest.mark.parametrize("name", ["swin", "vit-2", "0", "my_net"])
+@pytest.mark.parametrize("name", ["swin", "vit-2", "0", "my_net", "bool"])
 def test_another_model_is_one_more_block(tmp_path: Path, name: str) -> None:
     params = load_with_model(tmp_path, name, seed=7)
 
@@ -273,9 +284,9 @@ def test_another_model_is_one_more_block(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "problem"),
     [
-        (f"{RESNET}.accumulation", 129, f"{RESNET}: accumulation is more than batch_size (128)"),
-        (f"{VIT}.config", {}, f"{VIT}: config.model_type is missing, like vit"),
-        (f"{VIT}.config", {"hidden_size": 8}, f"{VIT}: config.model_type is missing, like vit"),
+        (f"{RESNET}.accumulation", 129, f"{RESNET}.accumulation: is more than batch_size (128)"),
+        (f"{VIT}.config", {}, f"{VIT}.config: model_type is missing, like vit"),
+        (f"{VIT}.config", {"hidden_size": 8}, f"{VIT}.config: model_type is missing, like vit"),
         (
             "split.train",
             198_001,
@@ -347,10 +358,16 @@ def test_all_faults_are_named_at_once() -> None:
         "a: b: c",
         "subset: [1, 2",
         "\tbins: 3",
-        "subset: 1\nsubset: 2\n",
         "--- 1\n--- 2\n",
         "bins: 2001-99-99",
+        "bins: !!bool maybe",
+        "bins: !!int many",
+        "bins: 1" + "0" * 5000,
+        "[" * 2000,
+        "bins: *nothing",
+        "bins: \0",
     ],
+    ids=lambda text: ascii(text[:20]),
 )
 def test_what_is_not_yaml_is_said_to_be_so(tmp_path: Path, text: str) -> None:
     path = tmp_path / "params.yaml"
@@ -359,11 +376,225 @@ def test_what_is_not_yaml_is_said_to_be_so(tmp_path: Path, text: str) -> None:
         load_params(path)
 
 
+def test_a_wrong_line_of_yaml_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("subset:\n  bins: 3\n  seed: @\n", "utf-8")
+    with pytest.raises(UserError, match=r"is not YAML: .* \(line 3, column 9\)$"):
+        load_params(path)
+
+
 def test_bytes_that_are_not_utf8_are_not_yaml(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     path.write_bytes(b"bucket: \xff\xfe\xfa\n")
     with pytest.raises(UserError, match="is not YAML"):
         load_params(path)
+
+
+URL = "bucket.url: should be like s3://bucket, s3://bucket/prefix or file:///folder$"
+ENDPOINT = (
+    "bucket.endpoint: should be like http://127.0.0.1:9000 or https://host, without name and"
+    " password$"
+)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "",
+            "aft-vbi-pds",
+            "https://aft-vbi-pds.s3.amazonaws.com",
+            "s3://",
+            "s3:///a",
+            "S3://bins",
+        ),
+        *("s3://ab", "s3://a..b", "s3://a.-b", "s3://-ab", "s3://ab-", "s3://a_b", "s3://Bins"),
+        *("s3://" + "a" * 64, "s3://bins/..", "s3://bins/../other", "s3://bins/a/./b"),
+        *("s3://bins//a", "s3://bins/a\nb", "s3://bins/a\0", "s3://bins\n", "s3://bins?a=b"),
+        *("s3://bins/#a", "file://relative/folder", "file:///a?b", "file:///a\x7f"),
+        *("file:///a%00b", "file:///a%0ab"),
+    ],
+    ids=ascii,
+)
+def test_a_place_of_no_bucket_is_refused(tmp_path: Path, url: str) -> None:
+    with pytest.raises(UserError, match=URL):
+        load_changed(tmp_path, "bucket.url", url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("s3://aft-vbi-pds", "s3://bins/", "s3://bins/deep/er", "s3://my.bins.1/a b/.hidden/c..d"),
+        *("s3://abc", "s3://" + "a" * 63, "file:///", "file:///data/../bins", "file:///a%20b"),
+        "file:///" + "%E7%AE%B1/" * 400,
+    ],
+    ids=lambda url: url[:40],
+)
+def test_a_place_of_a_bucket_is_taken(tmp_path: Path, url: str) -> None:
+    assert load_changed(tmp_path, "bucket.url", url).bucket.url == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "",
+            "localhost:9000",
+            "http://",
+            "http://local host:9000",
+            "http://host\n",
+            "http://ho\0st",
+        ),
+        *(
+            "http://host:0",
+            "http://host:65536",
+            "http://host:",
+            "http://host:99999999",
+            "ftp://host",
+        ),
+        *("http://a..b", "http://host/../a", "http://host//a", "http://host/?a=b", "http://host#a"),
+    ],
+    ids=ascii,
+)
+def test_an_address_of_no_server_is_refused(tmp_path: Path, url: str) -> None:
+    with pytest.raises(UserError, match=ENDPOINT):
+        load_changed(tmp_path, "bucket.endpoint", url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("http://127.0.0.1:9000", "https://s3.example.com", "http://minio_1:9000/a/b/"),
+        *("http://[::1]:9000", "http://host:65535/"),
+    ],
+)
+def test_an_address_of_a_server_is_taken(tmp_path: Path, url: str) -> None:
+    assert load_changed(tmp_path, "bucket.endpoint", url).bucket.endpoint == url
+
+
+SECRET = "hunter2"  # noqa: S105
+SECRETS = [
+    f"http://user:{SECRET}@host:9000",
+    f"http://{SECRET}@host",
+    f"user:{SECRET}@host:9000",
+    f"s3://{SECRET}:{SECRET}@bins",
+    f"https://bins.s3.amazonaws.com/?X-Amz-Signature={SECRET}",
+    f"http://user:{SECRET} with spaces@host",
+]
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+@pytest.mark.parametrize(
+    ("key", "put"),
+    [
+        ("bucket.endpoint", str),
+        ("bucket.url", str),
+        ("bucket.region", str),
+        ("bucket.anonymous", str),
+        ("bucket.endpoint", lambda secret: [secret]),
+        ("bucket.url", lambda secret: {secret: secret}),
+        ("bucket", str),
+        ("subset.bins", str),
+        ("resize.fit", str),
+        (f"{VIT}.name", str),
+        ("train.endpoint", str),
+    ],
+)
+def test_a_secret_is_not_repeated(
+    tmp_path: Path, key: str, put: Callable[[str], Any], secret: str
+) -> None:
+    with pytest.raises(UserError, match=f"{key}: ") as caught:
+        load_changed(tmp_path, key, put(secret))
+    assert SECRET not in str(caught.value)
+    assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("region: us-east-1", "endpoint: '{}'"),
+        ("endpoint: null", "endpoint: '{}"),
+        ("endpoint: null", "endpoint: {}: 3"),
+        ("endpoint: null", "'{}': null"),
+        ("bins: 220000", "bins: !!int '{}'"),
+    ],
+    ids=["twice", "without its end", "two colons", "a key", "no number"],
+)
+def test_a_secret_in_broken_yaml_is_not_repeated(
+    tmp_path: Path, old: str, new: str, secret: str
+) -> None:
+    path = tmp_path / "params.yaml"
+    text = (REPOSITORY / "params.yaml").read_text("utf-8")
+    path.write_text(text.replace(old, new.format(secret)), "utf-8")
+    with pytest.raises(UserError) as caught:
+        load_params(path)
+    assert SECRET not in str(caught.value)
+
+
+def test_a_key_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    text = (REPOSITORY / "params.yaml").read_text("utf-8")
+    path.write_text(text.replace("    seed: 0\n\n", "    seed: 0\n    seed: 1\n\n"), "utf-8")
+    with pytest.raises(UserError, match=r"is not YAML: train\.vit\.seed is there twice$"):
+        load_params(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("x: &a {y: *a}\nz: 1\nz: 2\n", "z"),
+        ("x: &a {y: *a, y: 1}\n", r"x\.y"),
+        ("1: 1\n0x1: 2\n", "a key"),
+        ("? [1]\n: 1\n? [1]\n: 2\n", ".*"),
+    ],
+)
+def test_a_key_that_is_there_twice_in_an_odd_file_is_no_crash(
+    tmp_path: Path, text: str, key: str
+) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(text, "utf-8")
+    with pytest.raises(UserError, match=f"is not YAML: {key} is there twice$"):
+        load_params(path)
+
+
+def test_what_yaml_says_is_short(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("x: *" + "y" * 1000 + "\n", "utf-8")
+    with pytest.raises(UserError) as caught:
+        load_params(path)
+    assert len(str(caught.value)) < 400 + len(str(path))
+
+
+def test_an_unreadable_file_is_no_fault_of_its_text(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError):
+        load_params(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("subset.quantities", [3], "should have at least 2 items .*, not a list$"),
+        ("subset.quantities", [1, 2, 2], "names a value twice$"),
+        (f"{RESNET}.mean", [0.5, 0.5], "should have at least 3 items .*, not a list$"),
+        (f"{RESNET}.config", {"a": math.nan}, "holds what JSON cannot$"),
+        (f"{RESNET}.config", {"a": {1: 2}}, "holds what JSON cannot$"),
+        (f"{RESNET}.config", {"a": datetime.date(2001, 1, 1)}, "holds what JSON cannot$"),
+        (f"{VIT}.config", {"model_type": 5}, "model_type should be text, like vit$"),
+        (f"{VIT}.config", {"model_type": None}, "model_type should be text, like vit$"),
+    ],
+)
+def test_a_list_or_a_mapping_is_not_repeated(
+    tmp_path: Path, key: str, value: Any, problem: str
+) -> None:
+    with pytest.raises(UserError, match=f": {key}: .*{problem}"):
+        load_changed(tmp_path, key, value)
+
+
+def test_no_more_than_twenty_problems_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_changed(tmp_path, "subset.quantities", ["one"] * 1000)
+    assert str(caught.value).count("subset.quantities.") == 20
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "[1, 2]", "5", "text"])

@@ -4,7 +4,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from stages.core.records import INDEX, RecordError, is_bin_id, parse_record
+from stages.core.records import INDEX, MAX_RECORD_BYTES, RecordError, is_bin_id, parse_record
 
 REAL_ITEM = {
     "asin": "B000A8C5QE",
@@ -91,6 +91,16 @@ def test_missing_details_are_null() -> None:
     assert details == [None] * 7
 
 
+@pytest.mark.parametrize(
+    "value", ["1e308", "18446744073709551615", "18446744073709551616", "-1e-320", "0.1e-400"]
+)
+def test_a_measure_of_any_size_is_a_float(value: str) -> None:
+    data = record_of(height={"unit": "IN", "value": 4.5}).replace(b"4.5", value.encode())
+    row = row_of(data)
+    assert row["items"][0]["height"]["value"] == float(value)
+    assert pa.Table.from_pylist([row], INDEX).to_pylist() == [row]
+
+
 @pytest.mark.parametrize("contents", [None, [], "B1", 3, {"B1": None, "B2": "two"}])
 def test_contents_of_another_shape_are_no_items(contents: Any) -> None:
     data = json.dumps({"BIN_FCSKU_DATA": contents, "EXPECTED_QUANTITY": 1}).encode()
@@ -99,7 +109,10 @@ def test_contents_of_another_shape_are_no_items(contents: Any) -> None:
 
 @pytest.mark.parametrize(
     "quantity",
-    ["null", "3.0", "true", "-1", '"3"', "[3]", "2147483648", "99999999999999999999", "1e2"],
+    [
+        *("null", "3.0", "true", "-1", '"3"', "[3]", "{}", "1e2", "1e308", "-0.0", "-1e-400"),
+        *("2147483648", "-2147483649", "9223372036854775808", "99999999999999999999"),
+    ],
 )
 def test_a_quantity_that_is_no_count_is_refused(quantity: str) -> None:
     data = f'{{"BIN_FCSKU_DATA": {{}}, "EXPECTED_QUANTITY": {quantity}}}'
@@ -120,6 +133,22 @@ def test_a_missing_quantity_is_refused() -> None:
         b'{"BIN_FCSKU_DATA": {}, "EXPECTED_QUANT',
         b'{"EXPECTED_QUANTITY": NaN}',
         b'{"EXPECTED_QUANTITY": 1, "BIN_FCSKU_DATA": Infinity}',
+        b'{"EXPECTED_QUANTITY": 1e400}',
+        b'{"EXPECTED_QUANTITY": 1' + b"0" * 400 + b"}",
+        b'{"EXPECTED_QUANTITY": 1' + b"0" * 5000 + b"}",
+        b'{"EXPECTED_QUANTITY": 01}',
+        b'{"EXPECTED_QUANTITY": +1}',
+        b'{"EXPECTED_QUANTITY": 0x1}',
+        b'{"EXPECTED_QUANTITY": 1,}',
+        b"{'EXPECTED_QUANTITY': 1}",
+        '{"EXPECTED_QUANTITY": \u0663}'.encode(),
+        '{"EXPECTED_QUANTITY": 1}'.encode("utf-8-sig"),
+        '{"EXPECTED_QUANTITY": 1}'.encode("utf-16"),
+        '{"EXPECTED_QUANTITY": 1}'.encode("utf-32-le"),
+        b'{"EXPECTED_QUANTITY": 1, "image_fname": "\\ud800"}',
+        b'{"EXPECTED_QUANTITY": 1, "image_fname": "\xed\xa0\x80"}',
+        b'{"EXPECTED_QUANTITY": 1, "image_fname": "\0"}',
+        b'{"EXPECTED_QUANTITY": 1}\0',
         b'{"EXPECTED_QUANTITY": 1} {}',
         b'{"EXPECTED_QUANTITY": 1, "image_fname": "\xff\xfe"}',
         b"[" * 100_000,
@@ -128,17 +157,78 @@ def test_a_missing_quantity_is_refused() -> None:
         b"3",
         b"null",
     ],
-    ids=lambda data: repr(data[:20]),
+    ids=lambda data: repr(data[:40]),
 )
 def test_what_is_not_json_of_a_record_is_refused(data: bytes) -> None:
     with pytest.raises(RecordError, match="not JSON"):
         parse_record(data)
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"EXPECTED_QUANTITY": 1, "EXPECTED_QUANTITY": 2}',
+        b'{"EXPECTED_QUANTITY": 2, "a": {}, "EXPECTED_QUANTITY": null}',
+        b'{"EXPECTED_QUANTITY": "2", "EXPECTED_QUANTITY": 2}',
+        b'{"EXPECTED_QUANTITY": 2.0, "EXPECTED_QUANTITY": 2}',
+        b'{"EXPECTED_QUANTITY": true, "EXPECTED_QUANTITY": 1}',
+        b'{"EXPECTED_QUANTITY": 1, "EXPECTED_\\u0051UANTITY": 2}',
+        b'{"EXPECTED\\u005fQUANTITY": 1, "EXPECTED_QUANTITY": 2}',
+        b'{"EXPECTED\\u005FQUANTITY": 1, "\\u0045XPECTED_QUANTITY": 2}',
+        b'{"EXPECTED_QUANTITY"\n:1,"EXPECTED_QUANTITY"\t:2, "EXPECTED_QUANTITY": 1}',
+    ],
+    ids=repr,
+)
+def test_a_record_with_two_quantities_is_refused(data: bytes) -> None:
+    with pytest.raises(RecordError, match=r"^several different EXPECTED_QUANTITY$"):
+        parse_record(data)
+
+
+def test_a_record_with_two_contents_is_refused() -> None:
+    data = b'{"BIN_FCSKU_DATA": {"B1": {}}, "EXPECTED_QUANTITY": 1, "BIN_FCSKU_DATA": {"B2": {}}}'
+    with pytest.raises(RecordError, match=r"^several different BIN_FCSKU_DATA$"):
+        parse_record(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"EXPECTED_QUANTITY": 3, "EXPECTED_QUANTITY": 3}',
+        b'{"EXPECTED_QUANTITY": 3, "x": {"EXPECTED_QUANTITY": 4}}',
+        b'{"x": [{"EXPECTED_QUANTITY": 4}, "EXPECTED_QUANTITY"], "EXPECTED_QUANTITY": 3}',
+        b'{"EXPECTED_QUANTITY": 3, "EXPECTED_QUANTITY ": 4, "expected_quantity": 5}',
+        b'{"EXPECTED_\\u0051UANTITY": 3}',
+        b'{"BIN_FCSKU_DATA": {}, "EXPECTED_QUANTITY": 3, "BIN_FCSKU_DATA": {}}',
+        b'{"EXPECTED_QUANTITY": 3, "x": "\\"EXPECTED_QUANTITY\\": 4"}',
+    ],
+    ids=repr,
+)
+def test_what_only_looks_like_two_quantities_is_read(data: bytes) -> None:
+    assert parse_record(data)["quantity"] == 3
+
+
+def test_a_repeated_quantity_in_a_deep_record_is_no_crash() -> None:
+    deep = b"[" * 1000 + b"]" * 1000
+    once = b'{"EXPECTED_QUANTITY": 1, "x": ' + deep + b"}"
+    assert parse_record(once)["quantity"] == 1
+    with pytest.raises(RecordError, match="nested too deeply"):
+        parse_record(once[:-1] + b', "EXPECTED_QUANTITY": 1}')
+
+
+def test_names_may_hold_any_character() -> None:
+    name = "\0\x1f\x7f\u2028\ufeff\U0001f600 ../..\\ \"'"
+    row = row_of(record_of(name=name))
+    assert row["items"][0]["name"] == name
+    assert pa.Table.from_pylist([row], INDEX).to_pylist() == [row]
+
+
+def row_of(data: bytes) -> dict[str, Any]:
+    return {"id": "00001", **parse_record(data), "key": "k", "size": 1, "etag": None}
+
+
 @pytest.mark.parametrize("data", [record_of(), record_of(weight=None, name=None, asin=None)])
 def test_a_record_fits_the_index(data: bytes) -> None:
-    row = {"id": "00001", **parse_record(data), "key": "k", "size": 1, "etag": None}
-    assert pa.Table.from_pylist([row], INDEX).to_pylist() == [row]
+    assert pa.Table.from_pylist([row_of(data)], INDEX).to_pylist() == [row_of(data)]
 
 
 @pytest.mark.parametrize("text", ["00001", "535234", "1", "1200", "bin_7-a"])
@@ -146,9 +236,27 @@ def test_ids_of_the_bucket_are_bin_ids(text: str) -> None:
     assert is_bin_id(text)
 
 
-@pytest.mark.parametrize("text", ["", "a/b", "..", "1.jpg", " 1", "1\n", "٣", "x" * 65])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "a/b", "..", "../1", "1/../2", "1.jpg", " 1", "1 ", "1\n", "1\0", "\u202e1"),
+        *("\u0663", "\uff11", "1\u0301", "1%2F", "1\\2", "x" * 65),
+    ],
+    ids=ascii,
+)
 def test_what_is_unsafe_in_a_file_name_is_no_bin_id(text: str) -> None:
     assert not is_bin_id(text)
+
+
+def test_twins_that_are_one_number_stay_several_ids() -> None:
+    twins = ["1", "01", "00001", "000001", "-1"]
+    assert all(map(is_bin_id, twins))
+    rows = [row_of(record_of()) | {"id": twin} for twin in twins]
+    assert pa.Table.from_pylist(rows, INDEX)["id"].to_pylist() == twins
+
+
+def test_every_real_record_is_far_below_the_limit(abid_records: dict[str, bytes]) -> None:
+    assert max(map(len, abid_records.values())) < MAX_RECORD_BYTES / 100
 
 
 def test_every_real_record_parses_with_its_quantity(abid_records: dict[str, bytes]) -> None:
