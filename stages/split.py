@@ -123,7 +123,7 @@ def take(order: list[str], contents: dict[str, Counter[int]], wanted: Counter[in
     wanted = wanted.copy()
     taken = set()
     for label in order:
-        if contents[label] <= wanted:
+        if all(count <= wanted[quantity] for quantity, count in contents[label].items()):
             wanted.subtract(contents[label])
             taken.add(label)
     gap = wanted.total()
