@@ -156,7 +156,7 @@ class Answer:
     """What obstore.get gives."""
 
     def __init__(self, data: bytes, etag: str) -> None:
-        self.data, self.meta = data, {"e_tag": f'"{etag}"'}
+        self.data, self.meta = data, {"e_tag": f'"{etag}"', "size": len(data)}
 
     def bytes(self) -> bytes:
         return self.data

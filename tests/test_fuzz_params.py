@@ -182,6 +182,7 @@ OTHERS = [
     *(None, True, False, [], {}, [1], [1, 2], [1, 2, 2], [1, -2], [True, 2], [1.0, 2], ["1", "2"]),
     *([0.5] * 3, [500.0] * 3, [0.0] * 3, [1e-4] * 3, [0.5, math.nan, 0.5], [0.5, 0.5, "0.5"]),
     *([[1]], {"a": 1}, {"": None}, {1: 2}, {"a": {1: 2}}, {None: 1}, {"model_type": "vit"}),
+    *({"model_type": "vit", "a": math.inf}, {"model_type": "vit", "a": "\ud800"}),
     *({"model_type": 5}, {"model_type": None}, {"model_type": "vit", "a": math.nan}),
     *({"model_type": "vit", "a": [{"b": 1.5}]}, {"model_type": "vit", "a": {1, 2}}),
     *(datetime.date(2001, 1, 1), datetime.datetime(2001, 1, 1), b"bytes", {1, 2}, (1, 2)),
@@ -338,6 +339,14 @@ def test_a_key_that_cannot_be_shown_is_refused_all_the_same(name: Any) -> None:
     assert str(result).isprintable()
     assert len(str(result)) < 200
     assert SECRET not in str(result)
+
+
+def test_a_configuration_that_is_too_deep_is_refused() -> None:
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    with changed("train.resnet34.config", {"a": deep}) as values:
+        assert_refused(load(values), "train.resnet34.config")
 
 
 def lines_of(node: MappingNode, place: str = "") -> Iterator[tuple[str, int]]:

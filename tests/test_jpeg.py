@@ -302,6 +302,16 @@ def test_broken_exif_of_other_formats_leaves_the_picture_as_it_is() -> None:
     np.testing.assert_array_equal(decode(data), picture(61, 43))
 
 
+def test_what_only_pillow_stumbles_over_has_no_orientation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError
+
+    monkeypatch.setattr(Image, "open", fail)
+    np.testing.assert_array_equal(
+        decode(image_file(painted(), exif=ROTATED)), decode(image_file(painted()))
+    )
+
+
 @pytest.mark.parametrize(
     "trailer",
     [b"trailing bytes", b"\0" * 5000, b"<html>", jpeg_file()],

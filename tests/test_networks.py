@@ -351,7 +351,7 @@ def test_a_torchvision_networks_config_is_built_and_comes_back(tmp_path: Path) -
         ("resnet34", {"num_classes": 3}, "num_classes"),
         ("resnet34", {"groups": 2}, "groups=1"),
         ("vit", {"model_type": "no-such-type"}, "no-such-type"),
-        ("vit", TINY_VIT | {"id2label": {0: "1"}}, "its config has no id2label to set"),
+        ("vit", TINY_VIT | {"id2label": {"0": "1"}}, "its config has no id2label to set"),
         (
             "vit",
             TINY_VIT | {"num_labels": 3, "label2id": {"1": 0}},

@@ -578,6 +578,7 @@ def test_an_unreadable_file_is_no_fault_of_its_text(tmp_path: Path) -> None:
         ("subset.quantities", [1, 2, 2], "names a value twice$"),
         (f"{RESNET}.mean", [0.5, 0.5], "should have at least 3 items .*, not a list$"),
         (f"{RESNET}.config", {"a": math.nan}, "holds what JSON cannot$"),
+        (f"{RESNET}.config", {"a": math.inf}, "holds what JSON cannot$"),
         (f"{RESNET}.config", {"a": {1: 2}}, "holds what JSON cannot$"),
         (f"{RESNET}.config", {"a": datetime.date(2001, 1, 1)}, "holds what JSON cannot$"),
         (f"{VIT}.config", {"model_type": 5}, "model_type should be text, like vit$"),

@@ -40,6 +40,7 @@ NOTHING = ""
 # Each key of params.yaml, with the stages that DVC runs when it changes: one that depends on it,
 # and those after it, as long as what they read changes. A knob of one model runs that model only.
 RUNS = {
+    "executor": NOTHING,
     "bucket.url": FROM_INDEX,
     "bucket.region": FROM_INDEX,
     "bucket.endpoint": FROM_INDEX,
@@ -95,6 +96,9 @@ RUNS = {
 def knobs() -> Iterator[tuple[str, str]]:
     """Each key of params.yaml and its row in RUNS."""
     for block, values in PARAMS.items():
+        if not isinstance(values, dict):
+            yield block, block
+            continue
         for key, value in values.items():
             if key in MODELS:
                 yield from ((f"{block}.{key}.{knob}", f"{block}.MODEL.{knob}") for knob in value)
