@@ -53,14 +53,14 @@ audit-lock: setup  ## the lock against a database of vulnerabilities; fails wher
 check-sky: setup .venv-sky/.installed  ## cloud/sky.yaml against SkyPilot's own schema
 	python -m pytest tests/test_sky.py
 
-soak: setup  ## dvc repro under random faults and kills, for some rounds; XX minutes
+soak: setup  ## dvc repro under random faults and kills, for 20 rounds, an hour at most
 	python -m tests.soak
 
 bench-train: setup $(VENV)/.bench-installed  ## loading and training against peers on this CPU; 15 minutes, undisturbed
 	python -m benchmarks.loader
 	python -m benchmarks.train_cpu
 
-bench-data: setup $(VENV)/.bench-installed .venv-img2dataset/.installed  ## fetch and resize against peers, and all of the data at its true size; XX minutes, undisturbed, 17 GB
+bench-data: setup $(VENV)/.bench-installed .venv-img2dataset/.installed  ## fetch and resize against peers, and all of the data at its true size; an hour, undisturbed, 17 GB
 	python -m benchmarks.fetching
 	python -m benchmarks.data_path
 

@@ -6,7 +6,8 @@ trains with N processes a machine, on one machine or several.
 
 import shutil
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from stages.core.checkpoint import StopRequest, Watch, restore_checkpoint, stop_
 from stages.core.command import run_stage
 from stages.core.distributed import Processes, joined_processes
 from stages.core.engine import Epoch, Trainer
+from stages.core.errors import UserError
 from stages.core.files import digest, digest_files, write_csv
 from stages.core.inference import place
 from stages.core.launch import process_count, run_processes
@@ -45,12 +47,10 @@ def main(model: str) -> str:
 def train_model(model: str) -> str:
     """The work of each process; only the first one writes."""
     params = load_params()
-    with joined_processes() as processes, ExitStack() as stack:
-        folder = ""
-        if processes.is_first:
-            key = inputs_digest(params, model)
-            folder = str(stack.enter_context(unfinished(f"train-{model}", key)))
-        work = Path(processes.agree(folder))
+    with (
+        joined_processes() as processes,
+        folder_of_work(params, model, processes) as work,
+    ):
         with stop_requests() as request:
             trainer, epochs = train(params, model, work, processes, request)
         if processes.is_first:
@@ -62,13 +62,40 @@ def train_model(model: str) -> str:
     return f"{len(trainer.train_bins)} bins, {len(epochs)} epochs"
 
 
+@contextmanager
+def folder_of_work(params: Params, model: str, processes: Processes) -> Iterator[Path]:
+    """The first process's folder; one of the same name where a machine has a disk of its own.
+
+    Raises UserError on a machine with other inputs than the first one's.
+    """
+    first_of_machine = processes.local_rank == 0
+    key = inputs_digest(params, model) if first_of_machine else ""
+    if processes.agree(key) != key and first_of_machine:
+        raise UserError(
+            f"{RESIZED}, {SPLIT} or {PRETRAINED / model} of this machine are not those of the first"
+            " one: `dvc pull` them on each"
+        )
+    with ExitStack() as stack:
+        if processes.is_first:
+            folder = stack.enter_context(unfinished(f"train-{model}", key))
+            processes.agree(str(folder))
+        else:
+            folder = Path(processes.agree(""))
+            # The lock that the first process holds is not on this disk.
+            if first_of_machine and not folder.with_suffix(".lock").exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield folder
+
+
 def train(
     params: Params, model: str, work: Path, processes: Processes, request: StopRequest
 ) -> tuple[Trainer, list[Epoch]]:
     """Train, from the last checkpoint in the folder `work` if it has one."""
     knobs = params.model(model)
     names = ["train", "validation", "test"]
-    require_space(work, sum(path.stat().st_size for path in shard_paths(RESIZED)), PACKED)
+    if processes.local_rank == 0:
+        require_space(work, sum(path.stat().st_size for path in shard_paths(RESIZED)), PACKED)
     sets = load_sets(RESIZED, SPLIT, names, work, processes)
     train_bins, validation_bins, test_bins = sets
     labels = sorted({quantity for bins in sets for quantity in bins.quantities.tolist()})
@@ -80,7 +107,8 @@ def train(
         classifier, train_bins, validation_bins, test_bins, knobs, batch_size, processes
     )
     path = work / checkpoint.NAME
-    require_space(work, space_to_train(trainer), f"The model {model} and its checkpoints")
+    if processes.is_first:
+        require_space(work, space_to_train(trainer), f"The model {model} and its checkpoints")
     resumed = restore_checkpoint(path, trainer.state, processes)
     watch = Watch(processes, path, 60 * params.train.checkpoint_minutes, request)
     if processes.is_first:

@@ -25,6 +25,7 @@ ELSEWHERE = {
     "make setup && . .venv/bin/activate": "../.ci/run",
     "make test": "../.ci/run",
     "make check": "../.ci/run",
+    "make soak": "soak.py::main",
     "make lock": "test_readme.py::test_make_has_the_targets_that_are_named",
     "dvc repro": "test_pipeline.py::test_nothing_is_left_to_do_and_nothing_unfinished_is_left",
     "dvc exp run -S bucket.url=": "test_pipeline.py::test_another_clone_makes_the_same_bytes",
@@ -45,7 +46,7 @@ ELSEWHERE = {
     ),
     "dvc push": "test_pipeline.py::test_a_colleague_pulls_what_was_pushed",
     "dvc pull models/vit": "test_pipeline.py::test_a_colleague_pulls_what_was_pushed",
-    "torchrun --nnodes 2": "test_train.py::test_torchrun_trains_what_train_processes_does",
+    "torchrun --nnodes 2": "test_nodes.py::start_machines",
     "python -m tools.audit photographs": (
         "test_audit.py::test_wrong_records_come_first_and_are_alarms"
     ),

@@ -6,7 +6,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,6 +19,7 @@ STAGES = Path(__file__).parent.parent
 DAYS_KEPT = 14
 # Beside a folder of work: the repository that made outputs of it, which DVC may not have yet.
 _FINISHED = ".finished"
+_LOCK = ".lock"
 
 
 def cache_folder() -> Path:
@@ -39,9 +40,9 @@ def unfinished(stage: str, key: str) -> Iterator[Path]:
     its cache has nothing to do again. Then go too the folders that other inputs left behind
     DAYS_KEPT ago.
     """
+    _remove_committed()
     folder = cache_folder() / f"{stage}-{digest(key, _code_version())[:16]}"
-    with only_run(stage, "with the same inputs", folder.with_suffix(".lock")):
-        _remove_committed()
+    with only_run(stage, "with the same inputs", folder.with_suffix(_LOCK)):
         finished = folder.with_suffix(_FINISHED)
         finished.unlink(missing_ok=True)
         folder.mkdir(exist_ok=True)
@@ -122,7 +123,9 @@ def publish_folder(folder: Path, out: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(folder, partial, copy_function=_link_or_move)
-    flush(partial)
+    # Libraries that wrote some of them did not; for the others it costs nothing.
+    for path in [*partial.rglob("*"), partial]:
+        flush(path)
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
     flush(out.parent)
@@ -138,33 +141,50 @@ def _link_or_move(source: str, target: str) -> None:
 def _remove_committed() -> None:
     """Remove the folders whose outputs DVC has, of all stages."""
     for marker in cache_folder().glob(f"*{_FINISHED}"):
-        # Where another run is at work, files come and go.
-        with suppress(FileNotFoundError):
-            if _is_committed(marker):
-                shutil.rmtree(marker.with_suffix(""), ignore_errors=True)
-                marker.unlink()
+        _remove(marker.with_suffix(""), _is_committed)
 
 
-def _is_committed(marker: Path) -> bool:
+def _is_committed(folder: Path) -> bool:
     """Whether DVC has written dvc.lock since, or the experiment's copy of the repository is gone.
 
     DVC writes it after each stage, changed or not, once it has the outputs in its cache.
     """
-    repository = Path(marker.read_text("utf-8"))
-    lock = repository / "dvc.lock"
+    marker = folder.with_suffix(_FINISHED)
+    repository = marker.read_text("utf-8")
+    # A run that was killed while it wrote the marker has left it empty.
+    if not repository:
+        return False
+    lock = Path(repository) / "dvc.lock"
     if not lock.exists():
-        return not repository.exists()
+        return not Path(repository).exists()
     return lock.stat().st_mtime_ns > marker.stat().st_mtime_ns
 
 
 def _remove_stale(stage: str) -> None:
-    oldest = time.time() - DAYS_KEPT * 24 * 3600
     for folder in cache_folder().glob(f"{stage}-*/"):
-        # Where another run is at work, files come and go.
-        with suppress(FileNotFoundError):
-            if max(path.stat().st_mtime for path in [folder, *folder.iterdir()]) < oldest:
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.with_suffix(".lock").unlink(missing_ok=True)
+        _remove(folder, _is_stale)
+
+
+def _is_stale(folder: Path) -> bool:
+    oldest = time.time() - DAYS_KEPT * 24 * 3600
+    return max(path.stat().st_mtime for path in [folder, *folder.iterdir()]) < oldest
+
+
+def _remove(folder: Path, is_due: Callable[[Path], bool]) -> None:
+    """Remove a folder of work that is due, unless a run works in it."""
+    lock_file = folder.with_suffix(_LOCK)
+    # Where other runs are at work, files come and go.
+    with suppress(FileNotFoundError, Timeout):
+        if not is_due(folder):
+            return
+        with FileLock(lock_file).acquire(blocking=False):
+            try:
+                # Again, since a run may have taken it up, and ended, in between.
+                if is_due(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    folder.with_suffix(_FINISHED).unlink(missing_ok=True)
+            finally:
+                lock_file.unlink(missing_ok=True)
 
 
 def _code_version() -> str:

@@ -1,0 +1,1 @@
+"""The train stage on machines of a cloud."""

@@ -1,0 +1,132 @@
+"""What runs in a SageMaker job: the train stage, on what cloud/sagemaker.py has sent.
+
+Only Python's standard library, since the image has torch but not the project's other packages.
+SageMaker restores the checkpoints before it starts this, and saves them while it runs.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from importlib import metadata
+from pathlib import Path
+
+# Where SageMaker puts everything.
+ML = Path(os.environ.get("SAGEMAKER_BASE_DIR", "/opt/ml"))
+CODE = ML / "input/data/code/code.tar.gz"
+DATA = ML / "input/data/data"
+CHECKPOINTS = ML / "checkpoints"
+REPOSITORY = ML / "repository"
+SITE = ML / "site"
+# What training imports, but for torch and torchvision, which are the image's.
+PACKAGES = {
+    "filelock",
+    "huggingface-hub",
+    "numpy",
+    "pandas",
+    "pillow",
+    "pyarrow",
+    "pydantic",
+    "ruamel-yaml",
+    "safetensors",
+    "simplejpeg",
+    "tqdm",
+    "transformers",
+}
+
+
+def main(model: str) -> None:
+    unpack_code()
+    for path in ("data/resized", "data/split.csv", f"models/pretrained/{model}"):
+        link(REPOSITORY / path, DATA / path)
+    # Where the stage keeps its checkpoints.
+    CHECKPOINTS.mkdir(exist_ok=True)
+    link(REPOSITORY / ".cache", CHECKPOINTS)
+    install_missing((REPOSITORY / "requirements.txt").read_text("utf-8"))
+    code, last_line = train(model)
+    if code:
+        # It becomes the job's FailureReason.
+        (ML / "output").mkdir(exist_ok=True)
+        (ML / "output/failure").write_text(last_line, "utf-8")
+        sys.exit(code)
+    # SageMaker makes model.tar.gz of it.
+    shutil.copytree(REPOSITORY / "models" / model, ML / "model", dirs_exist_ok=True)
+    shutil.copy(REPOSITORY / "reports" / model / "curves.csv", ML / "model")
+
+
+def unpack_code() -> None:
+    shutil.rmtree(REPOSITORY, ignore_errors=True)
+    with tarfile.open(CODE) as archive:
+        archive.extractall(REPOSITORY, filter="data")
+
+
+def link(path: Path, target: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
+
+
+def install_missing(lock: str) -> None:
+    """Put what the image lacks of needed_packages into SITE."""
+    missing = [text for name, version, text in needed_packages(lock) if installed(name) != version]
+    if not missing:
+        return
+    requirements = ML / "requirements.txt"
+    requirements.write_text("\n".join(missing), "utf-8")
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes"]
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(SITE)]
+    subprocess.run([*command, "-r", str(requirements)], check=True)
+
+
+def needed_packages(lock: str) -> list[tuple[str, str, str]]:
+    """Name, version and text in requirements.txt of PACKAGES, and of all that these need there."""
+    blocks = re.findall(r"^[^\s#].*\n(?:\s.*\n?)*", lock, re.MULTILINE)
+    needed = set(PACKAGES)
+    while True:
+        # Each says for which others it is there: "# via transformers".
+        more = {name_of(text) for text in blocks if needed & set(re.findall(r"[\w.-]+", via(text)))}
+        if more <= needed:
+            break
+        needed |= more
+    chosen = [text for text in blocks if name_of(text) in needed]
+    return [(name_of(text), re.findall(r"==([^\s;]+)", text)[0], text) for text in chosen]
+
+
+def name_of(block: str) -> str:
+    return re.split(r"[=\[]", block)[0]
+
+
+def via(block: str) -> str:
+    return block.partition("# via")[2]
+
+
+def installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def train(model: str) -> tuple[int, str]:
+    """The stage's exit code, and the last line that it printed."""
+    paths = [str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stages.train", model],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    # With which SageMaker stops a job, or takes a spot instance away, two minutes before the end.
+    signal.signal(signal.SIGTERM, lambda number, _frame: process.send_signal(number))
+    line = ""
+    for line in process.stdout or ():
+        print(line, end="", flush=True)
+    return process.wait(), line
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
