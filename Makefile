@@ -53,7 +53,7 @@ audit-lock: setup  ## the lock against a database of vulnerabilities; fails wher
 check-sky: setup .venv-sky/.installed  ## cloud/sky.yaml against SkyPilot's own schema
 	python -m pytest tests/test_sky.py
 
-soak: setup  ## dvc repro under random faults and kills, for 20 rounds, an hour at most
+soak: setup  ## dvc repro under random faults and kills, each a round; an hour at most
 	python -m tests.soak
 
 bench-train: setup $(VENV)/.bench-installed  ## loading and training against peers on this CPU; 15 minutes, undisturbed
