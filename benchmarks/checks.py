@@ -17,9 +17,9 @@ import torch
 from benchmarks import common
 from benchmarks.training import Task
 from stages.core.checkpoint import NAME, TrainingState, Watch, restore_checkpoint
-from stages.core.errors import Stopped, UserError
 from stages.core.distributed import Processes
 from stages.core.engine import Trainer
+from stages.core.errors import Stopped, UserError
 from stages.core.inference import default_device, place
 from stages.core.networks import build_classifier
 
