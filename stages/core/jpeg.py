@@ -3,14 +3,16 @@
 import io
 import re
 import warnings
+from collections.abc import Iterator
 from contextlib import suppress
+from itertools import takewhile
 
 import numpy as np
 import simplejpeg
 import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import interpolate
 
 Pixels = NDArray[np.uint8]
 
@@ -26,8 +28,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 JPEG_START = b"\xff\xd8\xff"
 START_OF_SCAN = b"\xff\xda"
 END_OF_IMAGE = b"\xff\xd9"
-# Without one of these a JPEG has no orientation, and nobody needs to look for it.
-_ORIENTED = (b"Exif\0\0", b"tiff:Orientation")
+# Of EXIF and XMP. Without one a JPEG has no orientation, and nobody needs to look for it.
+APP1 = b"\xff\xe1"
 # libjpeg's words for a piece of the picture that is not there, which it fills up with grey.
 _LOST = re.compile("remature end|bad (Huffman|arithmetic) code|instead of RST")
 # But for those without a length: stuffed zeros and fill bytes in compressed data, restarts, TEM.
@@ -54,7 +56,7 @@ def decode(data: bytes) -> Pixels:
         if _LOST.search(str(error)):
             raise ImageError(f"undecodable: truncated or damaged ({error})") from None
         return _decode_with_pillow(data)
-    if not any(mark in data for mark in _ORIENTED):
+    if APP1 not in takewhile(lambda marker: marker != START_OF_SCAN, _markers(data)):
         return pixels
     return _upright(pixels, _orientation_of_jpeg(data))
 
@@ -112,13 +114,17 @@ def _refuse_bomb(width: int, height: int, data: bytes) -> None:
 
 
 def _count_scans(data: bytes) -> int:
-    """How many scans of a JPEG a decoder goes over. ITU-T T.81, B.1.1."""
-    scans, place = 0, len(b"\xff\xd8")
+    """How many scans of a JPEG a decoder goes over."""
+    return sum(marker == START_OF_SCAN for marker in _markers(data))
+
+
+def _markers(data: bytes) -> Iterator[bytes]:
+    """Those of a JPEG between its start and its end. ITU-T T.81, B.1.1."""
+    place = len(b"\xff\xd8")
     while (marker := _MARKER.search(data, place)) and marker[0] != END_OF_IMAGE:
-        scans += marker[0] == START_OF_SCAN
+        yield marker[0]
         length = int.from_bytes(data[marker.end() : marker.end() + 2], "big")
         place = marker.end() + length
-    return scans
 
 
 def _rgb(image: Image.Image) -> Pixels:
@@ -168,11 +174,15 @@ def resize(pixels: Pixels, size: int, fit: str) -> Pixels:
     else:
         height, width = size, size
     # A view in channels_last, for which torch's uint8 kernel is vectorized.
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
     image = interpolate(image, (height, width), mode="bicubic", antialias=True)
+    resized: Pixels = image[0].permute(1, 2, 0).numpy()
+    if fit != "pad":
+        return resized
+    square = np.zeros((size, size, 3), np.uint8)
     left, top = (size - width) // 2, (size - height) // 2
-    image = pad(image, (left, size - width - left, top, size - height - top))
-    return np.ascontiguousarray(image[0].permute(1, 2, 0).numpy())
+    square[top : top + height, left : left + width] = resized
+    return square
 
 
 def encode(pixels: Pixels, quality: int) -> bytes:
