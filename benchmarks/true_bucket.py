@@ -5,7 +5,6 @@
 It has 536,434 records and photographs, made when they are asked for (benchmarks/true_bins.py), in
 the bucket aft-vbi-pds. It only gives: GET and HEAD of objects, ranges too, and ListObjectsV2, to
 anybody with any credentials or none. What it was asked for is at /-/counts, and printed at the end.
-Where uvloop is installed, it takes a tenth less of the processor.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import argparse
 import asyncio
 import gc
 import hashlib
-import importlib
 import json
 import re
 import signal
@@ -33,6 +31,7 @@ from urllib.parse import parse_qsl, quote, unquote
 from xml.sax.saxutils import escape
 
 import numpy as np
+import uvloop
 from tqdm import tqdm
 
 from benchmarks.true_bins import PADDED, TrueBins, make_bins
@@ -376,16 +375,6 @@ async def serve(bucket: Bucket, port: int, latency: float, ready: str) -> None:
     print(bucket.counts, flush=True)
 
 
-def new_event_loop() -> asyncio.AbstractEventLoop:
-    """uvloop's, or where that is not installed, asyncio's."""
-    try:
-        uvloop = importlib.import_module("uvloop")
-    except ModuleNotFoundError:
-        return asyncio.new_event_loop()
-    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
-    return loop
-
-
 @contextmanager
 def serving_true_bucket(bins: int = PADDED, latency_ms: float = 0) -> Iterator[str]:
     """Serve the bucket, or its first bins, from another process; the server's URL.
@@ -453,7 +442,7 @@ def run(padded: int, port: int, latency_ms: float) -> None:
     bucket = Bucket(make_bins(padded))
     # What lives as long as the process need not be looked through again and again.
     gc.freeze()
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         loop = type(runner.get_loop()).__module__.partition(".")[0]
         ready = (
             f"s3://{BUCKET} is at http://127.0.0.1:{port}, with {loop}; {latency_ms:g} ms latency;"

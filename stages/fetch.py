@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from obstore.store import LocalStore
 
+from stages.core.awaiting import await_in_order
 from stages.core.bucket import (
     IN_FLIGHT,
     PHOTOGRAPHS,
@@ -34,12 +35,13 @@ from stages.core.files import digest, sha256_file
 from stages.core.params import load_params
 from stages.core.retries import Retries
 from stages.core.shards import IMAGES, Reject, Row, table_digest, whole_parquet, write_rejects
-from stages.core.space import readable, require_space
+from stages.core.space import on_one_disk, readable, require_space
 from stages.core.work import publish_folder, unfinished
 
 SUBSET = Path("data/subset.parquet")
 OUT = Path("data/raw")
 REJECTS = Path("data/unfetched.csv")
+WHAT = "the photographs to fetch"
 # The real ones have up to 260 kB, those of good cameras 10 MB. All that are read at once are held.
 MAX_PHOTOGRAPH_BYTES = 16 * 1024 * 1024
 
@@ -56,9 +58,11 @@ def main() -> str:
         key = digest(params.bucket, params.fetch.shard_bins, sha256_file(SUBSET), state)
         with unfinished("fetch", key) as folder:
             planned = shards_of(subset, params.fetch.shard_bins, "size")
-            require_space(folder, bytes_to_fetch(folder, planned), "The photographs to fetch")
+            require_space(folder, bytes_to_fetch(missing_shards(folder, planned)), WHAT)
+            if not on_one_disk(folder, OUT.parent):
+                require_space(OUT.parent, bytes_to_fetch(planned), WHAT)
             window = window_of(min(pc.max(subset["size"]).as_py(), MAX_PHOTOGRAPH_BYTES))
-            work = partial(fetch_bin, store, retries)
+            work = partial(await_in_order, partial(fetch_bin, store, retries))
             shards, rejects = build_shards(
                 ShardMaker(folder, work, IMAGES, min(IN_FLIGHT, window), window, retries),
                 planned,
@@ -80,18 +84,18 @@ def folder_state(store: Store, subset: pa.Table) -> str | None:
     return table_digest(listing.filter(pc.is_in(listing["key"], subset["key"].combine_chunks())))
 
 
-def bytes_to_fetch(folder: Path, planned: Sequence[Shard[Row]]) -> int:
-    """What the photographs of the shards take that are not there yet."""
-    sizes = [row["size"] for shard in missing_shards(folder, planned) for row in shard.load()]
+def bytes_to_fetch(shards: Sequence[Shard[Row]]) -> int:
+    """What the photographs of the shards take."""
+    sizes = (row["size"] for shard in shards for row in shard.load())
     return sum(size for size in sizes if size <= MAX_PHOTOGRAPH_BYTES)
 
 
-def fetch_bin(store: Store, retries: Retries, drawn: Row) -> Row | Reject:
+async def fetch_bin(store: Store, retries: Retries, drawn: Row) -> Row | Reject:
     """Read one photograph, checked against the size and etag of the index."""
     if drawn["size"] > MAX_PHOTOGRAPH_BYTES:
         return Reject(drawn["id"], f"too large: {readable(drawn['size'])}")
     try:
-        image = read_object(store, drawn["key"], drawn["size"], drawn["etag"], retries)
+        image = await read_object(store, drawn["key"], drawn["size"], drawn["etag"], retries)
     except ObjectError as error:
         return Reject(drawn["id"], str(error))
     return {"id": drawn["id"], "quantity": drawn["quantity"], "image": image}

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from stages.core.awaiting import await_in_order
 from stages.core.bucket import (
     IN_FLIGHT,
     LISTING,
@@ -49,7 +50,7 @@ def main() -> str:
         if not len(listing):
             raise UserError(f"{params.bucket.url} has no {RECORDS}<id>.json: check bucket.url")
         with unfinished("index", digest(params.bucket.url, table_digest(listing))) as folder:
-            work = partial(index_bin, store, retries)
+            work = partial(await_in_order, partial(index_bin, store, retries))
             parts, rejects = build_shards(
                 ShardMaker(folder, work, INDEX, IN_FLIGHT, WINDOW, retries),
                 shards_of(listing, PART_RECORDS),
@@ -80,7 +81,7 @@ def _with_ids(listing: pa.Table, prefix: str, suffix: str) -> pa.Table:
     return files.append_column("id", pc.utf8_slice_codeunits(ids, 0, -len(suffix)))
 
 
-def index_bin(store: Store, retries: Retries, listed: Row) -> Row | Reject:
+async def index_bin(store: Store, retries: Retries, listed: Row) -> Row | Reject:
     """Read and parse one record."""
     bin_id = listed["id"]
     if not is_bin_id(bin_id):
@@ -90,7 +91,7 @@ def index_bin(store: Store, retries: Retries, listed: Row) -> Row | Reject:
     if listed["record_size"] > MAX_RECORD_BYTES:
         return Reject(bin_id, "too large")
     try:
-        data = read_object(
+        data = await read_object(
             store, listed["record_key"], listed["record_size"], listed["record_etag"], retries
         )
         record = parse_record(data)
@@ -109,12 +110,13 @@ def index_bin(store: Store, retries: Retries, listed: Row) -> Row | Reject:
 
 def concatenate(parts: Path, out: Path) -> int:
     """Write all parts into one file, one at a time; the number of rows."""
+    paths = shard_paths(parts)
     rows = 0
     with (
-        atomic_write(out) as temporary,
+        atomic_write(out, sum(path.stat().st_size for path in paths)) as temporary,
         pq.ParquetWriter(temporary, INDEX, compression="zstd") as writer,
     ):
-        for part in shard_paths(parts):
+        for part in paths:
             with whole_parquet(part):
                 table = pq.read_table(part)
             writer.write_table(table)

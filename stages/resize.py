@@ -12,7 +12,7 @@ from stages.core.building import RejectLimit, Shard, ShardMaker, build_shards, m
 from stages.core.command import run_stage
 from stages.core.executors import executor
 from stages.core.files import digest
-from stages.core.parallel import usable_cores
+from stages.core.parallel import map_in_order, usable_cores
 from stages.core.params import Resize, load_params
 from stages.core.shards import (
     IMAGES,
@@ -23,13 +23,14 @@ from stages.core.shards import (
     whole_parquet,
     write_rejects,
 )
-from stages.core.space import require_space
+from stages.core.space import on_one_disk, require_space
 from stages.core.work import publish_folder, unfinished
 
 RAW = Path("data/raw")
 UNFETCHED = Path("data/unfetched.csv")
 OUT = Path("data/resized")
 QUARANTINE = Path("data/quarantine.csv")
+WHAT = "the resized photographs"
 # Photographs that tell how large the resized ones become.
 SAMPLE = 32
 
@@ -44,11 +45,13 @@ def main() -> str:
     workers = usable_cores()
     identities = [_identity(path) for path in shard_paths(RAW)]
     key = digest(knobs.size, knobs.fit, knobs.quality, identities)
+    work = partial(map_in_order, partial(resize_bin, knobs))
     with unfinished("resize", key) as folder:
-        needed = bytes_to_write(knobs, missing_shards(folder, sources))
-        require_space(folder, needed, "The resized photographs")
+        require_space(folder, bytes_to_write(knobs, missing_shards(folder, sources)), WHAT)
+        if not on_one_disk(folder, OUT.parent):
+            require_space(OUT.parent, bytes_to_write(knobs, sources), WHAT)
         shards, undecodable = build_shards(
-            ShardMaker(folder, partial(resize_bin, knobs), IMAGES, workers, 16 * workers),
+            ShardMaker(folder, work, IMAGES, workers, 16 * workers),
             sources,
             limit,
             unit=" photographs",

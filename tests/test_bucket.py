@@ -1,7 +1,9 @@
+import asyncio
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,14 @@ import pytest
 from obstore.store import S3Store
 
 from stages.core import bucket, params, retries
-from stages.core.bucket import ObjectError, explained, list_objects, open_bucket, read_object
+from stages.core.bucket import (
+    ObjectError,
+    Store,
+    explained,
+    list_objects,
+    open_bucket,
+    read_object,
+)
 from stages.core.errors import UserError
 from tests.conftest import S3, MakeBucket, folder_bucket
 from tools.s3 import free_port
@@ -63,6 +72,10 @@ def bucket_at(endpoint: str, *, anonymous: bool = True) -> params.Bucket:
     )
 
 
+def read(store: Store, key: str, size: int, etag: str | None) -> bytes:
+    return asyncio.run(read_object(store, key, size, etag))
+
+
 def listed(source: params.Bucket, prefix: str) -> list[dict[str, Any]]:
     with explained(source):
         rows: list[dict[str, Any]] = list_objects(open_bucket(source), prefix).to_pylist()
@@ -110,7 +123,7 @@ def test_keys_below_a_prefix_are_relative_to_it(s3: S3, tmp_path: Path) -> None:
         source = whole.model_copy(update={"url": f"{whole.url}/deep/er"})
         rows = listed(source, "metadata/")
         assert [row["key"] for row in rows] == [f"metadata/{n:04d}.json" for n in range(1100)]
-        assert read_object(open_bucket(source), rows[7]["key"], 2, rows[7]["etag"]) == b"{}"
+        assert read(open_bucket(source), rows[7]["key"], 2, rows[7]["etag"]) == b"{}"
 
 
 def test_a_folder_with_a_space_in_its_name_is_read(tmp_path: Path) -> None:
@@ -126,7 +139,7 @@ def test_an_object_is_read_as_it_was_put(make_bucket: MakeBucket) -> None:
     content = bytes(range(256)) * 300
     source = make_bucket({KEY: content, "metadata/empty": b""})
     for row in listed(source, "metadata/"):
-        data = read_object(open_bucket(source), row["key"], row["size"], row["etag"])
+        data = read(open_bucket(source), row["key"], row["size"], row["etag"])
         assert data == (content if row["key"] == KEY else b"")
 
 
@@ -134,14 +147,14 @@ def test_an_object_is_read_as_it_was_put(make_bucket: MakeBucket) -> None:
 def test_a_missing_object_is_an_object_error(make_bucket: MakeBucket) -> None:
     store = open_bucket(make_bucket({KEY: CONTENT}))
     with pytest.raises(ObjectError, match="not found"):
-        read_object(store, "metadata/00002.json", 3, None)
+        read(store, "metadata/00002.json", 3, None)
 
 
 @pytest.mark.usefixtures("one_attempt")
 def test_an_object_of_another_size_is_an_object_error(make_bucket: MakeBucket) -> None:
     store = open_bucket(make_bucket({KEY: CONTENT}))
     with pytest.raises(ObjectError, match=f"has {len(CONTENT)} bytes, 3 are listed"):
-        read_object(store, KEY, 3, None)
+        read(store, KEY, 3, None)
 
 
 @pytest.mark.usefixtures("one_attempt")
@@ -149,40 +162,47 @@ def test_an_object_that_changed_is_an_object_error(s3: S3) -> None:
     source = s3.make_bucket({KEY: CONTENT})
     obstore.put(open_bucket(source), KEY, CONTENT.replace(b"3", b"4"))
     with pytest.raises(ObjectError, match="changed since it was listed"):
-        read_object(open_bucket(source), KEY, len(CONTENT), MD5)
+        read(open_bucket(source), KEY, len(CONTENT), MD5)
 
 
 class Answer:
-    """What obstore.get gives."""
+    """What obstore.get_async gives."""
 
     def __init__(self, data: bytes, etag: str) -> None:
         self.data, self.meta = data, {"e_tag": f'"{etag}"', "size": len(data)}
 
-    def bytes(self) -> bytes:
+    async def bytes_async(self) -> bytes:
         return self.data
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, contents: Iterable[bytes], etag: str) -> None:
+    """Have obstore give these, one after another."""
+    remaining = iter(contents)
+
+    async def get_async(*_: object) -> Answer:
+        return Answer(next(remaining), etag)
+
+    monkeypatch.setattr(obstore, "get_async", get_async)
+    monkeypatch.setattr(retries, "_LONGEST_WAIT", 0)
 
 
 def test_content_that_is_damaged_on_the_way_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     # No server of ours damages what it sends.
-    answers = iter([CONTENT[:-1], CONTENT.replace(b"3", b"4"), CONTENT])
-    monkeypatch.setattr(obstore, "get", lambda *_: Answer(next(answers), MD5))
-    monkeypatch.setattr("time.sleep", lambda _: None)
-    assert read_object(S3Store("bins"), KEY, len(CONTENT), MD5) == CONTENT
+    answer(monkeypatch, [CONTENT[:-1], CONTENT.replace(b"3", b"4"), CONTENT], MD5)
+    assert read(S3Store("bins"), KEY, len(CONTENT), MD5) == CONTENT
 
 
 def test_content_that_stays_damaged_is_an_object_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    damaged = CONTENT.replace(b"3", b"4")
-    monkeypatch.setattr(obstore, "get", lambda *_: Answer(damaged, MD5))
-    monkeypatch.setattr("time.sleep", lambda _: None)
+    answer(monkeypatch, repeat(CONTENT.replace(b"3", b"4")), MD5)
     with pytest.raises(ObjectError, match=f"its etag is {MD5}: damaged, or encrypted by KMS"):
-        read_object(S3Store("bins"), KEY, len(CONTENT), MD5)
+        read(S3Store("bins"), KEY, len(CONTENT), MD5)
 
 
 def test_an_etag_that_is_no_md5_is_only_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     # Of an upload in parts.
     etag = f"{MD5}-2"
-    monkeypatch.setattr(obstore, "get", lambda *_: Answer(CONTENT, etag))
-    assert read_object(S3Store("bins"), KEY, len(CONTENT), etag) == CONTENT
+    answer(monkeypatch, [CONTENT], etag)
+    assert read(S3Store("bins"), KEY, len(CONTENT), etag) == CONTENT
 
 
 @pytest.mark.usefixtures("one_attempt")
@@ -224,7 +244,7 @@ def test_a_bucket_that_refuses_credentials_names_them(
 @pytest.mark.usefixtures("one_attempt")
 def test_one_refused_object_is_an_object_error(denying_server: str) -> None:
     with pytest.raises(ObjectError, match="access denied"):
-        read_object(open_bucket(bucket_at(denying_server)), KEY, 3, None)
+        read(open_bucket(bucket_at(denying_server)), KEY, 3, None)
 
 
 @pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy"])

@@ -10,6 +10,7 @@ import pytest
 from stages.core import building
 from stages.core.building import RejectLimit, Shard, ShardMaker, build_shards
 from stages.core.errors import UserError
+from stages.core.parallel import map_in_order
 from stages.core.shards import Reject, Row, shard_name, shard_paths, write_table
 from stages.core.space import DiskFullError, readable
 
@@ -34,7 +35,7 @@ def build(
     folder: Path, shards: list[Shard[int]], work: Work, limit: RejectLimit = NO_LIMIT
 ) -> tuple[list[list[str]], list[Reject]]:
     """The ids in each shard, and the rejects."""
-    make = ShardMaker(folder, work, SCHEMA, workers=3, window=6)
+    make = ShardMaker(folder, partial(map_in_order, work), SCHEMA, workers=3, window=6)
     done, rejects = build_shards(make, shards, limit, unit="")
     return [pq.read_table(path)["id"].to_pylist() for path in shard_paths(done)], rejects
 
@@ -185,7 +186,7 @@ def test_a_full_disk_is_said_with_what_is_still_to_come(
 ) -> None:
     def write_the_first(path: Path, table: pa.Table) -> None:
         if path.name != shard_name(0):
-            raise DiskFullError(f"{path.name} does not fit")
+            raise DiskFullError(f"no room for {path.name}")
         write_table(path, table)
 
     monkeypatch.setattr(building, "write_table", write_the_first)
@@ -193,4 +194,4 @@ def test_a_full_disk_is_said_with_what_is_still_to_come(
         build(tmp_path, shards_of(12, 3), keep)
     size = (tmp_path / "shards" / shard_name(0)).stat().st_size
     to_come = f"What is left needs about {readable(3 * size)}"
-    assert str(caught.value) == f"{shard_name(1)} does not fit. {to_come}"
+    assert str(caught.value) == f"no room for {shard_name(1)}. {to_come}"

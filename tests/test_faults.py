@@ -1,5 +1,6 @@
 """Reading the bucket while S3, or the network before it, does what it does on bad days."""
 
+import asyncio
 import json
 import re
 import time
@@ -288,21 +289,24 @@ def test_a_server_that_is_gone_is_named(
 
 
 def test_an_outage_is_known_within_a_minute() -> None:
-    # The last attempt, the probe and its last attempt, and what other threads have under way.
+    # The last attempt, the probe and its last attempt, and what other readers have under way.
     stalled = 3 * bucket.STALL_TIMEOUT
     assert retries.DEADLINE + bucket.PROBE_SECONDS + stalled < 60
 
 
 def test_waits_grow_and_have_jitter(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("time.sleep", waits.append)
 
-    def fail() -> None:
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    async def fail() -> None:
         raise FailedAttempt("server error", "server error 503", definite=True)
 
+    monkeypatch.setattr("asyncio.sleep", sleep)
     for _ in range(200):
         with pytest.raises(FailedAttempt):
-            Retries().run(fail, seconds=1000)
+            asyncio.run(Retries().run(fail, seconds=1000))
     by_attempt = [waits[place :: retries.ATTEMPTS - 1] for place in range(retries.ATTEMPTS - 1)]
     for number, some in enumerate(by_attempt):
         longest = 0.05 * 2**number
@@ -314,10 +318,10 @@ def test_the_summary_counts_by_kind() -> None:
     counted = Retries()
     answers = iter(["reset", "server error", "server error", ""])
 
-    def attempt() -> None:
+    async def attempt() -> None:
         if kind := next(answers):
             raise FailedAttempt(kind, kind, definite=False)
 
-    counted.run(attempt, seconds=10)
+    asyncio.run(counted.run(attempt, seconds=10))
     assert counted.summary() == "; retried 3: 2 x server error, 1 x reset"
     assert Retries().summary() == ""

@@ -92,18 +92,18 @@ def test_the_next_run_goes_on_where_one_failed(
     prepare(bucket, drawn[:40], shard_bins=10)
     read: list[str] = []
 
-    def read_until_stopped(
+    async def read_until_stopped(
         store: Store, key: str, size: int, etag: str | None, retries: Retries
     ) -> bytes:
         if key == "bin-images/00025.jpg":
             raise StopError
-        return read_object(store, key, size, etag, retries)
+        return await read_object(store, key, size, etag, retries)
 
-    def read_and_note(
+    async def read_and_note(
         store: Store, key: str, size: int, etag: str | None, retries: Retries
     ) -> bytes:
         read.append(key)
-        return read_object(store, key, size, etag, retries)
+        return await read_object(store, key, size, etag, retries)
 
     monkeypatch.setattr(fetch, "read_object", read_until_stopped)
     with pytest.raises(StopError):

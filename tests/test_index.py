@@ -171,18 +171,18 @@ def test_finished_parts_of_a_killed_run_are_not_read_again(
     monkeypatch.setattr(index, "PART_RECORDS", 5)
     read: list[str] = []
 
-    def read_until_stopped(
+    async def read_until_stopped(
         store: Store, key: str, size: int, etag: str | None, retries: Retries
     ) -> bytes:
         if key == "metadata/00013.json":
             raise StopError
-        return read_object(store, key, size, etag, retries)
+        return await read_object(store, key, size, etag, retries)
 
-    def read_and_note(
+    async def read_and_note(
         store: Store, key: str, size: int, etag: str | None, retries: Retries
     ) -> bytes:
         read.append(key)
-        return read_object(store, key, size, etag, retries)
+        return await read_object(store, key, size, etag, retries)
 
     monkeypatch.setattr(index, "read_object", read_until_stopped)
     with pytest.raises(StopError):

@@ -1,10 +1,10 @@
 """The bucket of photographs and records: listing it and reading its objects, checked."""
 
+import asyncio
 import hashlib
 import re
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 import obstore
 import pyarrow as pa
 import pyarrow.compute as pc
+import uvloop
 from obstore.exceptions import (
     BaseError,
     InvalidPathError,
@@ -121,33 +122,32 @@ def list_objects(store: Store, prefix: str, retries: Retries | None = None) -> p
     S3 lists at most 1,000 keys a request, in the order of the keys, so a long listing is read in
     parallel ranges, cut at the keys' first two digits.
     """
-    retries = retries or Retries()
+    return uvloop.run(_list_objects(store, prefix, retries or Retries()))
+
+
+async def _list_objects(store: Store, prefix: str, retries: Retries) -> pa.Table:
     pages = _pages(store, prefix, retries)
-    first = next(pages, None)
+    first = await anext(pages, None)
     if first is None:
         return LISTING.empty_table()
     if isinstance(store, LocalStore) or first.num_rows < LIST_PAGE:
-        tables = [first, *pages]
+        tables = [first, *[page async for page in pages]]
     else:
         last_key = first["key"][-1].as_py()
         cuts = [f"{prefix}{number:02d}" for number in range(100)]
         starts = [last_key, *(cut for cut in cuts if cut > last_key)]
-        with ThreadPoolExecutor(len(starts)) as pool:
-            ranges = pool.map(
-                lambda start, stop: _list_range(store, prefix, retries, start, stop),
-                starts,
-                [*starts[1:], None],
-            )
-            tables = [first, *ranges]
+        ranges = zip(starts, [*starts[1:], None], strict=True)
+        listed = [_list_range(store, prefix, retries, start, stop) for start, stop in ranges]
+        tables = [first, *await asyncio.gather(*listed)]
     return pa.concat_tables(tables).sort_by("key")
 
 
-def _list_range(
+async def _list_range(
     store: Store, prefix: str, retries: Retries, start: str, stop: str | None
 ) -> pa.Table:
     """The objects whose key is above `start` and not above `stop`."""
     tables = [LISTING.empty_table()]
-    for page in _pages(store, prefix, retries, start):
+    async for page in _pages(store, prefix, retries, start):
         if stop is not None and page["key"][-1].as_py() > stop:
             tables.append(page.filter(pc.less_equal(page["key"], stop)))
             break
@@ -155,22 +155,22 @@ def _list_range(
     return pa.concat_tables(tables)
 
 
-def _pages(
+async def _pages(
     store: Store, prefix: str, retries: Retries, offset: str | None = None
-) -> Iterator[pa.Table]:
+) -> AsyncIterator[pa.Table]:
     """The listing after the key `offset`. Raises what the store raised, tried for DEADLINE."""
-    batches: Iterator[Any] | None = None
+    batches: AsyncIterator[Any] | None = None
 
-    def next_page() -> pa.Table | None:
+    async def next_page() -> pa.Table | None:
         nonlocal batches
         try:
             if batches is None:
-                batches = iter(_list(store, prefix, offset))
-            batch = next(batches, None)
+                batches = aiter(_list(store, prefix, offset))
+            batch = await anext(batches, None)
         # A key is no path, or the one after which to go on (a ValueError).
         except (InvalidPathError, ValueError):
             batches = None
-            return _odd_page(store, prefix, offset)
+            return await _odd_page(store, prefix, offset)
         except BaseError as error:
             # Its continuation token may have expired: the next attempt begins after the last key.
             batches = None
@@ -178,7 +178,7 @@ def _pages(
         return None if batch is None else _page(store, batch)
 
     try:
-        while (page := retries.run(next_page, _patience(store))) is not None:
+        while (page := await retries.run(next_page, _patience(store))) is not None:
             yield page
             offset = page["key"][-1].as_py()
     except FailedAttempt as failed:
@@ -195,8 +195,8 @@ def _page(store: Store, batch: Any) -> pa.Table:
     return _listing(store, table["path"].cast(pa.string()), table["size"], stamp)
 
 
-def _odd_page(store: Store, prefix: str, offset: str | None) -> pa.Table | None:
-    found = list_next(store, prefix, offset, STALL_TIMEOUT)
+async def _odd_page(store: Store, prefix: str, offset: str | None) -> pa.Table | None:
+    found = await asyncio.to_thread(list_next, store, prefix, offset, STALL_TIMEOUT)
     if not found:
         return None
     keys, sizes, stamps = (pa.array(column) for column in zip(*found, strict=True))
@@ -214,7 +214,7 @@ def window_of(largest: int) -> int:
     return max(1, min(WINDOW, READ_BYTES // max(1, largest)))
 
 
-def read_object(
+async def read_object(
     store: Store, key: str, size: int, etag: str | None, retries: Retries | None = None
 ) -> bytes:
     """The object's bytes, as listed: of that size and etag, and of that MD5 where the etag is one.
@@ -227,18 +227,18 @@ def read_object(
     retries = retries or Retries()
     start = time.monotonic()
     try:
-        data = retries.run(lambda: _read_once(store, key, size, etag), _patience(store))
+        data = await retries.run(lambda: _read_once(store, key, size, etag), _patience(store))
     except FailedAttempt as failed:
         if failed.error is not None and not failed.definite:
-            _raise_outage(store, retries, start, failed.error)
+            await _raise_outage(store, retries, start, failed.error)
         raise ObjectError(str(failed)) from None
     retries.last_read = (key, time.monotonic())
     return data
 
 
-def _read_once(store: Store, key: str, size: int, etag: str | None) -> bytes:
+async def _read_once(store: Store, key: str, size: int, etag: str | None) -> bytes:
     try:
-        result = obstore.get(store, key)
+        result = await obstore.get_async(store, key)
         found = (result.meta["e_tag"] or "").strip('"')
         if etag is not None and found != etag:
             reason = "changed since it was listed: run `dvc repro --force index`"
@@ -247,7 +247,7 @@ def _read_once(store: Store, key: str, size: int, etag: str | None) -> bytes:
         if result.meta["size"] != size:
             reason = f"has {result.meta['size']} bytes, {size} are listed"
             raise FailedAttempt("cut body", reason, definite=True)
-        data = bytes(result.bytes())
+        data = bytes(await result.bytes_async())
     except (BaseError, FileNotFoundError) as error:
         raise _failed(error) from None
     if len(data) != size:
@@ -262,26 +262,26 @@ def _read_once(store: Store, key: str, size: int, etag: str | None) -> bytes:
     return data
 
 
-def _raise_outage(store: Store, retries: Retries, since: float, error: Exception) -> None:
-    """Raise `error` in all threads if the store gives nothing else either.
+async def _raise_outage(store: Store, retries: Retries, since: float, error: Exception) -> None:
+    """Raise `error` in all readers if the store gives nothing else either.
 
     It is asked for what it gave before: a server may list what it cannot read. Only where nothing
     was read yet is it asked for a listing.
     """
 
-    def probe() -> None:
+    async def probe() -> None:
         try:
             if retries.last_read is not None:
-                obstore.get(store, retries.last_read[0]).bytes()
+                await (await obstore.get_async(store, retries.last_read[0])).bytes_async()
             else:
-                next(iter(obstore.list(store, chunk_size=1)), None)
+                await anext(aiter(obstore.list(store, chunk_size=1)), None)
         except (BaseError, FileNotFoundError) as problem:
             raise _failed(problem) from None
 
     if retries.last_read is not None and retries.last_read[1] > since:
         return
     try:
-        retries.run(probe, PROBE_SECONDS)
+        await retries.run(probe, PROBE_SECONDS)
     except FailedAttempt as failed:
         if not failed.definite:
             retries.outage = error

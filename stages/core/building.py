@@ -1,8 +1,9 @@
 """Making shards: many items at once, finished shards kept, in this process or elsewhere."""
 
+import gc
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -12,7 +13,6 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from stages.core.errors import UserError
-from stages.core.parallel import map_in_order
 from stages.core.retries import Retries
 from stages.core.shards import Reject, Row, read_rejects, shard_name, write_rejects, write_table
 from stages.core.space import DiskFullError, readable
@@ -84,13 +84,14 @@ class MadeShard:
 
 @dataclass(frozen=True)
 class ShardMaker(Generic[T]):
-    """Writes shards into `folder`, of work(item) for each of their items; see build_shards.
+    """Writes shards into `folder`, of what `work` makes of their items; see build_shards.
 
-    Another machine can have it: what it holds can be pickled.
+    `work` is map_in_order or await_in_order, but for its items, workers and window. Another machine
+    can have it all: what it holds can be pickled.
     """
 
     folder: Path
-    work: Callable[[T], Row | Reject]
+    work: Callable[[Iterable[T], int, int], Generator[Row | Reject, None, None]]
     schema: pa.Schema
     workers: int
     window: int
@@ -101,7 +102,7 @@ class ShardMaker(Generic[T]):
     ) -> Generator[MadeShard, None, None]:
         """Make the shards one by one, items of the next ones under way; `advance` counts items."""
         items = chain.from_iterable(shard.load() for shard in shards)
-        with closing(map_in_order(self.work, items, self.workers, self.window)) as results:
+        with closing(self.work(items, self.workers, self.window)) as results:
             for shard in shards:
                 rows: list[Row] = []
                 rejects: list[Reject] = []
@@ -151,7 +152,10 @@ def build_shards(
     finished = {shard.name for shard in shards} - {shard.name for shard in missing}
     rejects = {name: read_rejects(_rejects_file(make.folder, name)) for name in finished}
     _check_limit(rejects, total, limit, done)
-    with tqdm(total=total, unit=unit, unit_scale=True, disable=None) as progress:
+    with (
+        tqdm(total=total, unit=unit, unit_scale=True, disable=None) as progress,
+        _rare_collections(),
+    ):
         progress.update(total - sum(shard.rows for shard in missing))
         try:
             with closing(executor(make, missing, progress.update)) as made_shards:
@@ -160,8 +164,24 @@ def build_shards(
                     make.retries.add_counts(made.retried)
                     _check_limit(rejects, total, limit, done)
         except DiskFullError as error:
-            raise DiskFullError(f"{error}.{_space_to_come(done, shards)}") from None
+            raise DiskFullError(f"{error}{_space_to_come(done, shards)}") from None
     return done, [reject for shard in shards for reject in rejects[shard.name]]
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Rows are many small objects, none in a cycle.
+
+    Python's collector, which goes over them time and again, took a sixth of index's time.
+    """
+    usual = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(200_000, *usual[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
+        gc.unfreeze()
 
 
 def missing_shards(folder: Path, shards: Sequence[Shard[T]]) -> list[Shard[T]]:
@@ -190,7 +210,7 @@ def _space_to_come(done: Path, shards: Sequence[Shard[T]]) -> str:
     if not finished:
         return ""
     left = sum(rows.values()) - finished
-    return f" What is left needs about {readable(sum(sizes.values()) * left // finished)}"
+    return f". What is left needs about {readable(sum(sizes.values()) * left // finished)}"
 
 
 def _check_limit(

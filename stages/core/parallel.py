@@ -15,8 +15,9 @@ def map_in_order(
 ) -> Generator[R, None, None]:
     """Yield function(item) in the order of items, with at most `window` results under way.
 
-    `items` is read lazily, only as far as the window reaches. An exception of one call is raised
-    at its place; calls not yet started are then cancelled.
+    For work that lets the interpreter go, as each call has a thread. `items` is read lazily, only
+    as far as the window reaches. An exception of one call is raised at its place; calls not yet
+    started are then cancelled.
     """
     pending: deque[Future[R]] = deque()
     pool = ThreadPoolExecutor(workers)

@@ -1,10 +1,11 @@
 """Asking a store again until a deadline, and counting why."""
 
+import asyncio
 import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from itertools import count
 from typing import TypeVar
 
@@ -36,27 +37,28 @@ class FailedAttempt(Exception):  # noqa: N818 - it becomes an error when the las
 
 
 class Retries:
-    """The attempts of a stage, in all its threads: what was tried again, and what was read."""
+    """The attempts of a stage: what was tried again, and what was read."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
+        # Counted on the readers' thread, taken on another.
         self._lock = threading.Lock()
         #: The last object that came whole, and when, by time.monotonic().
         self.last_read: tuple[str, float] | None = None
         #: Set once nothing can be read any more; then every attempt raises it.
         self.outage: Exception | None = None
 
-    def run(self, attempt: Callable[[], T], seconds: float) -> T:
+    async def run(self, attempt: Callable[[], Awaitable[T]], seconds: float) -> T:
         """What `attempt` returns, tried for so long, with backoff and full jitter in between.
 
-        Raises the last FailedAttempt, or the outage that another thread has found.
+        Raises the last FailedAttempt, or the outage that another reader has found.
         """
         start = time.monotonic()
         for number in count(1):
             if self.outage is not None:
                 raise self.outage
             try:
-                return attempt()
+                return await attempt()
             except FailedAttempt as failed:
                 wait = random.uniform(0, min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (number - 1)))
                 late = time.monotonic() + wait - start >= seconds
@@ -64,7 +66,7 @@ class Retries:
                     raise
                 with self._lock:
                     self._counts[failed.kind] += 1
-            time.sleep(wait)
+            await asyncio.sleep(wait)
         raise AssertionError("count has no end")
 
     def __reduce__(self) -> tuple[type["Retries"], tuple[()]]:

@@ -12,6 +12,7 @@ import pydantic
 from obstore.store import LocalStore
 
 from stages.core import params
+from stages.core.awaiting import await_in_order
 from stages.core.bucket import (
     IN_FLIGHT,
     WINDOW,
@@ -23,7 +24,6 @@ from stages.core.bucket import (
     read_object,
 )
 from stages.core.errors import UserError
-from stages.core.parallel import map_in_order
 from stages.core.records import is_bin_id
 from stages.core.retries import Retries
 
@@ -105,13 +105,13 @@ def read_bins(store: Store, objects: pa.Table) -> Generator[Content, None, None]
     rows = (row for batch in objects.to_batches(_ROWS) for row in batch.to_pylist())
     read = partial(_read, store, Retries())
     if isinstance(store, LocalStore):
-        return map_in_order(read, rows, _DISK_READERS, 8 * _DISK_READERS)
-    return map_in_order(read, rows, IN_FLIGHT, WINDOW)
+        return await_in_order(read, rows, _DISK_READERS, 8 * _DISK_READERS)
+    return await_in_order(read, rows, IN_FLIGHT, WINDOW)
 
 
-def _read(store: Store, retries: Retries, row: dict[str, Any]) -> Content:
+async def _read(store: Store, retries: Retries, row: dict[str, Any]) -> Content:
     try:
-        data = read_object(store, row["key"], row["size"], row["etag"], retries)
+        data = await read_object(store, row["key"], row["size"], row["etag"], retries)
         return Content(row["id"], data)
     except ObjectError as error:
         # Its advice after the colon is for the pipeline.
