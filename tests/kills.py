@@ -6,233 +6,21 @@ not while Python starts. Those that DVC runs are killed anywhere.
 """
 
 import argparse
-import importlib
-import multiprocessing
 import os
 import random
-import shutil
 import sys
-import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-import pyarrow.parquet as pq
-import pytest
-import torch
-import transformers
-from ruamel.yaml import YAML
-from safetensors import safe_open
-
-from stages.core.command import run_stage
-from stages.core.shards import read_rejects
-from stages.core.work import only_run_here
-from tests.faults import Fault, FaultProxy, at_random, fault_proxy
-from tests.lab import Lab, contents, differences, kill_alone, kill_group
-from tests.made import TINY_VIT, write_params
-from tests.project import ROOT, fill_buckets
-from tests.test_pretrained import FILES, REPO, REVISION, Hub, use_endpoint
+from tests.faults import fault_proxy
+from tests.forks import STAGES, Bench, Done, serving_hub
+from tests.lab import Lab, differences, kill_alone, kill_group
+from tests.project import fill_buckets
 from tools.s3 import CLIENT_ENVIRONMENT, serving
-
-PIPELINE = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
-#: In the pipeline's order, with their arguments.
-STAGES = [
-    "index",
-    "subset",
-    "fetch",
-    "resize",
-    "split",
-    "pretrained vit",
-    "train vit",
-    "evaluate vit",
-    "report",
-]
-KNOBS: dict[str, Any] = {
-    "bucket.url": "s3://bins",
-    "index.max_rejects": 0.05,
-    "subset.bins": 70,
-    "fetch.shard_bins": 8,
-    "resize.size": 32,
-    "resize.max_rejects": 0.05,
-    "split.train": 48,
-    "split.test": 20,
-    "split.validation": 0.25,
-    # A checkpoint after each step.
-    "train.checkpoint_minutes": 1e-9,
-    "train.vit.name": REPO,
-    "train.vit.revision": REVISION,
-    "train.vit.config": {"model_type": "vit", "hidden_dropout_prob": 0.1},
-    "train.vit.warmup_steps": 5,
-    "train.vit.epochs": 3,
-    "train.vit.batch_size": 4,
-    "train.vit.ema_decay": 0.9,
-}
-# Small parts and few requests at once, so that a kill finds some of it done and some not.
-PATCHES = {
-    "stages.index.PART_RECORDS": 16,
-    "stages.index.IN_FLIGHT": 4,
-    "stages.fetch.IN_FLIGHT": 4,
-}
-LATE_ANSWERS = 0.1
-SECONDS = 600
-
-forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["tests.kills", *(f"stages.{one.split()[0]}" for one in STAGES)])
-
-
-@dataclass
-class Done:
-    """What killed runs have finished, which no later run may do again.
-
-    `ids`: of the bins in whole shards; `shards`: their inodes and times; `place`: epoch and step
-    of the checkpoint; `downloaded`: whether all weights are there.
-    """
-
-    ids: set[str] = field(default_factory=set)
-    shards: dict[Path, tuple[int, int]] = field(default_factory=dict)
-    place: str | None = None
-    downloaded: bool = False
-
-
-class Bench:
-    """A folder in which the stages run one after another, on a bucket behind `proxy`."""
-
-    def __init__(self, folder: Path, proxy: FaultProxy, hub: Hub) -> None:
-        self.folder = folder
-        self.proxy = proxy
-        self.hub = hub
-        self.output = folder.with_name(f"{folder.name}.txt")
-        #: Of each stage that has run undisturbed.
-        self.seconds: dict[str, float] = {}
-        #: All files after them.
-        self.undisturbed: dict[str, bytes] = {}
-        folder.mkdir()
-        proxy.plan = at_random([Fault.LATENCY], LATE_ANSWERS, seed=0)
-        write_params(folder, KNOBS | {"bucket.endpoint": proxy.url})
-        # The first fork waits until all is imported.
-        start_fork(os.getpid).join()
-
-    def run_undisturbed(self, last: str) -> None:
-        """The stages up to this one that have not run yet."""
-        for stage in STAGES[: STAGES.index(last) + 1]:
-            if stage not in self.seconds:
-                start = time.monotonic()
-                self.finish(stage)
-                self.seconds[stage] = time.monotonic() - start
-                self.commit()
-                self.undisturbed = self.files()
-        self.proxy.take_requests()
-        self.hub.asked.clear()
-
-    def finish(self, stage: str) -> str:
-        """Run it to the end; what it said."""
-        process = self.start(stage)
-        process.join(SECONDS)
-        said = self.output.read_text("utf-8")
-        assert process.exitcode == 0, f"{stage} ended with {process.exitcode}:\n{said}"
-        return said
-
-    def kill(self, stage: str, after: float) -> bool:
-        """Whether it still ran after so many seconds, and was killed."""
-        process = self.start(stage)
-        process.join(after)
-        process.kill()
-        process.join()
-        assert process.exitcode in {0, -9}, self.output.read_text("utf-8")
-        return bool(process.exitcode)
-
-    def start(self, stage: str) -> Any:
-        """Without its outputs, which DVC has deleted by then."""
-        for path in map(self.folder.joinpath, outs_of(stage)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        return start_fork(run_in_fork, stage, self.folder, self.hub.url, self.output)
-
-    def commit(self) -> None:
-        """Do what DVC does when it has the outputs, and let a next stage see it."""
-        (self.folder / "dvc.lock").write_text("schema: '2.0'\n")
-        process = start_fork(start_next_stage, self.folder)
-        process.join()
-        assert process.exitcode == 0
-
-    def files(self) -> dict[str, bytes]:
-        """All that the stages have written, by path."""
-        return contents(self.folder, ["data", "models", "reports", ".cache"])
-
-    def done(self) -> Done:
-        done = Done()
-        for path in sorted(self.folder.glob(".cache/*/shards/[!.]*")):
-            done.shards[path] = identity(path)
-            done.ids |= set(pq.read_table(path, columns=["id"])["id"].to_pylist())
-            rejects = path.parent.with_name("rejects") / f"{path.name}.csv"
-            done.ids |= {reject.id for reject in read_rejects(rejects)}
-        for path in self.folder.glob(".cache/*/checkpoint.safetensors"):
-            with safe_open(path, "pt") as checkpoint:
-                epoch, step, *_ = checkpoint.get_tensor("place").tolist()
-            done.place = f"epoch {epoch:.0f}, step {step:.0f}"
-        done.downloaded = any(self.folder.glob(".cache/*/source.json"))
-        return done
-
-    def repeated(self, done: Done) -> list[str]:
-        """What was done already, and a run has done again since this was last asked."""
-        asked = self.proxy.take_requests()
-        problems = [f"asked for {name} again" for name in asked if Path(name).stem in done.ids]
-        for path, known in done.shards.items():
-            if not path.exists() or identity(path) != known:
-                problems.append(f"made {path.name} again")
-        hub_asked, self.hub.asked = self.hub.asked, []
-        if done.downloaded and hub_asked:
-            problems.append("downloaded the weights again")
-        return problems
-
-
-def outs_of(stage: str) -> list[str]:
-    name, _, model = stage.partition(" ")
-    block = PIPELINE[name].get("do", PIPELINE[name])
-    paths = [*block["outs"], *(next(iter(metrics)) for metrics in block.get("metrics", []))]
-    return [path.replace("${item.model}", model) for path in paths]
-
-
-def identity(path: Path) -> tuple[int, int]:
-    """Another one where the file was written anew, be it with the same bytes."""
-    status = path.stat()
-    return status.st_ino, status.st_mtime_ns
-
-
-def start_fork(work: Any, *arguments: Any) -> Any:
-    # Any, since typeshed has no type for the processes of all contexts.
-    process: Any = forks.Process(target=work, args=arguments)
-    process.start()
-    return process
-
-
-def run_in_fork(stage: str, folder: Path, hub: str, output: Path) -> None:
-    """The stage as DVC starts it, in a process that has imported it already."""
-    os.chdir(folder)
-    os.environ.update(DVC_STAGE=stage.replace(" ", "@"), DVC_ROOT=str(folder))
-    with output.open("wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    patch = pytest.MonkeyPatch()
-    for target, value in PATCHES.items():
-        patch.setattr(target, value)
-    use_endpoint(patch, hub)
-    # Tensors this small gain nothing from more, and lose much on a busy machine.
-    torch.set_num_threads(1)
-    name, *words = stage.split()
-    sys.argv = [name, *words]
-    main = importlib.import_module(f"stages.{name}").main
-    run_stage(name, main, **({"model": "a model"} if words else {}))
-
-
-def start_next_stage(folder: Path) -> None:
-    os.chdir(folder)
-    os.environ.update(DVC_ROOT=str(folder))
-    with only_run_here("next"):
-        pass
 
 
 @dataclass
@@ -240,7 +28,7 @@ class Tally:
     """A row of the table: how often something was killed, and what came of it.
 
     `found`: the kills that left finished work; `ended`: the runs that ended before their kill;
-    `removed`: files of DVC's own that a kill had cut.
+    `remedies`: what it took to go on where a kill had cut a file of DVC's own.
     """
 
     what: str
@@ -249,15 +37,16 @@ class Tally:
     found: int = 0
     ended: int = 0
     completed: int = 0
-    removed: list[str] = field(default_factory=list)
+    remedies: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
 
     def row(self) -> str:
-        cut = f", {len(self.removed)} times after `rm {self.removed[0]}`" if self.removed else ""
         verdict = "no" if self.problems else "yes"
+        for remedy, count in self.remedies.items():
+            verdict += f", {count} x after `{remedy}`"
         return (
             f"{self.what:<22}{self.seconds:9.2f}{self.kills:7}{self.found:11}{self.ended:14}"
-            f"{self.completed:11}   {verdict}{cut}"
+            f"{self.completed:11}   {verdict}"
         )
 
 
@@ -307,25 +96,27 @@ def kill_dvc(lab: Lab, how: Callable[[int], None], times: int, seed: int) -> Tal
             tally.found += killed and any(place.folder.glob(".cache/*/*"))
             if not killed:
                 break
-        tally.removed += place.finish()
+        tally.remedies.update(place.finish())
         tally.problems += lab.problems(place)
         tally.completed += 1
     return tally
 
 
-@contextmanager
-def serving_hub() -> Iterator[Hub]:
-    """A hub with the weights that KNOBS name."""
-    with Hub() as hub, TemporaryDirectory() as folder:
-        transformers.set_seed(0)
-        transformers.ViTModel(transformers.ViTConfig(**TINY_VIT)).save_pretrained(folder)
-        for name in FILES:
-            hub.files[f"/{REPO}/resolve/{REVISION}/{name}"] = Path(folder, name).read_bytes()
-        thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield hub
-        hub.shutdown()
-        thread.join()
+def cut_lock(lab: Lab, times: int, seed: int) -> Tally:
+    """Leave what a kill leaves that comes while DVC writes dvc.lock."""
+    chance = random.Random(f"{seed} dvc.lock")
+    tally = Tally("dvc.lock cut", lab.seconds)
+    place = lab.first
+    path = place.folder / "dvc.lock"
+    whole = path.read_bytes()
+    for _ in range(times):
+        path.write_bytes(whole[: chance.randrange(len(whole))])
+        tally.remedies.update(place.finish())
+        if "Running stage" in place.said:
+            tally.problems.append("ran a stage again")
+        tally.problems += lab.problems(place)
+        tally.completed += 1
+    return tally
 
 
 def main() -> int:
@@ -353,6 +144,7 @@ def kill_all(folder: Path, times: int, seed: int) -> Iterator[Tally]:
         lab = Lab(folder / "lab", url, proxy)
         for how in (kill_alone, kill_group):
             yield kill_dvc(lab, how, times, seed)
+        yield cut_lock(lab, times, seed)
 
 
 if __name__ == "__main__":

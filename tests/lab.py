@@ -38,11 +38,12 @@ CHANGES = {
 WRITTEN = ["data", "models", "reports", ".cache"]
 NEXT_STAGE = "from stages.core.work import only_run_here\nwith only_run_here('next'): pass"
 SECONDS = 600
-#: What `dvc repro` says where a kill has cut a file of DVC's own, and the file to remove then.
+#: What `dvc repro` says where a kill has cut a file of DVC's own, and what to do then.
 REMEDIES = {
-    "'./dvc.lock' validation failed": "dvc.lock",
-    "unable to read: 'dvc.lock'": "dvc.lock",
-    "Unable to read RWLock-file": ".dvc/tmp/rwlock",
+    "'./dvc.lock' validation failed": "rm dvc.lock",
+    "unable to read: 'dvc.lock'": "rm dvc.lock",
+    "Unable to read RWLock-file": "rm .dvc/tmp/rwlock",
+    "join() argument must be str": "find .dvc/cache/runs -type d -empty -delete",
 }
 
 
@@ -97,17 +98,17 @@ class Place(Clone):
         return Run(self, "dvc", "repro", *self.targets)
 
     def finish(self) -> list[str]:
-        """Run it to its end; the files of DVC's that had to be removed for it."""
-        removed: list[str] = []
+        """Run it to its end; the commands of REMEDIES that this took."""
+        remedies: list[str] = []
         while (run := self.start()).wait() != 0:
-            files = {file for text, file in REMEDIES.items() if text in run.said}
-            assert files - set(removed), run.said
-            for file in files:
-                (self.folder / file).unlink()
-                removed.append(file)
+            commands = {command for text, command in REMEDIES.items() if text in run.said}
+            assert commands - set(remedies), run.said
+            for command in commands:
+                self.run(*command.split())
+                remedies.append(command)
         self.said = run.said
         self.wait_for_orphans()
-        return removed
+        return remedies
 
     def wait_for_orphans(self) -> None:
         """For the stages of killed runs, which are the ones whose current directory is here."""

@@ -1,8 +1,8 @@
 """Runs the pipeline for some rounds, each disturbed in another way, and compares all bytes.
 
 `python -m tests.soak --rounds 20 --seed 0`: a line for each round, and a table at the end. It ends
-with 1 where a round left other bytes than an undisturbed run, left something behind, or did
-finished work twice. No round begins after `--minutes`.
+with 1 where a round left other bytes than an undisturbed run, left something behind, or did work
+twice that was finished. No round begins after `--minutes`.
 """
 
 import argparse
@@ -110,7 +110,7 @@ def run_round(lab: Lab, fault: str, chance: random.Random) -> Round:
         outcome = FAULTS[fault](lab, place, chance)
         problems += place.repeated()
         outcomes.append(outcome)
-    outcomes += [f"after rm {file}" for file in place.finish()]
+    outcomes += [f"after `{remedy}`" for remedy in place.finish()]
     problems += lab.problems(place)
     return Round(fault, outcomes, time.monotonic() - start, problems)
 
@@ -124,7 +124,7 @@ def table(rounds: list[Round]) -> str:
         outcomes = [outcome for one in some for outcome in one.outcomes]
         counted = ", ".join(f"{outcomes.count(text)} x {text}" for text in sorted(set(outcomes)))
         equal = "no" if any(one.problems for one in some) else "yes"
-        times = sum(not outcome.startswith("after rm") for outcome in outcomes)
+        times = sum(not outcome.startswith("after `") for outcome in outcomes)
         lines.append(f"{fault:<28}{len(some):>7}{times:>7}   {equal:<13}{counted}")
     return "\n".join(lines)
 

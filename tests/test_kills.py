@@ -13,8 +13,9 @@ from stages.core.checkpoint import TrainingState, save_checkpoint
 from stages.core.files import atomic_write
 from stages.core.work import publish_folder
 from tests.faults import FaultProxy, fault_proxy
-from tests.kills import HEADER, STAGES, Bench, kill_stage, serving_hub
-from tests.lab import Lab, kill_alone, kill_group, wait_for
+from tests.forks import STAGES, Bench, serving_hub
+from tests.kills import HEADER, kill_stage
+from tests.lab import REMEDIES, Lab, Place, kill_alone, kill_group, wait_for
 from tests.made import full_network
 
 SEED = 0
@@ -74,18 +75,25 @@ def test_dvc_killed_before_it_has_the_photographs_does_not_fetch_them_again(lab:
     assert lab.problems(place) == []
 
 
-@pytest.mark.parametrize("share", [0, random.Random(SEED).random()])
-def test_a_lock_that_a_kill_has_cut_costs_no_work(lab: Lab, share: float) -> None:
-    """DVC writes dvc.lock in place, and a kill may come in between."""
+def test_what_a_kill_can_cut_of_dvcs_own_files_has_a_remedy(lab: Lab) -> None:
+    """DVC writes these files in place, or first makes the folder; a kill may come in between."""
     place = lab.first
-    path = place.folder / "dvc.lock"
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(share * len(whole))])
-    removed = place.finish()
-    assert removed == ["dvc.lock"] or share
-    assert "Running stage" not in place.said
-    assert path.read_bytes() == whole
+    lock, rwlock = place.folder / "dvc.lock", place.folder / ".dvc/tmp/rwlock"
+    whole = lock.read_bytes()
+    lock.write_bytes(b"")
+    rwlock.write_text('{"write": {')
+    (noted,) = (path for path in runs(place) if "stages.subset" in path.read_text("utf-8"))
+    noted.unlink()
+    assert sorted(place.finish()) == sorted(set(REMEDIES.values()))
+    assert "Running stage 'subset'" in place.said
+    assert lab.proxy.take_requests() == {}
+    assert lock.read_bytes() == whole
     assert lab.problems(place) == []
+
+
+def runs(place: Place) -> list[Path]:
+    """What DVC has noted of them, a file each."""
+    return [path for path in place.folder.glob(".dvc/cache/runs/*/*/*") if path.is_file()]
 
 
 Events = list[tuple[str, Path]]
@@ -136,8 +144,8 @@ def test_a_folder_is_flushed_file_by_file_before_it_has_its_name(
     tmp_path: Path, events: Events
 ) -> None:
     """Also what a library has written without flushing it, like a model."""
-    (tmp_path / "work/deep").mkdir(parents=True)
-    for name in ("model.safetensors", "deep/more"):
+    (tmp_path / "work").mkdir()
+    for name in ("model.safetensors", "config.json"):
         (tmp_path / "work" / name).write_text("whole")
     publish_folder(tmp_path / "work", tmp_path / "models/vit")
     assert_safe_in_a_power_loss(events, tmp_path / "models/vit")
