@@ -26,7 +26,6 @@ from stages.core.launch import process_count, run_processes
 from stages.core.loader import load_sets
 from stages.core.networks import build_classifier, save_classifier
 from stages.core.params import Params, load_params
-from stages.core.shards import shard_paths
 from stages.core.space import require_space
 from stages.core.work import publish_folder, unfinished
 
@@ -35,7 +34,6 @@ SPLIT = Path("data/split.csv")
 PRETRAINED = Path("models/pretrained")
 MODELS = Path("models")
 REPORTS = Path("reports")
-PACKED = "The photographs, one after another for all processes,"
 
 
 def main(model: str) -> str:
@@ -51,11 +49,13 @@ def train_model(model: str) -> str:
         joined_processes() as processes,
         folder_of_work(params, model, processes) as work,
     ):
+        # A killed run's takes space, and may be linked into DVC's cache, where nothing may be
+        # overwritten.
+        if processes.is_first:
+            shutil.rmtree(work / "model", ignore_errors=True)
         with stop_requests() as request:
             trainer, epochs = train(params, model, work, processes, request)
         if processes.is_first:
-            # A killed run's may be linked into DVC's cache, where nothing may be overwritten.
-            shutil.rmtree(work / "model", ignore_errors=True)
             save_classifier(trainer.trained, trainer.knobs, work / "model")
             publish_folder(work / "model", MODELS / model)
             write_csv(REPORTS / model / "curves.csv", pd.DataFrame(map(asdict, epochs)))
@@ -94,8 +94,6 @@ def train(
     """Train, from the last checkpoint in the folder `work` if it has one."""
     knobs = params.model(model)
     names = ["train", "validation", "test"]
-    if processes.local_rank == 0:
-        require_space(work, sum(path.stat().st_size for path in shard_paths(RESIZED)), PACKED)
     sets = load_sets(RESIZED, SPLIT, names, work, processes)
     train_bins, validation_bins, test_bins = sets
     labels = sorted({quantity for bins in sets for quantity in bins.quantities.tolist()})
@@ -108,7 +106,9 @@ def train(
     )
     path = work / checkpoint.NAME
     if processes.is_first:
-        require_space(work, space_to_train(trainer), f"The model {model} and its checkpoints")
+        # The last checkpoint of a killed run has its space already.
+        there = path.stat().st_size if path.exists() else 0
+        require_space(work, space_to_train(trainer) - there, f"{model} and its checkpoints")
     resumed = restore_checkpoint(path, trainer.state, processes)
     watch = Watch(processes, path, 60 * params.train.checkpoint_minutes, request)
     if processes.is_first:

@@ -200,7 +200,7 @@ def test_a_published_folder_is_the_whole_of_it(
     assert [path.name for path in out.parent.iterdir()] == ["raw"]
 
 
-def test_without_hard_links_a_folder_is_moved_into_place(
+def test_without_hard_links_a_folder_is_copied_into_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
@@ -210,8 +210,8 @@ def test_without_hard_links_a_folder_is_moved_into_place(
     (tmp_path / "done").mkdir()
     (tmp_path / "done/part").write_text("done")
     publish_folder(tmp_path / "done", tmp_path / "out")
-    assert (tmp_path / "out/part").read_text() == "done"
-    assert not (tmp_path / "done/part").exists()
+    for folder in ("done", "out"):
+        assert (tmp_path / folder / "part").read_text() == "done"
 
 
 def work_for_dvc(stage: str, key: str) -> Path:

@@ -85,7 +85,7 @@ def save_checkpoint(path: Path, state: TrainingState, totals: tuple[float, float
                 f"{name.removeprefix('network.')} is no longer finite at step {state.step} of"
                 f" epoch {state.epoch}: lower this model's learning_rate"
             )
-    with atomic_write(path) as temporary:
+    with atomic_write(path, sum(value.nbytes for value in tensors.values())) as temporary:
         save_file(tensors | {"place": place}, temporary)
 
 

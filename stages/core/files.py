@@ -11,35 +11,35 @@ from typing import Any
 
 import pandas as pd
 
-from stages.core.space import disk_full, is_disk_full
+from stages.core.space import space_for
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, size: int = 0) -> Iterator[Path]:
     """Give a temporary path to write; when the block ends well, flush it and rename it to `path`.
 
     `path` itself is never opened: it may be a hard link into DVC's cache. Raises DiskFullError
-    where the file does not fit on its disk.
+    where the file, of about `size` bytes if that is known, does not fit on its disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
-    try:
-        yield temporary
-        flush(temporary)
-        temporary.replace(path)
-        flush(path.parent)
-    except Exception as error:
-        if not is_disk_full(error):
-            raise
-        written = temporary.stat().st_size if temporary.exists() else 0
-        raise disk_full(path, written) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with space_for(path, size):
+        try:
+            yield temporary
+            flush(temporary)
+            temporary.replace(path)
+            flush(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    with atomic_write(path, len(data)) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, "utf-8")
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -48,8 +48,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
     """Six significant digits: enough for shares and losses, and the same on every machine."""
-    with atomic_write(path) as temporary:
-        table.to_csv(temporary, index=False, lineterminator="\n", float_format="%.6g")
+    write_text(path, table.to_csv(index=False, lineterminator="\n", float_format="%.6g"))
 
 
 def read_csv(path: Path) -> pd.DataFrame:

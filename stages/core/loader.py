@@ -23,6 +23,7 @@ from stages.core.errors import UserError
 from stages.core.files import read_csv
 from stages.core.parallel import usable_cores
 from stages.core.shards import shard_paths, whole_parquet, write_table
+from stages.core.space import require_space, space_for
 from stages.core.work import scratch
 
 # Batches decoded ahead of the one in use.
@@ -107,7 +108,7 @@ def load_sets(
 def pack_bins(resized: Path, split: Path, set_names: Sequence[str], folder: Path) -> None:
     """Put the sets' photographs into one file in `folder`, and what is known of each beside it.
 
-    Raises UserError where a set has no bin, or the shards lack one.
+    Raises UserError where a set has no bin, or the shards lack one, and DiskFullError.
     """
     sets = pa.Table.from_pandas(read_csv(split)[["id", "set"]], preserve_index=False)
     sets = sets.filter(pc.is_in(sets["set"], pa.array(set_names)))
@@ -115,7 +116,9 @@ def pack_bins(resized: Path, split: Path, set_names: Sequence[str], folder: Path
         if name not in sets["set"].unique().to_pylist():
             raise UserError(f"{split} has no bin in the set {name}: check split.{name}")
     packed = []
-    with (folder / IMAGES).open("wb") as file:
+    needed = packed_bytes(resized, len(sets))
+    require_space(folder, needed, "the photographs, one after another for all processes")
+    with space_for(folder / IMAGES, needed), (folder / IMAGES).open("wb") as file:
         for path in shard_paths(resized):
             with whole_parquet(path):
                 shard = pq.read_table(path)
@@ -133,6 +136,16 @@ def pack_bins(resized: Path, split: Path, set_names: Sequence[str], folder: Path
     ends = pc.cumulative_sum(pc.cast(bins["length"], pa.int64()))
     bins = bins.append_column("offset", pc.subtract(ends, bins["length"]))
     write_table(folder / TABLE, bins.drop_columns("row"))
+
+
+def packed_bytes(resized: Path, bins: int) -> int:
+    """About what so many of the shards' photographs take."""
+    paths = shard_paths(resized)
+    rows = 0
+    for path in paths:
+        with whole_parquet(path):
+            rows += pq.read_metadata(path).num_rows
+    return sum(path.stat().st_size for path in paths) * bins // max(1, rows)
 
 
 def open_bins(folder: Path, set_name: str) -> Bins:

@@ -37,6 +37,7 @@ from stages.core.model_files import (
 # The knobs are only read, so that a machine without pydantic can train too.
 if TYPE_CHECKING:
     from stages.core.params import Model
+from stages.core.space import DiskFullError, space_for
 
 # What this project sets in a configuration of transformers, and the name of a place.
 _GIVEN = {"id2label", "label2id", "num_labels", "dtype", "_name_or_path"}
@@ -130,12 +131,17 @@ def _download_torchvision(model: Model, folder: Path) -> str:
         ) from None
     url: str = weights.url
     _refuse_changed_copy(url)
+    size = int(weights.meta["_file_size"] * 2**20)
+    downloads = Path(torch.hub.get_dir(), "checkpoints")
+    downloads.mkdir(parents=True, exist_ok=True)
     try:
-        # The file's name holds the start of its SHA-256, which check_hash compares.
-        state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        with space_for(downloads / url.rpartition("/")[2], size):
+            # The file's name holds the start of its SHA-256, which check_hash compares.
+            state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{url} cannot be had: {error}") from None
-    save_file(state, folder / WEIGHTS)
+    with space_for(folder / WEIGHTS, size):
+        save_file(state, folder / WEIGHTS)
     categories = len(weights.meta["categories"])
     write_json(folder / CONFIG, _torchvision_config(model.name, categories, {}))
     return url
@@ -153,9 +159,12 @@ def _refuse_changed_copy(url: str) -> None:
 def _download_transformers(model: Model, folder: Path) -> str:
     for name in (CONFIG, WEIGHTS):
         try:
-            huggingface_hub.hf_hub_download(
-                model.name, name, revision=model.revision, local_dir=folder
-            )
+            with space_for(folder / name, 0):
+                huggingface_hub.hf_hub_download(
+                    model.name, name, revision=model.revision, local_dir=folder
+                )
+        except DiskFullError:
+            raise
         # Its client raises errors of its own, of its HTTP library's and of the system's.
         except Exception as error:  # noqa: BLE001
             reason = _without_secrets(str(error).strip().partition("\n")[0])
@@ -422,14 +431,15 @@ def save_classifier(classifier: Classifier, model: Model, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     network = classifier.network.cpu().to(memory_format=torch.contiguous_format)
-    if isinstance(network, transformers.PreTrainedModel):
-        network.save_pretrained(folder)
-    else:
-        save_file(network.state_dict(), folder / WEIGHTS)
-        labels = {str(number): str(label) for number, label in enumerate(classifier.labels)}
-        config = _torchvision_config(model.name, len(labels), model.config)
-        config["id2label"] = labels
-        write_json(folder / CONFIG, config)
+    with space_for(folder / WEIGHTS, sum(value.nbytes for value in network.state_dict().values())):
+        if isinstance(network, transformers.PreTrainedModel):
+            network.save_pretrained(folder)
+        else:
+            save_file(network.state_dict(), folder / WEIGHTS)
+            labels = {str(number): str(label) for number, label in enumerate(classifier.labels)}
+            config = _torchvision_config(model.name, len(labels), model.config)
+            config["id2label"] = labels
+            write_json(folder / CONFIG, config)
     write_json(folder / PREPROCESSOR, _preprocessor_config(classifier))
 
 

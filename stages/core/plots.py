@@ -3,6 +3,7 @@
 Each is narrow enough to be read on a phone.
 """
 
+import io
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -16,6 +17,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
+from stages.core.files import write_bytes
 from stages.core.verification import PREVALENCES, precision
 
 SETS = {"train": "#5b7690", "validation": "#d9a13b", "test": "#c8385a"}
@@ -153,8 +155,11 @@ def precision_figure(roc: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
+    """As PNG."""
+    buffer = io.BytesIO()
     # Without the version of matplotlib, which would change the bytes.
-    figure.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+    write_bytes(path, buffer.getvalue())
 
 
 def _make_unit_square(axes: Axes) -> None:

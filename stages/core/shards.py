@@ -11,7 +11,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from stages.core.errors import UserError
-from stages.core.files import atomic_write
+from stages.core.files import atomic_write, write_bytes
 
 Row = dict[str, Any]
 
@@ -38,7 +38,7 @@ def write_table(path: Path, table: pa.Table) -> None:
     compressed already, and readers get at them fastest so.
     """
     images = "image" in table.schema.names
-    with atomic_write(path) as temporary:
+    with atomic_write(path, table.nbytes) as temporary:
         pq.write_table(
             table,
             temporary,
@@ -85,8 +85,9 @@ def whole_parquet(path: Path) -> Iterator[None]:
 def write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
     """A CSV of id and reason; only the header where there are none."""
     table = pa.Table.from_pylist([reject._asdict() for reject in rejects], _REJECTS)
-    with atomic_write(path) as temporary:
-        pyarrow.csv.write_csv(table, temporary)
+    sink = pa.BufferOutputStream()
+    pyarrow.csv.write_csv(table, sink)
+    write_bytes(path, sink.getvalue().to_pybytes())
 
 
 def read_rejects(path: Path) -> list[Reject]:

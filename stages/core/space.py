@@ -1,32 +1,50 @@
-"""Space on disks: asked for before long work, and named when it runs out."""
+"""Space on disks: asked for before long work, and named where it runs out."""
 
 import errno
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from stages.core.errors import UserError
 
 
 class DiskFullError(UserError):
-    """What was being written did not fit on its disk."""
+    """What is to be written does not fit on its disk."""
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
     """Raise DiskFullError where the disk of `folder` has fewer than `needed` bytes free."""
+    if shutil.disk_usage(folder).free < needed:
+        raise _no_room(folder, needed, what)
+
+
+def on_one_disk(some: Path, others: Path) -> bool:
+    return some.stat().st_dev == others.stat().st_dev
+
+
+@contextmanager
+def space_for(path: Path, needed: int) -> Iterator[None]:
+    """Turn what is raised in the block where the disk is full into a DiskFullError.
+
+    It says that `path`, whose folder exists, takes about `needed` bytes; 0 where nobody knows.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise _no_room(path.parent, needed, str(path)) from None
+
+
+def _no_room(folder: Path, needed: int, what: str) -> DiskFullError:
     free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise DiskFullError(
-            f"{what} need about {readable(needed)}, and the disk of {folder.absolute()} has"
-            f" {readable(free)} free: make room for {readable(needed - free)}, and run again"
-        )
-
-
-def disk_full(path: Path, written: int) -> DiskFullError:
-    """The error for a file of which so many bytes were written when its disk was full."""
-    free = shutil.disk_usage(path.parent).free
+    takes = f" (about {readable(needed)})" if needed else ""
+    # What was estimated may fit, and yet not be all.
+    missing = f" for {readable(needed - free)}" if needed > free else ""
     return DiskFullError(
-        f"{path} does not fit on its disk, which had room for {readable(written)} of it and has"
-        f" {readable(free)} free now: make room, and run again"
+        f"no room for {what}{takes}: the disk of {folder.absolute()} has {readable(free)} free;"
+        f" make room{missing}, and run again"
     )
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from stages.core.files import digest, digest_files, flush
+from stages.core.files import digest, digest_files, flush, write_text
+from stages.core.space import space_for
 
 STAGES = Path(__file__).parent.parent
 # How long the work of a killed run waits for a next one with the same inputs.
@@ -46,9 +47,12 @@ def unfinished(stage: str, key: str) -> Iterator[Path]:
         finished = folder.with_suffix(_FINISHED)
         finished.unlink(missing_ok=True)
         folder.mkdir(exist_ok=True)
+        # What a killed run had half written.
+        for leftover in folder.glob(".*.partial"):
+            leftover.unlink()
         yield folder
         if "DVC_STAGE" in os.environ:
-            finished.write_text(str(Path.cwd()), "utf-8")
+            write_text(finished, str(Path.cwd()))
         else:
             shutil.rmtree(folder, ignore_errors=True)
         _remove_stale(stage)
@@ -66,7 +70,9 @@ def only_run(stage: str, which: str, lock_file: Path) -> Iterator[None]:
     try:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         who = f"process {os.getpid()} on {socket.gethostname()}, since {since}"
-        lock_file.write_text(who, "utf-8")
+        # On a full disk nobody is told; what the stage writes tells what there is no room for.
+        with suppress(OSError):
+            lock_file.write_text(who, "utf-8")
         yield
     finally:
         # While it is held: whoever waits for it notices that this file is gone, and makes another.
@@ -118,24 +124,34 @@ def _file_name(stage: str) -> str:
 
 
 def publish_folder(folder: Path, out: Path) -> None:
-    """Make `out` the whole of `folder`, by hard links where the disk has them, else by moving."""
+    """Make `out` all files of `folder`, by hard links where the disk has them, else by copying.
+
+    `folder` keeps them: what breaks off here has nothing to do again. Files that begin with a dot
+    are what a killed run had half written. Raises DiskFullError.
+    """
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(folder, partial, copy_function=_link_or_move)
-    # Libraries that wrote some of them did not; for the others it costs nothing.
-    for path in [*partial.rglob("*"), partial]:
-        flush(path)
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
-    flush(out.parent)
+    partial.mkdir(parents=True)
+    files = list(folder.glob("[!.]*"))
+    try:
+        with space_for(out, sum(file.stat().st_size for file in files)):
+            for file in files:
+                _link_or_copy(file, partial / file.name)
+            flush(partial)
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
+        flush(out.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _link_or_move(source: str, target: str) -> None:
+def _link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        shutil.move(source, target)
+        shutil.copyfile(source, target)
+    # Libraries that wrote it did not; and some disks say only then that they are full.
+    flush(target)
 
 
 def _remove_committed() -> None:
@@ -150,13 +166,10 @@ def _is_committed(folder: Path) -> bool:
     DVC writes it after each stage, changed or not, once it has the outputs in its cache.
     """
     marker = folder.with_suffix(_FINISHED)
-    repository = marker.read_text("utf-8")
-    # A run that was killed while it wrote the marker has left it empty.
-    if not repository:
-        return False
-    lock = Path(repository) / "dvc.lock"
+    repository = Path(marker.read_text("utf-8"))
+    lock = repository / "dvc.lock"
     if not lock.exists():
-        return not Path(repository).exists()
+        return not repository.exists()
     return lock.stat().st_mtime_ns > marker.stat().st_mtime_ns
 
 
