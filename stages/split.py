@@ -4,6 +4,7 @@ data/split.json says how many test bins have siblings in train, also under the o
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,6 +21,9 @@ SUBSET = Path("data/subset.parquet")
 QUARANTINE = Path("data/quarantine.csv")
 OUT = Path("data/split.csv")
 LEAKS = Path("data/split.json")
+
+#: Of each group the number of bins with each quantity.
+Contents = dict[str, dict[int, int]]
 
 
 def main() -> str:
@@ -61,18 +65,20 @@ def split(bins: pd.DataFrame, unusable: set[str], params: Split) -> pd.DataFrame
             f"split.test {params.test} leaves nothing to train: {len(bins)} bins remain"
         )
     labels = bins["group"] if params.by == "group" else bins["id"]
-    contents: defaultdict[str, Counter[int]] = defaultdict(Counter)
-    for label, quantity in zip(labels, bins["quantity"], strict=True):
-        contents[label][quantity] += 1
+    # Dicts, as hundreds of thousands of Counters take seconds.
+    contents: Contents = defaultdict(dict)
+    for label, quantity in zip(labels.tolist(), bins["quantity"].tolist(), strict=True):
+        held = contents[label]
+        held[quantity] = held.get(quantity, 0) + 1
     counts = Counter(bins["quantity"])
     order = shuffled(contents, "split", params.seed)
     test = draw(order, contents, counts, params.test, "split.test")
     rest = [label for label in order if label not in test]
-    left = sum(contents[label].total() for label in rest)
+    left = count_bins(rest, contents)
     train = draw(rest, contents, counts, min(params.train, left), "split.train")
     # In an order of its own: another share moves bins between train and validation only.
     order = shuffled(train, "validation", params.seed)
-    size = round(params.validation * sum(contents[label].total() for label in train))
+    size = round(params.validation * count_bins(train, contents))
     validation = draw(order, contents, counts, size, "split.validation")
     if train == validation:
         raise UserError(f"split.validation {params.validation:g} leaves no sibling group to train")
@@ -84,7 +90,7 @@ def split(bins: pd.DataFrame, unusable: set[str], params: Split) -> pd.DataFrame
 
 def draw(
     order: list[str],
-    contents: dict[str, Counter[int]],
+    contents: Contents,
     counts: Counter[int],
     size: int,
     key: str,
@@ -96,11 +102,16 @@ def draw(
     return drawn
 
 
+def count_bins(labels: Iterable[str], contents: Contents) -> int:
+    return sum(sum(contents[label].values()) for label in labels)
+
+
 def count_leaks(sets: pd.DataFrame) -> dict[str, int]:
     """How many bins of test have a sibling among those that are trained or chosen with."""
     tested = sets["set"] == "test"
-    leaking = sets.loc[tested, "group"].isin(sets.loc[~tested, "group"])
-    return {"test_bins": int(tested.sum()), "with_sibling_seen": int(leaking.sum())}
+    seen = set(sets.loc[~tested, "group"])
+    leaking = sum(group in seen for group in sets.loc[tested, "group"])
+    return {"test_bins": int(tested.sum()), "with_sibling_seen": leaking}
 
 
 def apportion(size: int, counts: Counter[int]) -> Counter[int]:
@@ -114,22 +125,27 @@ def apportion(size: int, counts: Counter[int]) -> Counter[int]:
     return parts
 
 
-def take(order: list[str], contents: dict[str, Counter[int]], wanted: Counter[int]) -> set[str]:
+def take(order: list[str], contents: Contents, wanted: Counter[int]) -> set[str]:
     """Groups, in order, that hold `wanted` bins of each quantity, as near as whole groups allow.
 
     First every group that fits into what is still wanted of its quantities; then, where that
     left gaps, whatever fits into their sum.
     """
-    wanted = wanted.copy()
+    missing = dict(wanted)
     taken = set()
     for label in order:
-        if all(count <= wanted[quantity] for quantity, count in contents[label].items()):
-            wanted.subtract(contents[label])
+        held = contents[label]
+        if all(count <= missing.get(quantity, 0) for quantity, count in held.items()):
+            for quantity, count in held.items():
+                missing[quantity] -= count
             taken.add(label)
-    gap = wanted.total()
+    gap = sum(missing.values())
     for label in order:
-        if gap and label not in taken and contents[label].total() <= gap:
-            gap -= contents[label].total()
+        if not gap:
+            break
+        size = sum(contents[label].values())
+        if label not in taken and size <= gap:
+            gap -= size
             taken.add(label)
     return taken
 
