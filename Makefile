@@ -50,7 +50,7 @@ check: setup  ## lint, format, types, and the lock against a database of vulnera
 audit-lock: setup  ## the lock against a database of vulnerabilities; fails where an update mends one
 	python -m tools.vulnerabilities
 
-check-sky: setup .venv-sky/.installed  ## cloud/sky.yaml against SkyPilot's own schema
+check-sky: setup .venv-sky/.installed  ## cloud/*.yaml against SkyPilot's own schema
 	python -m pytest tests/test_sky.py
 
 soak: setup  ## dvc repro under random faults and kills, each a round; an hour at most
@@ -60,9 +60,10 @@ bench-train: setup $(VENV)/.bench-installed  ## loading and training against pee
 	python -m benchmarks.loader
 	python -m benchmarks.train_cpu
 
-bench-data: setup $(VENV)/.bench-installed .venv-img2dataset/.installed  ## fetch and resize against peers, and all of the data at its true size; an hour, undisturbed, 17 GB
+bench-data: setup $(VENV)/.bench-installed .venv-img2dataset/.installed  ## fetch and resize against peers, all of the data at its true size, and memory; 40 minutes, undisturbed, 17 GB
 	python -m benchmarks.fetching
 	python -m benchmarks.data_path
+	python -m benchmarks.memory
 
 bench-dvc: setup  ## DVC's own time, with shards and with single files; 12 minutes, undisturbed
 	python -m benchmarks.dvc_operations
@@ -90,6 +91,9 @@ format: setup  ## what of `check` can be mended by itself
 	ruff check --fix .
 	ruff format .
 
-lock: setup  ## requirements.txt anew, from the ranges in pyproject.toml
-	uv pip compile pyproject.toml --extra ray --group dev --universal --generate-hashes \
-		--no-emit-index-url --no-header --quiet -o requirements.txt
+COMPILE := uv pip compile --universal --generate-hashes --no-emit-index-url --no-header --quiet
+
+lock: setup  ## the requirements.txt files anew, from the ranges in pyproject.toml
+	$(COMPILE) pyproject.toml --extra ray --group dev -o requirements.txt
+	$(COMPILE) --group bench -c requirements.txt -o benchmarks/requirements.txt
+	$(COMPILE) --group sky -o cloud/requirements.txt

@@ -29,6 +29,7 @@ TASKS = ["sky.yaml", "sky-nodes.yaml"]
 TOKEN = "a-secret-token"  # noqa: S105 - of the server below
 #: Where `make check-sky` puts SkyPilot, whose dependencies are too many for the project's lock.
 SKY = ROOT / ".venv-sky/bin/python"
+needs_sky = pytest.mark.skipif(not SKY.exists(), reason="SkyPilot is not here: make check-sky")
 CHECK = """
 import json, sys, sky
 from sky.data.storage_utils import get_excluded_files
@@ -112,6 +113,8 @@ class Machine(Clone):
         )
 
 
+# It needs no SkyPilot, but two minutes.
+@needs_sky
 def test_two_machines_train_a_model_and_share_the_experiment(
     project: Project, endpoint: str, tmp_path: Path
 ) -> None:
@@ -181,7 +184,7 @@ def test_a_task_names_all_that_it_uses_and_holds_no_secret(name: str) -> None:
     assert set(task["secrets"].values()) == {None}
 
 
-@pytest.mark.skipif(not SKY.exists(), reason="there is no SkyPilot here: make check-sky")
+@needs_sky
 @pytest.mark.parametrize(("name", "nodes", "gpus"), [("sky.yaml", 1, 1), ("sky-nodes.yaml", 2, 4)])
 def test_skypilot_takes_a_task(name: str, nodes: int, gpus: int, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
