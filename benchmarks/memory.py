@@ -107,21 +107,19 @@ def describe(stage: str, taken: Measure) -> str:
 
 
 def memory_table(imports: Mapping[str, Measure], sizes: Mapping[int, Mapping[str, Measure]]) -> str:
-    """A row per stage: peaks, what 1,000 more photographs add, and what that comes to in full."""
+    """A row per stage: peaks, and what 1,000 more photographs add."""
     *_, smaller, larger = sizes
     rows = []
     for stage, base in imports.items():
         peaks = [measures[stage].peak_bytes for measures in sizes.values()]
         growth = (peaks[-1] - peaks[-2]) * 1000 / (larger - smaller)
-        full = peaks[-1] + growth * (PUBLISHED - larger) / 1000
-        cells = [base.peak_bytes, *peaks, growth, max(full, *peaks)]
+        cells = [base.peak_bytes, *peaks, growth]
         rows.append([f"`{stage}`", *(f"{cell / 10**6:,.1f}" for cell in cells)])
     header = [
         "peak memory, MB",
         "imports alone",
         *(f"{size:,} photographs" for size in sizes),
         "1,000 more",
-        f"so with {PUBLISHED:,}",
     ]
     return common.table(header, rows)
 
@@ -163,8 +161,8 @@ def main() -> None:
         " the memory of the data's path; a real network's own comes on top in `train` and"
         " `evaluate`. With few photographs stages need less: `fetch` has 1,024 under way and a"
         " shard of 1,000 in hand, `evaluate` and the tests of `train` 256 in a batch. So what 1,000"
-        f" more add is taken from the runs with {smaller:,} and {larger:,}, and carried on to"
-        f" {PUBLISHED:,}."
+        f" more add is taken from the runs with {smaller:,} and {larger:,}; of the true size,"
+        " `data-path.md` has what was measured."
     )
     sections = {
         "": f"{machine}\n{setting}",
