@@ -117,3 +117,19 @@ def test_whoever_wants_no_more_results_waits_for_none() -> None:
 
     with closing(await_in_order(slow, range(10), workers=3, window=3)) as results:
         assert next(results) == 0
+
+
+class PanicError(BaseException):
+    """As libraries in Rust raise it."""
+
+
+def test_what_is_no_exception_is_raised_too_and_ends_nothing_early() -> None:
+    async def panic_at_three(number: int) -> int:
+        await asyncio.sleep(0)
+        if number == 3:
+            raise PanicError
+        return number
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        list(await_in_order(panic_at_three, range(10), workers=2, window=4))
+    assert caught.group_contains(PanicError)

@@ -33,6 +33,9 @@ def await_in_order(
                     raise outcome.error
                 yield outcome
             loop.call_soon_threadsafe(crew.make_room, len(batch))
+        thread.join()
+        # What is no Exception, like a panic of a library in Rust, ends all of it.
+        work.result()
     finally:
         loop.call_soon_threadsafe(work.cancel)
         thread.join()
@@ -40,7 +43,8 @@ def await_in_order(
 
 
 def _run(loop: asyncio.AbstractEventLoop, work: asyncio.Task[None]) -> None:
-    with suppress(asyncio.CancelledError):
+    # The caller looks at how it ended.
+    with suppress(BaseException):
         loop.run_until_complete(work)
 
 
