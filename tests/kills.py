@@ -125,14 +125,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments: 0")
     arguments = parser.parse_args()
     os.environ |= CLIENT_ENVIRONMENT
-    problems = []
+    problems = 0
     print(f"{arguments.times} kills of each, seed {arguments.seed}\n{HEADER}", flush=True)
     with TemporaryDirectory() as folder:
         for tally in kill_all(Path(folder), arguments.times, arguments.seed):
-            print(tally.row(), flush=True)
-            problems += [f"{tally.what}: {problem}" for problem in tally.problems]
-    print(*problems, sep="\n")
-    return min(1, len(problems))
+            print(tally.row(), *tally.problems, sep="\n  ", flush=True)
+            problems += len(tally.problems)
+    return min(1, problems)
 
 
 def kill_all(folder: Path, times: int, seed: int) -> Iterator[Tally]:

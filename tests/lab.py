@@ -41,6 +41,7 @@ SECONDS = 600
 #: What `dvc repro` says where a kill has cut a file of DVC's own, and what to do then.
 REMEDIES = {
     "'./dvc.lock' validation failed": "rm dvc.lock",
+    "'./dvc.lock' is invalid": "rm dvc.lock",
     "unable to read: 'dvc.lock'": "rm dvc.lock",
     "Unable to read RWLock-file": "rm .dvc/tmp/rwlock",
     "join() argument must be str": "find .dvc/cache/runs -type d -empty -delete",
