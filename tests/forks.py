@@ -275,6 +275,8 @@ def serving_hub() -> Iterator[Hub]:
             hub.files[f"/{REPO}/resolve/{REVISION}/{name}"] = Path(folder, name).read_bytes()
         thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield hub
-        hub.shutdown()
-        thread.join()
+        try:
+            yield hub
+        finally:
+            hub.shutdown()
+            thread.join()
