@@ -43,6 +43,7 @@ from tests.made import (
     write_split,
 )
 from tests.project import Clone, Project
+from tests.test_evaluate import OUTPUTS as EVALUATED
 from tools.drawing import DrawnBin
 
 PAGE = 4096
@@ -85,22 +86,6 @@ class Stage:
         return self.command[0].rpartition(".")[2]
 
 
-EVALUATED = [
-    "alarms.csv",
-    "calibration.csv",
-    "confusion.csv",
-    "inference.json",
-    "intervals.csv",
-    "metrics.json",
-    "per_quantity.csv",
-    "precision.csv",
-    "predictions.csv",
-    "reliability.csv",
-    "reliability_uncalibrated.csv",
-    "roc.csv",
-    "siblings.csv",
-    "validation.csv",
-]
 INDEX_STAGE = Stage(("stages.index",), ("data/index.parquet", "data/index.json"))
 SUBSET = Stage(("stages.subset",), ("data/subset.parquet",))
 FETCH = Stage(("stages.fetch",), ("data/raw", "data/unfetched.csv"))

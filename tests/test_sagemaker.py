@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from mypy_boto3_logs.type_defs import InputLogEventTypeDef
 
 ROLE = "arn:aws:iam::123456789012:role/sagemaker"
-BUCKET = "s3://work/bins"
+BUCKET = "s3://jobs/bins"
 START = ["vit", "--bucket", BUCKET, "--role", ROLE]
 MODEL = {name: name.encode() for name in FILES}
 
@@ -66,7 +66,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
 
 @pytest.fixture
 def bucket() -> Any:
-    bucket = boto3.resource("s3").Bucket("work")
+    bucket = boto3.resource("s3").Bucket("jobs")
     bucket.create()
     return bucket
 
@@ -516,7 +516,7 @@ def test_what_git_does_not_track_is_no_silent_gap() -> None:
     ("arguments", "said"),
     [
         (["resnet50", *START[1:]], "resnet50"),
-        (["vit", "--bucket", "work", "--role", ROLE], "--bucket work: write s3://bucket/folder"),
+        (["vit", "--bucket", "jobs", "--role", ROLE], "--bucket jobs: write s3://bucket/folder"),
         (["resnet34", *START[1:]], "models/pretrained/resnet34 is missing: `dvc pull"),
         (START, "the bucket work cannot be reached"),
         (["vit", "--bucket", BUCKET, "--attach", "none"], "(ValidationException)"),
