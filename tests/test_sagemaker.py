@@ -518,7 +518,7 @@ def test_what_git_does_not_track_is_no_silent_gap() -> None:
         (["resnet50", *START[1:]], "resnet50"),
         (["vit", "--bucket", "jobs", "--role", ROLE], "--bucket jobs: write s3://bucket/folder"),
         (["resnet34", *START[1:]], "models/pretrained/resnet34 is missing: `dvc pull"),
-        (START, "the bucket work cannot be reached"),
+        (START, "the bucket jobs cannot be reached"),
         (["vit", "--bucket", BUCKET, "--attach", "none"], "(ValidationException)"),
     ],
 )
