@@ -124,17 +124,6 @@ def memory_table(imports: Mapping[str, Measure], sizes: Mapping[int, Mapping[str
     return common.table(header, rows)
 
 
-def seconds_table(
-    imports: Mapping[str, Measure], sizes: Mapping[int, Mapping[str, Measure]]
-) -> str:
-    rows = []
-    for stage, base in imports.items():
-        taken = [base, *(measures[stage] for measures in sizes.values())]
-        rows.append([f"`{stage}`", *(common.rounded(one.seconds) for one in taken)])
-    header = ["seconds", "imports alone", *(f"{size:,} photographs" for size in sizes)]
-    return common.table(header, rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.memory",
@@ -167,7 +156,6 @@ def main() -> None:
     sections = {
         "": f"{machine}\n{setting}",
         "Memory": memory_table(imports, sizes),
-        "Time": seconds_table(imports, sizes),
     }
     common.write_report(options.out, "The memory of each stage", sections)
 

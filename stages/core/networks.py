@@ -33,11 +33,11 @@ from stages.core.model_files import (
     reason_of,
     record_source,
 )
+from stages.core.space import DiskFullError, space_for
 
 # The knobs are only read, so that a machine without pydantic can train too.
 if TYPE_CHECKING:
     from stages.core.params import Model
-from stages.core.space import DiskFullError, space_for
 
 # What this project sets in a configuration of transformers, and the name of a place.
 _GIVEN = {"id2label", "label2id", "num_labels", "dtype", "_name_or_path"}
