@@ -369,6 +369,15 @@ def test_the_first_signal_only_asks(number: int, terminations: list[int]) -> Non
     assert terminations == []
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C is not ignored, as it is in what a shell runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_is_obeyed_at_once(terminations: list[int]) -> None:
     with stop_requests():
         signal.raise_signal(signal.SIGINT)
