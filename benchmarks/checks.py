@@ -16,15 +16,15 @@ import torch
 
 from benchmarks import common
 from benchmarks.training import Task
-from stages.core.checkpoint import NAME, TrainingState, Watch, restore_checkpoint
-from stages.core.distributed import Processes
-from stages.core.engine import Trainer
-from stages.core.errors import Stopped, UserError
-from stages.core.inference import default_device, place
-from stages.core.networks import build_classifier
+from stages.networks.classifier import build_classifier
+from stages.networks.inference import default_device, place
+from stages.runtime.errors import Stopped, UserError
+from stages.training.checkpoint import NAME, TrainingState, Watch, restore_checkpoint
+from stages.training.engine import Trainer
+from stages.training.processes import Processes
 
 if TYPE_CHECKING:
-    from stages.core.params import Model
+    from stages.runtime.params import Model
 
 
 class _StoppingWatch(Watch):

@@ -31,17 +31,17 @@ import pyarrow as pa
 import torch
 import yaml
 
-from stages.core import jpeg
-from stages.core.distributed import Processes
-from stages.core.files import write_csv
-from stages.core.inference import autocast
-from stages.core.loader import Bins, Images, load_sets
-from stages.core.parallel import usable_cores
-from stages.core.shards import IMAGES, Row, shard_name, write_table
+from stages.formats.shards import IMAGES, Row, shard_name, write_table
+from stages.formats.tables import write_csv
+from stages.imaging import jpeg
+from stages.imaging.loader import Bins, Images, load_sets
+from stages.networks.inference import autocast
+from stages.runtime.machine import usable_cores
+from stages.training.processes import Processes
 from tools.drawing import DrawnBin, drawn_bins
 
 if TYPE_CHECKING:
-    from stages.core.params import Model
+    from stages.runtime.params import Model
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -53,7 +53,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 GRAIN = 3.7
 # Taken over by fresh processes. None of them may use a GPU when imported: no copy could then.
 SLOW_IMPORTS = [
-    "stages.core.engine",
+    "stages.training.engine",
     "benchmarks.training",
     "torchvision.transforms.v2",
     "datasets",

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from benchmarks import common
-from stages.core.distributed import CPU
+from stages.training.processes import CPU
 from tests.project import SETTINGS, Clone, Project, fill_buckets
 from tools.s3 import serving
 

@@ -25,10 +25,10 @@ from ruamel.yaml import YAML
 from benchmarks import common
 from benchmarks.measured import Measure
 from benchmarks.true_bucket import BUCKET, serving_true_bucket
-from stages.core import params
-from stages.core.bucket import list_objects, open_bucket
-from stages.core.distributed import CPU
-from stages.core.shards import write_table
+from stages.collecting.bucket import list_objects, open_bucket
+from stages.formats.shards import write_table
+from stages.runtime import params
+from stages.training.processes import CPU
 
 PACKAGES = ["obstore", "boto3", "s5cmd", "uvloop", "simplejpeg", "torch"]
 IMG2DATASET = common.ROOT / ".venv-img2dataset"

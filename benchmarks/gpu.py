@@ -26,11 +26,11 @@ from torchvision.transforms import v2
 
 from benchmarks import checks, common, training
 from benchmarks.training import Stopwatch, Task
-from stages.core.engine import split_into_batches
-from stages.core.inference import default_device
-from stages.core.loader import load_batches
-from stages.core.networks import logits_of
-from stages.core.parallel import usable_cores
+from stages.imaging.loader import load_batches
+from stages.networks.classifier import logits_of
+from stages.networks.inference import default_device
+from stages.runtime.machine import usable_cores
+from stages.training.engine import split_into_batches
 
 PACKAGES = ["torch", "torchvision", "transformers", "accelerate", "simplejpeg", "pillow"]
 # Of both kinds, but small: for what is no matter of speed.

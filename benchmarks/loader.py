@@ -25,10 +25,10 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from benchmarks import common
-from stages.core.distributed import CPU
-from stages.core.engine import split_into_batches
-from stages.core.loader import load_batches
-from stages.core.parallel import usable_cores
+from stages.imaging.loader import load_batches
+from stages.runtime.machine import usable_cores
+from stages.training.engine import split_into_batches
+from stages.training.processes import CPU
 
 PACKAGES = ["torch", "torchvision", "pillow", "simplejpeg", "webdataset", "datasets", "pyarrow"]
 BATCH = 128

@@ -23,15 +23,15 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from benchmarks import common
-from stages.core.checkpoint import TrainingState, Watch
-from stages.core.distributed import Processes
-from stages.core.engine import Trainer, plan_epoch
-from stages.core.inference import place
-from stages.core.loader import load_batches
-from stages.core.networks import Classifier, build_classifier, logits_of
+from stages.imaging.loader import load_batches
+from stages.networks.classifier import Classifier, build_classifier, logits_of
+from stages.networks.inference import place
+from stages.training.checkpoint import TrainingState, Watch
+from stages.training.engine import Trainer, plan_epoch
+from stages.training.processes import Processes
 
 if TYPE_CHECKING:
-    from stages.core.params import Model
+    from stages.runtime.params import Model
 
 TINY = "tiny network"
 # The weights are random, so that none are needed.

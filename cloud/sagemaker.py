@@ -29,8 +29,8 @@ from cloud.sagemaker_files import (
     one_line,
     upload,
 )
-from stages.core.errors import UserError
-from stages.core.params import load_params
+from stages.runtime.errors import UserError
+from stages.runtime.params import load_params
 
 if TYPE_CHECKING:
     from mypy_boto3_logs import CloudWatchLogsClient

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from botocore.exceptions import ClientError
 
-from stages.core.errors import UserError
-from stages.core.files import digest, digest_files, write_text
-from stages.core.work import only_run_here, publish_folder, scratch
+from stages.runtime.errors import UserError
+from stages.runtime.files import digest, digest_files, write_text
+from stages.runtime.work import only_run_here, publish_folder, scratch
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

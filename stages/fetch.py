@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from obstore.store import LocalStore
 
-from stages.core.awaiting import await_in_order
-from stages.core.bucket import (
+from stages.collecting.awaiting import await_in_order
+from stages.collecting.bucket import (
     IN_FLIGHT,
     PHOTOGRAPHS,
     ObjectError,
@@ -21,7 +20,15 @@ from stages.core.bucket import (
     read_object,
     window_of,
 )
-from stages.core.building import (
+from stages.collecting.retries import Retries
+from stages.formats.shards import IMAGES, Reject, Row, table_digest, whole_parquet, write_rejects
+from stages.runtime import paths
+from stages.runtime.command import run_stage
+from stages.runtime.files import digest, sha256_file
+from stages.runtime.params import load_params
+from stages.runtime.space import on_one_disk, readable, require_space
+from stages.runtime.work import publish_folder, unfinished
+from stages.sharding.building import (
     RejectLimit,
     Shard,
     ShardMaker,
@@ -29,18 +36,8 @@ from stages.core.building import (
     missing_shards,
     shards_of,
 )
-from stages.core.command import run_stage
-from stages.core.executors import executor
-from stages.core.files import digest, sha256_file
-from stages.core.params import load_params
-from stages.core.retries import Retries
-from stages.core.shards import IMAGES, Reject, Row, table_digest, whole_parquet, write_rejects
-from stages.core.space import on_one_disk, readable, require_space
-from stages.core.work import publish_folder, unfinished
+from stages.sharding.executors import executor
 
-SUBSET = Path("data/subset.parquet")
-OUT = Path("data/raw")
-REJECTS = Path("data/unfetched.csv")
 WHAT = "the photographs to fetch"
 # The real ones have up to 260 kB, those of good cameras 10 MB. All that are read at once are held.
 MAX_PHOTOGRAPH_BYTES = 16 * 1024 * 1024
@@ -49,18 +46,18 @@ MAX_PHOTOGRAPH_BYTES = 16 * 1024 * 1024
 def main() -> str:
     params = load_params()
     limit = RejectLimit("fetch.max_rejects", params.fetch.max_rejects)
-    with whole_parquet(SUBSET):
-        subset = pq.read_table(SUBSET)
+    with whole_parquet(paths.SUBSET):
+        subset = pq.read_table(paths.SUBSET)
     retries = Retries()
     with explained(params.bucket):
         store = open_bucket(params.bucket)
         state = folder_state(store, subset)
-        key = digest(params.bucket, params.fetch.shard_bins, sha256_file(SUBSET), state)
+        key = digest(params.bucket, params.fetch.shard_bins, sha256_file(paths.SUBSET), state)
         with unfinished("fetch", key) as folder:
             planned = shards_of(subset, params.fetch.shard_bins, "size")
             require_space(folder, bytes_to_fetch(missing_shards(folder, planned)), WHAT)
-            if not on_one_disk(folder, OUT.parent):
-                require_space(OUT.parent, bytes_to_fetch(planned), WHAT)
+            if not on_one_disk(folder, paths.RAW.parent):
+                require_space(paths.RAW.parent, bytes_to_fetch(planned), WHAT)
             window = window_of(min(pc.max(subset["size"]).as_py(), MAX_PHOTOGRAPH_BYTES))
             work = partial(await_in_order, partial(fetch_bin, store, retries))
             shards, rejects = build_shards(
@@ -68,12 +65,13 @@ def main() -> str:
                 planned,
                 limit,
                 unit=" photographs",
-                executor=executor(params.executor),
+                executor=executor(params.run.executor),
             )
-            write_rejects(REJECTS, rejects)
-            publish_folder(shards, OUT)
+            write_rejects(paths.UNFETCHED, rejects)
+            publish_folder(shards, paths.RAW)
     fetched = len(subset) - len(rejects)
-    return f"{fetched} photographs; {len(rejects)} not to be had ({REJECTS}){retries.summary()}"
+    missing = f"{len(rejects)} not to be had ({paths.UNFETCHED})"
+    return f"{fetched} photographs; {missing}{retries.summary()}"
 
 
 def folder_state(store: Store, subset: pa.Table) -> str | None:

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from stages.core.awaiting import await_in_order
-from stages.core.bucket import (
+from stages.collecting.awaiting import await_in_order
+from stages.collecting.bucket import (
     IN_FLIGHT,
     LISTING,
     PHOTOGRAPHS,
@@ -23,15 +23,16 @@ from stages.core.bucket import (
     open_bucket,
     read_object,
 )
-from stages.core.building import RejectLimit, ShardMaker, build_shards, shards_of
-from stages.core.command import run_stage
-from stages.core.errors import UserError
-from stages.core.files import atomic_write, digest, write_json
-from stages.core.params import load_params
-from stages.core.records import INDEX, MAX_RECORD_BYTES, RecordError, is_bin_id, parse_record
-from stages.core.retries import Retries
-from stages.core.shards import Reject, Row, shard_paths, table_digest, whole_parquet
-from stages.core.work import unfinished
+from stages.collecting.records import INDEX, MAX_RECORD_BYTES, RecordError, is_bin_id, parse_record
+from stages.collecting.retries import Retries
+from stages.formats.shards import Reject, Row, shard_paths, table_digest, whole_parquet
+from stages.formats.tables import write_json
+from stages.runtime.command import run_stage
+from stages.runtime.errors import UserError
+from stages.runtime.files import atomic_write, digest
+from stages.runtime.params import load_params
+from stages.runtime.work import unfinished
+from stages.sharding.building import RejectLimit, ShardMaker, build_shards, shards_of
 
 OUT = Path("data/index.parquet")
 COUNTS = Path("data/index.json")

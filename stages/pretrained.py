@@ -1,16 +1,14 @@
 """Keep the pretrained weights beside the data: models/pretrained/<model>."""
 
 import json
-from pathlib import Path
 
-from stages.core.command import run_stage
-from stages.core.files import digest
-from stages.core.model_files import SOURCE
-from stages.core.networks import download_pretrained, mark_random_start
-from stages.core.params import load_params
-from stages.core.work import publish_folder, unfinished
-
-OUT = Path("models/pretrained")
+from stages.networks.classifier import download_pretrained, mark_random_start
+from stages.networks.model_files import SOURCE
+from stages.runtime import paths
+from stages.runtime.command import run_stage
+from stages.runtime.files import digest
+from stages.runtime.params import load_params
+from stages.runtime.work import publish_folder, unfinished
 
 
 def main(model: str) -> str:
@@ -24,7 +22,7 @@ def main(model: str) -> str:
             else:
                 mark_random_start(folder)
         source = json.loads((folder / SOURCE).read_text("utf-8"))
-        publish_folder(folder, OUT / model)
+        publish_folder(folder, paths.PRETRAINED / model)
     return f"weights from {source['source']}" if knobs.pretrained else "none: a random start"
 
 

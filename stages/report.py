@@ -15,31 +15,26 @@ import pandas as pd
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from stages.core import plots
-from stages.core.command import run_stage
-from stages.core.comparison import compare_models
-from stages.core.draw import shuffled
-from stages.core.errors import UserError
-from stages.core.figures import Tables, draw_figures
-from stages.core.files import read_csv, write_csv, write_text
-from stages.core.metrics import counting_metrics
-from stages.core.page import embedded, render
-from stages.core.params import Params, load_params
-from stages.core.shards import read_rejects, shard_paths, whole_parquet
-from stages.core.work import publish_folder, scratch
+from stages.formats.shards import read_rejects, shard_paths, whole_parquet
+from stages.formats.tables import read_csv, write_csv
+from stages.reporting import plots
+from stages.reporting.figures import Tables, draw_figures
+from stages.reporting.page import embedded, render
+from stages.runtime import paths
+from stages.runtime.command import run_stage
+from stages.runtime.errors import UserError
+from stages.runtime.files import write_text
+from stages.runtime.params import Params, load_params
+from stages.runtime.work import publish_folder, scratch
+from stages.sampling.order import shuffled
+from stages.scoring.comparison import compare_models
+from stages.scoring.metrics import counting_metrics
 
-INDEX_COUNTS = Path("data/index.json")
-SUBSET = Path("data/subset.parquet")
-QUARANTINE = Path("data/quarantine.csv")
-RESIZED = Path("data/resized")
-SPLIT = Path("data/split.csv")
-LEAKS = Path("data/split.json")
-REPORTS = Path("reports")
-COMPARISON = REPORTS / "comparison.csv"
-FIGURES = REPORTS / "figures"
-OUT = REPORTS / "index.html"
-TEMPLATE = Path(__file__).with_suffix(".html")
-PUBLISHED = Path(__file__).with_name("published.csv")
+COMPARISON = paths.REPORTS / "comparison.csv"
+FIGURES = paths.REPORTS / "figures"
+OUT = paths.REPORTS / "index.html"
+TEMPLATE = Path(plots.__file__).with_name("report.html")
+PUBLISHED = Path(plots.__file__).with_name("published.csv")
 TABLES = [
     "alarms",
     "calibration",
@@ -63,19 +58,17 @@ Rows = list[dict[Hashable, Any]]
 
 def main() -> str:
     params = load_params()
-    models = [
-        model for model in params.train.models() if (REPORTS / model / "metrics.json").exists()
-    ]
+    models = [model for model in params.train if (paths.REPORTS / model / "metrics.json").exists()]
     if not models:
         raise UserError("no model was evaluated: make reports/<model> with `dvc repro`")
-    results = {model: read_json(REPORTS / model / "metrics.json") for model in models}
+    results = {model: read_json(paths.REPORTS / model / "metrics.json") for model in models}
     tables = {
-        name: {model: read_csv(REPORTS / model / f"{name}.csv") for model in models}
+        name: {model: read_csv(paths.REPORTS / model / f"{name}.csv") for model in models}
         for name in TABLES
     }
-    with whole_parquet(SUBSET):
-        subset = pd.read_parquet(SUBSET, columns=["id", "quantity"])
-    bins = subset.merge(read_csv(SPLIT), on="id")
+    with whole_parquet(paths.SUBSET):
+        subset = pd.read_parquet(paths.SUBSET, columns=["id", "quantity"])
+    bins = subset.merge(read_csv(paths.SPLIT), on="id")
     comparison = compare_models(tables["predictions"], bins.set_index("id")["group"])
     write_csv(COMPARISON, comparison)
     majority = int(bins.loc[bins["set"] == "train", "quantity"].mode().iloc[0])
@@ -97,16 +90,16 @@ def main() -> str:
         by_majority=by_majority,
         intervals=by_metric(tables["intervals"]),
         comparison=comparison.to_dict("records"),
-        leaks=read_json(LEAKS),
+        leaks=read_json(paths.LEAKS),
         published=read_csv(PUBLISHED).to_dict("records"),
         figures={name: picture(FIGURES / f"{name}.png", alt) for name, (_, alt) in figures.items()},
         tables=tables,
         doubtful=doubted,
         sample=some,
         photographs=read_photographs(sorted({row["id"] for row in [*some, *doubted]})),
-        index=read_json(INDEX_COUNTS),
+        index=read_json(paths.INDEX_COUNTS),
         drawn=len(subset),
-        unusable=len(read_rejects(QUARANTINE)),
+        unusable=len(read_rejects(paths.QUARANTINE)),
         sets=bins["set"].value_counts().to_dict(),
         training=training_knobs(params, models),
         digests={path.as_posix(): md5(path) for path in identifying_files(models)},
@@ -161,7 +154,7 @@ def sample(predictions: Mapping[str, pd.DataFrame], seed: int) -> Rows:
 def read_photographs(ids: Sequence[str]) -> dict[str, str]:
     """The resized photographs of these bins by id, as URLs that hold them."""
     photographs: dict[str, str] = {}
-    for path in shard_paths(RESIZED):
+    for path in shard_paths(paths.RESIZED):
         with whole_parquet(path):
             rows = pq.read_table(path, columns=["id", "image"], filters=pc.field("id").isin(ids))
         for row in rows.to_pylist():
@@ -181,7 +174,11 @@ def as_text(value: Any) -> str:
 
 def identifying_files(models: Sequence[str]) -> list[Path]:
     """Inputs that no other run has."""
-    return [SUBSET, SPLIT, *(REPORTS / model / "predictions.csv" for model in models)]
+    return [
+        paths.SUBSET,
+        paths.SPLIT,
+        *(paths.REPORTS / model / "predictions.csv" for model in models),
+    ]
 
 
 def md5(path: Path) -> str:

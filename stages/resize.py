@@ -7,14 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 
-from stages.core import jpeg
-from stages.core.building import RejectLimit, Shard, ShardMaker, build_shards, missing_shards
-from stages.core.command import run_stage
-from stages.core.executors import executor
-from stages.core.files import digest
-from stages.core.parallel import map_in_order, usable_cores
-from stages.core.params import Resize, load_params
-from stages.core.shards import (
+from stages.formats.shards import (
     IMAGES,
     Reject,
     Row,
@@ -23,13 +16,18 @@ from stages.core.shards import (
     whole_parquet,
     write_rejects,
 )
-from stages.core.space import on_one_disk, require_space
-from stages.core.work import publish_folder, unfinished
+from stages.imaging import jpeg
+from stages.runtime import paths
+from stages.runtime.command import run_stage
+from stages.runtime.files import digest
+from stages.runtime.machine import usable_cores
+from stages.runtime.params import Resize, load_params
+from stages.runtime.space import on_one_disk, require_space
+from stages.runtime.work import publish_folder, unfinished
+from stages.sharding.building import RejectLimit, Shard, ShardMaker, build_shards, missing_shards
+from stages.sharding.executors import executor
+from stages.sharding.parallel import map_in_order
 
-RAW = Path("data/raw")
-UNFETCHED = Path("data/unfetched.csv")
-OUT = Path("data/resized")
-QUARANTINE = Path("data/quarantine.csv")
 WHAT = "the resized photographs"
 # Photographs that tell how large the resized ones become.
 SAMPLE = 32
@@ -39,28 +37,29 @@ def main() -> str:
     params = load_params()
     knobs = params.resize
     limit = RejectLimit("resize.max_rejects", knobs.max_rejects)
-    sources = [shard_of(path) for path in shard_paths(RAW)]
+    sources = [shard_of(path) for path in shard_paths(paths.RAW)]
     # One thread an image: the pool below keeps every core busy.
     torch.set_num_threads(1)
     workers = usable_cores()
-    identities = [_identity(path) for path in shard_paths(RAW)]
+    identities = [_identity(path) for path in shard_paths(paths.RAW)]
     key = digest(knobs.size, knobs.fit, knobs.quality, identities)
     work = partial(map_in_order, partial(resize_bin, knobs))
     with unfinished("resize", key) as folder:
         require_space(folder, bytes_to_write(knobs, missing_shards(folder, sources)), WHAT)
-        if not on_one_disk(folder, OUT.parent):
-            require_space(OUT.parent, bytes_to_write(knobs, sources), WHAT)
+        if not on_one_disk(folder, paths.RESIZED.parent):
+            require_space(paths.RESIZED.parent, bytes_to_write(knobs, sources), WHAT)
         shards, undecodable = build_shards(
             ShardMaker(folder, work, IMAGES, workers, 16 * workers),
             sources,
             limit,
             unit=" photographs",
-            executor=executor(params.executor),
+            executor=executor(params.run.executor),
         )
-        write_rejects(QUARANTINE, [*read_rejects(UNFETCHED), *undecodable])
-        publish_folder(shards, OUT)
+        write_rejects(paths.QUARANTINE, [*read_rejects(paths.UNFETCHED), *undecodable])
+        publish_folder(shards, paths.RESIZED)
     total = sum(shard.rows for shard in sources)
-    return f"{total - len(undecodable)} photographs; {len(undecodable)} undecodable ({QUARANTINE})"
+    left_out = f"{len(undecodable)} undecodable ({paths.QUARANTINE})"
+    return f"{total - len(undecodable)} photographs; {left_out}"
 
 
 def bytes_to_write(knobs: Resize, shards: Sequence[Shard[Row]]) -> int:

@@ -3,151 +3,37 @@
 data/split.json says how many test bins have siblings in train, also under the other protocol.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
 
 import pandas as pd
 
-from stages.core.command import run_stage
-from stages.core.draw import shuffled
-from stages.core.errors import UserError
-from stages.core.files import write_csv, write_json
-from stages.core.params import Split, load_params
-from stages.core.shards import read_rejects, whole_parquet
-
-SUBSET = Path("data/subset.parquet")
-QUARANTINE = Path("data/quarantine.csv")
-OUT = Path("data/split.csv")
-LEAKS = Path("data/split.json")
-
-#: Of each group the number of bins with each quantity.
-Contents = dict[str, dict[int, int]]
+from stages.formats.shards import read_rejects, whole_parquet
+from stages.formats.tables import write_csv, write_json
+from stages.runtime import paths
+from stages.runtime.command import run_stage
+from stages.runtime.errors import UserError
+from stages.runtime.params import load_params
+from stages.sampling.splitting import count_leaks, split
 
 
 def main() -> str:
     params = load_params().split
-    with whole_parquet(SUBSET):
-        bins = pd.read_parquet(SUBSET, columns=["id", "quantity", "group"])
-    unusable = {reject.id for reject in read_rejects(QUARANTINE)}
+    with whole_parquet(paths.SUBSET):
+        bins = pd.read_parquet(paths.SUBSET, columns=["id", "quantity", "group"])
+    unusable = {reject.id for reject in read_rejects(paths.QUARANTINE)}
     sets = split(bins, unusable, params)
     leaks = {params.by: count_leaks(sets)}
     other = params.model_copy(update={"by": "image" if params.by == "group" else "group"})
     # Groups may be too large for sizes that bins fit into; then only this protocol is counted.
     with suppress(UserError):
         leaks[other.by] = count_leaks(split(bins, unusable, other))
-    write_csv(OUT, sets)
-    write_json(LEAKS, leaks)
+    write_csv(paths.SPLIT, sets)
+    write_json(paths.LEAKS, leaks)
     counts = sets["set"].value_counts()
     return (
         f"{counts['train']} train, {counts['validation']} validation, {counts['test']} test;"
         f" {len(unusable)} unusable"
     )
-
-
-def split(bins: pd.DataFrame, unusable: set[str], params: Split) -> pd.DataFrame:
-    """A row per chosen bin: id, set ("train", "validation" or "test") and group, sorted by id.
-
-    `bins` has id, quantity and group. Test has `params.test` bins (as near below it as whole
-    groups allow). Train and validation have `params.train` together, of which `params.validation`
-    is validation's share. Each set has the quantities in the proportions of all. Bins that are
-    `unusable` are passed over; where too few remain for that, train has all the rest.
-    """
-    if params.train + params.test > len(bins):
-        raise UserError(
-            f"split.train {params.train} and split.test {params.test} are more than the"
-            f" {len(bins)} bins of data/subset.parquet: lower them or raise subset.bins"
-        )
-    bins = bins[~bins["id"].isin(unusable)].sort_values("id")
-    if params.test >= len(bins):
-        raise UserError(
-            f"split.test {params.test} leaves nothing to train: {len(bins)} bins remain"
-        )
-    labels = bins["group"] if params.by == "group" else bins["id"]
-    # Dicts, as hundreds of thousands of Counters take seconds.
-    contents: Contents = defaultdict(dict)
-    for label, quantity in zip(labels.tolist(), bins["quantity"].tolist(), strict=True):
-        held = contents[label]
-        held[quantity] = held.get(quantity, 0) + 1
-    counts = Counter(bins["quantity"])
-    order = shuffled(contents, "split", params.seed)
-    test = draw(order, contents, counts, params.test, "split.test")
-    rest = [label for label in order if label not in test]
-    left = count_bins(rest, contents)
-    train = draw(rest, contents, counts, min(params.train, left), "split.train")
-    # In an order of its own: another share moves bins between train and validation only.
-    order = shuffled(train, "validation", params.seed)
-    size = round(params.validation * count_bins(train, contents))
-    validation = draw(order, contents, counts, size, "split.validation")
-    if train == validation:
-        raise UserError(f"split.validation {params.validation:g} leaves no sibling group to train")
-    names = dict.fromkeys(test, "test") | dict.fromkeys(train, "train")
-    names |= dict.fromkeys(validation, "validation")
-    sets = labels.map(names)
-    return bins.assign(set=sets).loc[sets.notna(), ["id", "set", "group"]]
-
-
-def draw(
-    order: list[str],
-    contents: Contents,
-    counts: Counter[int],
-    size: int,
-    key: str,
-) -> set[str]:
-    """The groups, of those in `order`, for a set of `size` bins. Raises UserError without any."""
-    drawn = take(order, contents, apportion(size, counts))
-    if not drawn:
-        raise UserError(f"{key}: no sibling group that is left fits into {size} bins")
-    return drawn
-
-
-def count_bins(labels: Iterable[str], contents: Contents) -> int:
-    return sum(sum(contents[label].values()) for label in labels)
-
-
-def count_leaks(sets: pd.DataFrame) -> dict[str, int]:
-    """How many bins of test have a sibling among those that are trained or chosen with."""
-    tested = sets["set"] == "test"
-    seen = set(sets.loc[~tested, "group"])
-    leaking = sum(group in seen for group in sets.loc[tested, "group"])
-    return {"test_bins": int(tested.sum()), "with_sibling_seen": leaking}
-
-
-def apportion(size: int, counts: Counter[int]) -> Counter[int]:
-    """Divide `size` in the proportions of `counts`, by largest remainder."""
-    total = counts.total()
-    parts = Counter({quantity: size * count // total for quantity, count in counts.items()})
-    by_remainder = sorted(
-        counts, key=lambda quantity: (-(size * counts[quantity] % total), quantity)
-    )
-    parts.update(by_remainder[: size - parts.total()])
-    return parts
-
-
-def take(order: list[str], contents: Contents, wanted: Counter[int]) -> set[str]:
-    """Groups, in order, that hold `wanted` bins of each quantity, as near as whole groups allow.
-
-    First every group that fits into what is still wanted of its quantities; then, where that
-    left gaps, whatever fits into their sum.
-    """
-    missing = dict(wanted)
-    taken = set()
-    for label in order:
-        held = contents[label]
-        if all(count <= missing.get(quantity, 0) for quantity, count in held.items()):
-            for quantity, count in held.items():
-                missing[quantity] -= count
-            taken.add(label)
-    gap = sum(missing.values())
-    for label in order:
-        if not gap:
-            break
-        size = sum(contents[label].values())
-        if label not in taken and size <= gap:
-            gap -= size
-            taken.add(label)
-    return taken
 
 
 if __name__ == "__main__":

@@ -1,31 +1,28 @@
 """Draw the experiment's bins from the index: data/subset.parquet, with their sibling groups."""
 
-from pathlib import Path
-
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from stages.core.command import run_stage
-from stages.core.draw import shuffled
-from stages.core.errors import UserError
-from stages.core.params import Subset, load_params
-from stages.core.shards import whole_parquet, write_table
-from stages.core.siblings import sibling_groups
+from stages.formats.shards import whole_parquet, write_table
+from stages.runtime import paths
+from stages.runtime.command import run_stage
+from stages.runtime.errors import UserError
+from stages.runtime.params import Subset, load_params
+from stages.sampling.order import shuffled
+from stages.sampling.siblings import sibling_groups
 
-INDEX = Path("data/index.parquet")
-OUT = Path("data/subset.parquet")
 COLUMNS = ["id", "quantity", "group", "key", "size", "etag"]
 
 
 def main() -> str:
     params = load_params()
     columns = ["id", "quantity", "items.list.element.asin", "key", "size", "etag"]
-    with whole_parquet(INDEX):
-        index = pq.ParquetFile(INDEX).read(columns)
+    with whole_parquet(paths.INDEX):
+        index = pq.ParquetFile(paths.INDEX).read(columns)
     subset = draw(with_groups(index), params.subset)
-    write_table(OUT, subset)
+    write_table(paths.SUBSET, subset)
     groups = pc.count_distinct(subset["group"]).as_py()
     return f"{len(subset)} bins drawn, in {groups} sibling groups"
 

@@ -14,32 +14,28 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from stages.core import checkpoint
-from stages.core.checkpoint import StopRequest, Watch, restore_checkpoint, stop_requests
-from stages.core.command import run_stage
-from stages.core.distributed import Processes, joined_processes
-from stages.core.engine import Epoch, Trainer
-from stages.core.errors import UserError
-from stages.core.files import digest, digest_files, write_csv
-from stages.core.inference import place
-from stages.core.launch import process_count, run_processes
-from stages.core.loader import load_sets
-from stages.core.networks import build_classifier, save_classifier
-from stages.core.params import Params, load_params
-from stages.core.space import require_space
-from stages.core.work import publish_folder, unfinished
-
-RESIZED = Path("data/resized")
-SPLIT = Path("data/split.csv")
-PRETRAINED = Path("models/pretrained")
-MODELS = Path("models")
-REPORTS = Path("reports")
+from stages.formats.tables import write_csv
+from stages.imaging.loader import load_sets
+from stages.networks.classifier import build_classifier, save_classifier
+from stages.networks.inference import place
+from stages.runtime import paths
+from stages.runtime.command import run_stage
+from stages.runtime.errors import UserError
+from stages.runtime.files import digest, digest_files
+from stages.runtime.params import Params, load_params
+from stages.runtime.space import require_space
+from stages.runtime.work import publish_folder, unfinished
+from stages.training import checkpoint
+from stages.training.checkpoint import StopRequest, Watch, restore_checkpoint, stop_requests
+from stages.training.engine import Epoch, Trainer
+from stages.training.launch import process_count, run_processes
+from stages.training.processes import Processes, joined_processes
 
 
 def main(model: str) -> str:
     params = load_params()
     params.model(model)
-    return run_processes(process_count(params.train.processes), train_model, model)
+    return run_processes(process_count(params.run.processes), train_model, model)
 
 
 def train_model(model: str) -> str:
@@ -57,8 +53,8 @@ def train_model(model: str) -> str:
             trainer, epochs = train(params, model, work, processes, request)
         if processes.is_first:
             save_classifier(trainer.trained, trainer.knobs, work / "model")
-            publish_folder(work / "model", MODELS / model)
-            write_csv(REPORTS / model / "curves.csv", pd.DataFrame(map(asdict, epochs)))
+            publish_folder(work / "model", paths.MODELS / model)
+            write_csv(paths.REPORTS / model / "curves.csv", pd.DataFrame(map(asdict, epochs)))
     return f"{len(trainer.train_bins)} bins, {len(epochs)} epochs"
 
 
@@ -72,8 +68,8 @@ def folder_of_work(params: Params, model: str, processes: Processes) -> Iterator
     key = inputs_digest(params, model) if first_of_machine else ""
     if processes.agree(key) != key and first_of_machine:
         raise UserError(
-            f"{RESIZED}, {SPLIT} or {PRETRAINED / model} of this machine are not those of the first"
-            " one: `dvc pull` them on each"
+            f"{paths.RESIZED}, {paths.SPLIT} or {paths.PRETRAINED / model} of this machine are not"
+            " those of the first one: `dvc pull` them on each"
         )
     with ExitStack() as stack:
         if processes.is_first:
@@ -94,12 +90,12 @@ def train(
     """Train, from the last checkpoint in the folder `work` if it has one."""
     knobs = params.model(model)
     names = ["train", "validation", "test"]
-    sets = load_sets(RESIZED, SPLIT, names, work, processes)
+    sets = load_sets(paths.RESIZED, paths.SPLIT, names, work, processes)
     train_bins, validation_bins, test_bins = sets
     labels = sorted({quantity for bins in sets for quantity in bins.quantities.tolist()})
     torch.manual_seed(knobs.seed)
-    classifier = build_classifier(knobs, PRETRAINED / model, labels, train_bins.size)
-    place(classifier, processes.device, deterministic=params.train.deterministic)
+    classifier = build_classifier(knobs, paths.PRETRAINED / model, labels, train_bins.size)
+    place(classifier, processes.device, deterministic=params.run.deterministic)
     batch_size = params.evaluate.batch_size
     trainer = Trainer(
         classifier, train_bins, validation_bins, test_bins, knobs, batch_size, processes
@@ -110,7 +106,7 @@ def train(
         there = path.stat().st_size if path.exists() else 0
         require_space(work, space_to_train(trainer) - there, f"{model} and its checkpoints")
     resumed = restore_checkpoint(path, trainer.state, processes)
-    watch = Watch(processes, path, 60 * params.train.checkpoint_minutes, request)
+    watch = Watch(processes, path, 60 * params.run.checkpoint_minutes, request)
     if processes.is_first:
         report_start(model, trainer, resumed=resumed)
     started = time.monotonic()
@@ -132,8 +128,12 @@ def space_to_train(trainer: Trainer) -> int:
 
 def inputs_digest(params: Params, model: str) -> str:
     """All that the trained weights depend on, but for the project's code and rounding."""
-    inputs = [*sorted(RESIZED.iterdir()), SPLIT, *sorted((PRETRAINED / model).iterdir())]
-    knobs, deterministic = params.model(model), params.train.deterministic
+    inputs = [
+        *sorted(paths.RESIZED.iterdir()),
+        paths.SPLIT,
+        *sorted((paths.PRETRAINED / model).iterdir()),
+    ]
+    knobs, deterministic = params.model(model), params.run.deterministic
     return digest(knobs, deterministic, torch.__version__, digest_files(inputs))
 
 

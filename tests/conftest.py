@@ -19,9 +19,9 @@ from obstore.store import S3Store
 from PIL import Image
 from ruamel.yaml import YAML
 
-from stages.core import params
-from stages.core.jpeg import Pixels
-from stages.core.records import INDEX, parse_record
+from stages.collecting.records import INDEX, parse_record
+from stages.imaging.jpeg import Pixels
+from stages.runtime import params
 from tests.project import SETTINGS, Project, fill_buckets
 from tools.drawing import DrawnBin, drawn_bins
 from tools.s3 import CLIENT_ENVIRONMENT, serving

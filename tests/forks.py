@@ -25,9 +25,9 @@ import transformers
 from ruamel.yaml import YAML
 from safetensors import safe_open
 
-from stages.core.command import run_stage
-from stages.core.shards import read_rejects
-from stages.core.work import only_run_here
+from stages.formats.shards import read_rejects
+from stages.runtime.command import run_stage
+from stages.runtime.work import only_run_here
 from tests.faults import Fault, FaultProxy, at_random
 from tests.lab import contents
 from tests.made import TINY_VIT, write_params
@@ -58,7 +58,7 @@ KNOBS: dict[str, Any] = {
     "split.test": 20,
     "split.validation": 0.25,
     # A checkpoint after each step.
-    "train.checkpoint_minutes": 1e-9,
+    "run.checkpoint_minutes": 1e-9,
     "train.vit.name": REPO,
     "train.vit.revision": REVISION,
     "train.vit.config": {"model_type": "vit", "hidden_dropout_prob": 0.1},

@@ -16,7 +16,7 @@ import psutil
 import pyarrow.parquet as pq
 from ruamel.yaml import YAML
 
-from stages.core.shards import read_rejects
+from stages.formats.shards import read_rejects
 from tests.faults import FaultProxy
 from tests.made import TINY_RESNET, write_params
 from tests.project import SETTINGS, Clone, Project
@@ -26,17 +26,17 @@ yaml = YAML(typ="safe", pure=True)
 KNOBS: dict[str, Any] = {
     **{key.lstrip("+"): yaml.load(value) for key, value in (one.split("=", 1) for one in SETTINGS)},
     "fetch.shard_bins": 8,
-    "train.checkpoint_minutes": 1e-9,
+    "run.checkpoint_minutes": 1e-9,
     "train.resnet34.library": "transformers",
     "train.resnet34.config": TINY_RESNET,
 }
 # In the project's code: small parts, and few requests at once, to be killed between them.
 CHANGES = {
     "stages/index.py": ("PART_RECORDS = 10_000", "PART_RECORDS = 16"),
-    "stages/core/bucket.py": ("IN_FLIGHT = 256", "IN_FLIGHT = 4"),
+    "stages/collecting/bucket.py": ("IN_FLIGHT = 256", "IN_FLIGHT = 4"),
 }
 WRITTEN = ["data", "models", "reports", ".cache"]
-NEXT_STAGE = "from stages.core.work import only_run_here\nwith only_run_here('next'): pass"
+NEXT_STAGE = "from stages.runtime.work import only_run_here\nwith only_run_here('next'): pass"
 SECONDS = 600
 #: What `dvc repro` says where a kill has cut a file of DVC's own, and what to do then.
 REMEDIES = {

@@ -16,12 +16,13 @@ from PIL import Image
 from ruamel.yaml import YAML
 from torch import Tensor, nn
 
-from stages.core import engine, inference
-from stages.core.distributed import Processes
-from stages.core.loader import Bins, load_sets
-from stages.core.networks import Classifier, build_classifier
-from stages.core.params import Model, load_params
-from stages.core.shards import IMAGES, shard_name, write_table
+from stages.formats.shards import IMAGES, shard_name, write_table
+from stages.imaging.loader import Bins, load_sets
+from stages.networks import inference
+from stages.networks.classifier import Classifier, build_classifier
+from stages.runtime.params import Model, load_params
+from stages.training import engine
+from stages.training.processes import Processes
 
 REPOSITORY = Path(__file__).parent.parent
 SIZE = 32

@@ -18,16 +18,17 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from stages import resize
-from stages.core import inference, jpeg
-from stages.core.calibration import with_temperature
-from stages.core.errors import UserError
-from stages.core.files import read_csv
-from stages.core.loader import Bins
-from stages.core.networks import Classifier, save_classifier
-from stages.core.parallel import usable_cores
-from stages.core.params import Resize
-from stages.core.release import SETTINGS, VALIDATION, Settings, digests_of, write_settings
-from stages.core.verification import threshold_for
+from stages.formats.tables import read_csv
+from stages.imaging import jpeg
+from stages.imaging.loader import Bins
+from stages.networks import inference
+from stages.networks.calibration import with_temperature
+from stages.networks.classifier import Classifier, save_classifier
+from stages.networks.release import SETTINGS, VALIDATION, Settings, digests_of, write_settings
+from stages.runtime.errors import UserError
+from stages.runtime.machine import usable_cores
+from stages.runtime.params import Resize
+from stages.scoring.verification import threshold_for
 from tests.conftest import REPOSITORY, S3, jpeg_file, objects_of
 from tests.made import (
     SIZE,

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from obstore.exceptions import GenericError, PermissionDeniedError
 
-from stages.core.bucket import explained_at
-from stages.core.errors import UserError
-from stages.core.records import parse_record
-from stages.core.shards import shard_name
+from stages.collecting.bucket import explained_at
+from stages.collecting.records import parse_record
+from stages.formats.shards import shard_name
+from stages.runtime.errors import UserError
 from tests.conftest import S3, record_json
 from tests.made import bin_rows, square, write_resized, write_split
 from tools.audit.expected import Expected, find_expected, left_out, read_counts

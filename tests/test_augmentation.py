@@ -11,7 +11,7 @@ from torchvision.transforms.v2.functional import (
 )
 from torchvision.transforms.v2.functional import normalize as torchvision_normalize
 
-from stages.core.augmentation import flip, jitter_colors, normalize
+from stages.training.augmentation import flip, jitter_colors, normalize
 
 FACTORS = torch.tensor(
     [[1.0, 1.0, 1.0], [0.5, 1.0, 1.0], [1.0, 1.5, 1.0], [1.0, 1.0, 0.2], [1.8, 0.3, 1.9], [0, 2, 0]]

@@ -5,7 +5,7 @@ from contextlib import closing
 
 import pytest
 
-from stages.core.awaiting import await_in_order
+from stages.collecting.awaiting import await_in_order
 
 
 class StopError(Exception):

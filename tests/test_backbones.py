@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from stages.core.engine import Trainer
-from stages.core.errors import UserError
-from stages.core.loader import Bins
-from stages.core.networks import freeze_backbone, last_layer, load_classifier, save_classifier
+from stages.imaging.loader import Bins
+from stages.networks.classifier import freeze_backbone, last_layer, load_classifier, save_classifier
+from stages.runtime.errors import UserError
+from stages.training.engine import Trainer
 from tests.made import (
     TINY_CONVNEXT,
     TINY_RESNET,

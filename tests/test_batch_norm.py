@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stages.core.batch_norm import SyncBatchNorm, synchronize_batch_norm
-from stages.core.distributed import Processes, joined_processes
-from stages.core.launch import run_processes
+from stages.training.batch_norm import SyncBatchNorm, synchronize_batch_norm
+from stages.training.launch import run_processes
+from stages.training.processes import Processes, joined_processes
 from tests.made import close, equal, one_torch_thread, weights_of
 
 #: Some of the numbers are near 100.

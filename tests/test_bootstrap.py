@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import binom, bootstrap, norm
 
-from stages.core.bootstrap import group_weights, intervals, mcnemar
+from stages.scoring.bootstrap import group_weights, intervals, mcnemar
 
 Floats = NDArray[np.float64]
 GROUPS = ["00001", "00001", "00003", "00100", "100", "00001", "00100", "00008"]

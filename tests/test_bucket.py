@@ -11,8 +11,8 @@ import obstore
 import pytest
 from obstore.store import S3Store
 
-from stages.core import bucket, params, retries
-from stages.core.bucket import (
+from stages.collecting import bucket, retries
+from stages.collecting.bucket import (
     ObjectError,
     Store,
     explained,
@@ -20,7 +20,8 @@ from stages.core.bucket import (
     open_bucket,
     read_object,
 )
-from stages.core.errors import UserError
+from stages.runtime import params
+from stages.runtime.errors import UserError
 from tests.conftest import S3, MakeBucket, folder_bucket
 from tools.s3 import free_port
 

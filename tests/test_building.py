@@ -7,12 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stages.core import building
-from stages.core.building import RejectLimit, Shard, ShardMaker, build_shards
-from stages.core.errors import UserError
-from stages.core.parallel import map_in_order
-from stages.core.shards import Reject, Row, shard_name, shard_paths, write_table
-from stages.core.space import DiskFullError, readable
+from stages.formats.shards import Reject, Row, shard_name, shard_paths, write_table
+from stages.runtime.errors import UserError
+from stages.runtime.space import DiskFullError, readable
+from stages.sharding import building
+from stages.sharding.building import RejectLimit, Shard, ShardMaker, build_shards
+from stages.sharding.parallel import map_in_order
 
 Work = Callable[[int], Row | Reject]
 SCHEMA = pa.schema([("id", pa.string())])

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
-from stages.core.calibration import (
+from stages.networks.calibration import (
     HIGHEST,
     LOWEST,
     fit_temperature,

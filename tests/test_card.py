@@ -9,9 +9,9 @@ import pytest
 from huggingface_hub import ModelCard
 from ruamel.yaml import YAML
 
-from stages.core.card import LISTED, model_card
-from stages.core.params import Params
-from stages.core.verification import precision_table
+from stages.runtime.params import Params
+from stages.scoring.card import LISTED, model_card
+from stages.scoring.verification import precision_table
 from tests.conftest import changed_params
 
 INTERVALS = pd.DataFrame(

@@ -16,8 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stages.core import checkpoint
-from stages.core.checkpoint import (
+from stages.imaging.loader import Bins
+from stages.networks.inference import place
+from stages.runtime.errors import Stopped, UserError
+from stages.training import checkpoint
+from stages.training.checkpoint import (
     NotFiniteError,
     StopRequest,
     TrainingState,
@@ -26,11 +29,8 @@ from stages.core.checkpoint import (
     save_checkpoint,
     stop_requests,
 )
-from stages.core.distributed import CPU, Processes
-from stages.core.engine import Epoch, Trainer
-from stages.core.errors import Stopped, UserError
-from stages.core.inference import place
-from stages.core.loader import Bins
+from stages.training.engine import Epoch, Trainer
+from stages.training.processes import CPU, Processes
 from tests.made import (
     equal,
     full_network,

@@ -9,8 +9,8 @@ from typing import Any, Never
 import pytest
 
 from stages import fetch
-from stages.core.command import run_stage
-from stages.core.errors import UserError
+from stages.runtime.command import run_stage
+from stages.runtime.errors import UserError
 from tests.conftest import REPOSITORY, write_params
 
 MISSING = "make the stage's inputs with `dvc repro` or `dvc pull`"

@@ -19,15 +19,15 @@ import torch
 from matplotlib.figure import Figure
 
 from stages import fetch, index
-from stages.core import plots
-from stages.core.checkpoint import TrainingState, save_checkpoint
-from stages.core.files import write_csv, write_json
-from stages.core.loader import pack_bins
-from stages.core.networks import save_classifier
-from stages.core.records import INDEX
-from stages.core.shards import Reject, shard_paths, write_rejects, write_table
-from stages.core.space import DiskFullError, readable
-from stages.core.work import publish_folder
+from stages.collecting.records import INDEX
+from stages.formats.shards import Reject, shard_paths, write_rejects, write_table
+from stages.formats.tables import write_csv, write_json
+from stages.imaging.loader import pack_bins
+from stages.networks.classifier import save_classifier
+from stages.reporting import plots
+from stages.runtime.space import DiskFullError, readable
+from stages.runtime.work import publish_folder
+from stages.training.checkpoint import TrainingState, save_checkpoint
 from tests.conftest import S3, bucket_params, objects_of
 from tests.faults import FaultProxy, fault_proxy
 from tests.forks import Modules
@@ -58,7 +58,7 @@ KNOBS: dict[str, Any] = {
     "split.test": 16,
     "split.validation": 0.25,
     # A checkpoint after each step.
-    "train.checkpoint_minutes": 1e-9,
+    "run.checkpoint_minutes": 1e-9,
     "train.vit.pretrained": False,
     "train.vit.config": TINY_VIT,
     "train.vit.batch_size": 4,

@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stages.core import distributed
-from stages.core.checkpoint import StopRequest, Watch, restore_checkpoint
-from stages.core.distributed import CPU, Processes, joined_processes
-from stages.core.engine import Epoch, Trainer
-from stages.core.errors import Stopped, UserError
-from stages.core.inference import place
-from stages.core.launch import run_processes
-from stages.core.loader import Bins, load_sets
-from stages.core.parallel import usable_cores
-from stages.core.params import Model
+from stages.imaging.loader import Bins, load_sets
+from stages.networks.inference import place
+from stages.runtime.errors import Stopped, UserError
+from stages.runtime.machine import usable_cores
+from stages.runtime.params import Model
+from stages.training import processes as distributed
+from stages.training.checkpoint import StopRequest, Watch, restore_checkpoint
+from stages.training.engine import Epoch, Trainer
+from stages.training.launch import run_processes
+from stages.training.processes import CPU, Processes, joined_processes
 from tests.made import (
     Large,
     bin_rows,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from stages.core import params
+from stages.runtime import params
 from tests.conftest import REPOSITORY, S3, bucket_params, folder_bucket, write_params
 from tools import doctor, doctor_checks
 from tools.doctor import locked_versions

@@ -5,7 +5,7 @@ from itertools import islice
 import pytest
 from PIL import Image
 
-from stages.core.records import parse_record
+from stages.collecting.records import parse_record
 from tests.conftest import sibling_pairs
 from tools import drawing
 from tools.drawing import DrawnBin, drawn_bins

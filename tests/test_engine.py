@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Adam, AdamW
 
-from stages.core import engine
-from stages.core.augmentation import jitter_colors
-from stages.core.checkpoint import Watch
-from stages.core.distributed import CPU, Processes
-from stages.core.engine import Epoch, Trainer, plan_epoch, split_into_batches, split_into_parts
-from stages.core.errors import UserError
-from stages.core.inference import evaluate, normalizer
-from stages.core.loader import Bins
-from stages.core.params import Model
+from stages.imaging.loader import Bins
+from stages.networks.inference import evaluate, normalizer
+from stages.runtime.errors import UserError
+from stages.runtime.params import Model
+from stages.training import engine
+from stages.training.augmentation import jitter_colors
+from stages.training.checkpoint import Watch
+from stages.training.engine import Epoch, Trainer, plan_epoch, split_into_batches, split_into_parts
+from stages.training.processes import CPU, Processes
 from tests.made import (
     Large,
     close,

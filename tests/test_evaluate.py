@@ -15,15 +15,15 @@ import sklearn.metrics
 from huggingface_hub import ModelCard
 
 from stages import evaluate, pretrained, train
-from stages.core import evaluation
-from stages.core.bootstrap import intervals
-from stages.core.calibration import fit_temperature, negative_log_likelihood, with_temperature
-from stages.core.errors import UserError
-from stages.core.files import read_csv
-from stages.core.inference import evaluate as score
-from stages.core.loader import load_bins
-from stages.core.release import Settings, digests_of, load_release, write_settings
-from stages.core.verification import threshold_for
+from stages.formats.tables import read_csv
+from stages.imaging.loader import load_bins
+from stages.networks.calibration import fit_temperature, negative_log_likelihood, with_temperature
+from stages.networks.inference import evaluate as score
+from stages.networks.release import Settings, digests_of, load_release, write_settings
+from stages.runtime.errors import UserError
+from stages.scoring import evaluation
+from stages.scoring.bootstrap import intervals
+from stages.scoring.verification import threshold_for
 from tests.made import (
     TINY_VIT,
     bin_rows,

@@ -10,9 +10,9 @@ import sklearn.metrics
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
-from stages.core import evaluation
-from stages.core.bootstrap import group_weights, intervals
-from stages.core.evaluation import (
+from stages.scoring import evaluation
+from stages.scoring.bootstrap import group_weights, intervals
+from stages.scoring.evaluation import (
     Scored,
     accuracy_by_siblings,
     alarm_rates,
@@ -22,8 +22,8 @@ from stages.core.evaluation import (
     metrics_with_intervals,
     per_quantity_table,
 )
-from stages.core.metrics import counting_metrics, probability_metrics
-from stages.core.verification import rates_at, roc_metrics
+from stages.scoring.metrics import counting_metrics, probability_metrics
+from stages.scoring.verification import rates_at, roc_metrics
 
 LABELS = [1, 2, 3]
 METRICS = ["accuracy", "rmse", "mae", "within_one", "macro_f1", "kappa"]

@@ -11,10 +11,10 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from stages import fetch, resize
-from stages.core import params
-from stages.core.building import make_here
-from stages.core.errors import UserError
-from stages.core.executors import executor, make_on_ray
+from stages.runtime import params
+from stages.runtime.errors import UserError
+from stages.sharding.building import make_here
+from stages.sharding.executors import executor, make_on_ray
 from tests.conftest import S3, bucket_params, objects_of, write_params
 from tests.faults import Fault, at_random, fault_proxy
 from tests.test_fetch import prepare

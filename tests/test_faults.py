@@ -11,11 +11,12 @@ from types import ModuleType
 import pytest
 
 from stages import fetch, index
-from stages.core import bucket, params, retries
-from stages.core.bucket import list_objects, open_bucket
-from stages.core.errors import UserError
-from stages.core.retries import FailedAttempt, Retries
-from stages.core.shards import Reject, read_rejects
+from stages.collecting import bucket, retries
+from stages.collecting.bucket import list_objects, open_bucket
+from stages.collecting.retries import FailedAttempt, Retries
+from stages.formats.shards import Reject, read_rejects
+from stages.runtime import params, paths
+from stages.runtime.errors import UserError
 from tests.conftest import S3, bucket_params, objects_of, write_params
 from tests.faults import (
     SECRET,
@@ -194,7 +195,7 @@ def test_a_permanent_fault_of_one_photograph_costs_that_one_only(
     proxy.plan = always(fault, "00007.jpg")
     proxy.take_requests()
     fetch.main()
-    (reject,) = read_rejects(fetch.REJECTS)
+    (reject,) = read_rejects(paths.UNFETCHED)
     assert reject.id == "00007"
     assert re.fullmatch(REASONS[fault], reject.reason)
     assert sum(fetched(), []) == expected([one for one in drawn if one.id != "00007"])  # noqa: RUF017
@@ -223,7 +224,9 @@ def test_an_only_object_that_fails_is_no_outage(
     prepare(behind(proxy, bins), drawn[:1], max_rejects=1.0)
     proxy.plan = outage(Fault.SLOW_DOWN, after=0, lists=False)
     fetch.main()
-    assert read_rejects(fetch.REJECTS) == [Reject(drawn[0].id, "server error 503, time and again")]
+    assert read_rejects(paths.UNFETCHED) == [
+        Reject(drawn[0].id, "server error 503, time and again")
+    ]
 
 
 @pytest.mark.usefixtures("workspace", "soon_given_up")

@@ -7,11 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from stages import fetch
-from stages.core import params
-from stages.core.bucket import Store, list_objects, open_bucket, read_object
-from stages.core.errors import UserError
-from stages.core.retries import Retries
-from stages.core.shards import IMAGES, Reject, read_rejects, shard_paths, write_table
+from stages.collecting.bucket import Store, list_objects, open_bucket, read_object
+from stages.collecting.retries import Retries
+from stages.formats.shards import IMAGES, Reject, read_rejects, shard_paths, write_table
+from stages.runtime import params
+from stages.runtime.errors import UserError
 from tests.conftest import MakeBucket, bucket_params, folder_bucket, objects_of, write_params
 from tools.drawing import DrawnBin
 

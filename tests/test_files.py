@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from stages.core.files import atomic_write, digest, digest_files, sha256_file, write_csv, write_json
+from stages.formats.tables import write_csv, write_json
+from stages.runtime.files import atomic_write, digest, digest_files, sha256_file
 
 
 class StopError(Exception):

@@ -29,10 +29,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from stages.core.errors import UserError
-from stages.core.jpeg import MAX_PIXELS, ImageError, Pixels, decode, resize
-from stages.core.params import load_params
-from stages.core.records import INDEX, MAX_RECORD_BYTES, RecordError, parse_record
+from stages.collecting.records import INDEX, MAX_RECORD_BYTES, RecordError, parse_record
+from stages.imaging.jpeg import MAX_PIXELS, ImageError, Pixels, decode, resize
+from stages.runtime.errors import UserError
+from stages.runtime.params import load_params
 from tests.conftest import REPOSITORY, image_file, record_json
 from tests.test_jpeg import (
     ARITHMETIC,

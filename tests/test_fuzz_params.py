@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 from ruamel.yaml.nodes import MappingNode
 
-from stages.core import params
-from stages.core.errors import UserError
-from stages.core.params import Params, load_params
+from stages.runtime import params
+from stages.runtime.errors import UserError
+from stages.runtime.params import Params, load_params
 from tests.conftest import REPOSITORY, changed_params
 from tests.test_fuzz import cases
 
@@ -133,9 +133,9 @@ MEANINGS: dict[str, Meaning] = {
     "split.validation": between(0, 1),
     "split.by": one_of("group", "image"),
     "split.seed": integer(0, 2**32 - 1),
-    "train.processes": either(one_of("auto"), integer(1, 1024)),
-    "train.checkpoint_minutes": FLOAT32,
-    "train.deterministic": TRUTH,
+    "run.processes": either(one_of("auto"), integer(1, 1024)),
+    "run.checkpoint_minutes": FLOAT32,
+    "run.deterministic": TRUTH,
     **{f"train.resnet34.{key}": meaning for key, meaning in MODEL.items()},
     **{f"train.vit.{key}": meaning for key, meaning in MODEL.items()},
     "train.vit.accumulation": integer(1, 64),

@@ -21,12 +21,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from stages import evaluate, train
-from stages.core.command import run_stage
-from stages.core.errors import UserError
-from stages.core.model_files import record_source
-from stages.core.networks import build_classifier, load_classifier, save_classifier
-from stages.core.params import load_params
-from stages.core.release import Settings, digests_of, load_release, write_settings
+from stages.networks.classifier import build_classifier, load_classifier, save_classifier
+from stages.networks.model_files import record_source
+from stages.networks.release import Settings, digests_of, load_release, write_settings
+from stages.runtime.command import run_stage
+from stages.runtime.errors import UserError
+from stages.runtime.params import load_params
 from tests.made import (
     REPOSITORY,
     SIZE,

@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 
 from stages import index
-from stages.core.command import run_stage
-from stages.core.errors import UserError
-from stages.core.networks import save_classifier
-from stages.core.params import load_params
-from stages.core.release import Settings, digests_of, write_settings
+from stages.networks.classifier import save_classifier
+from stages.networks.release import Settings, digests_of, write_settings
+from stages.runtime.command import run_stage
+from stages.runtime.errors import UserError
+from stages.runtime.params import load_params
 from tests.browser import Browser, running_browser
 from tests.conftest import bucket_params, folder_bucket, write_params
 from tests.made import SIZE, TINY_VIT, model_knobs, one_torch_thread, random_classifier, square

@@ -7,11 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from stages import index
-from stages.core import params
-from stages.core.bucket import Store, read_object
-from stages.core.errors import UserError
-from stages.core.records import INDEX, parse_record
-from stages.core.retries import Retries
+from stages.collecting.bucket import Store, read_object
+from stages.collecting.records import INDEX, parse_record
+from stages.collecting.retries import Retries
+from stages.runtime import params
+from stages.runtime.errors import UserError
 from tests.conftest import (
     MakeBucket,
     bucket_params,

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from stages.core import inference
-from stages.core.distributed import CPU, Processes
-from stages.core.errors import UserError
-from stages.core.inference import class_numbers, evaluate, normalizer, place
-from stages.core.loader import Bins
+from stages.imaging.loader import Bins
+from stages.networks import inference
+from stages.networks.inference import class_numbers, evaluate, normalizer, place
+from stages.runtime.errors import UserError
+from stages.training.processes import CPU, Processes
 from tests.made import (
     SIZE,
     equal,

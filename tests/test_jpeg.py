@@ -15,8 +15,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, JpegImagePlugin
 
-from stages.core import jpeg
-from stages.core.jpeg import ImageError, Pixels, decode, decode_into, encode, resize
+from stages.imaging import jpeg
+from stages.imaging.jpeg import ImageError, Pixels, decode, decode_into, encode, resize
 from tests.conftest import image_file, jpeg_file, picture
 
 ROTATED = Image.Exif()

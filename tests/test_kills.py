@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.core.checkpoint import TrainingState, save_checkpoint
-from stages.core.files import atomic_write
-from stages.core.work import publish_folder
+from stages.runtime.files import atomic_write
+from stages.runtime.work import publish_folder
+from stages.training.checkpoint import TrainingState, save_checkpoint
 from tests.faults import FaultProxy, fault_proxy
 from tests.forks import STAGES, Bench, serving_hub
 from tests.kills import HEADER, kill_stage

@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 
-from stages.core.errors import UserError
-from stages.core.launch import process_count, run_processes
+from stages.runtime.errors import UserError
+from stages.training.launch import process_count, run_processes
 
 
 @pytest.mark.parametrize(

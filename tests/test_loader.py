@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from stages.core import loader
-from stages.core.distributed import Processes
-from stages.core.errors import UserError
-from stages.core.loader import Bins, load_batches, load_bins, load_sets, open_bins, pack_bins
+from stages.imaging import loader
+from stages.imaging.loader import Bins, load_batches, load_bins, load_sets, open_bins, pack_bins
+from stages.runtime.errors import UserError
+from stages.training.processes import Processes
 from tests.made import SIZE, bin_rows, make_bins, noise, pillow_pixels, write_resized, write_split
 
 

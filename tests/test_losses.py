@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from stages.core.losses import ordinal_loss, training_loss
+from stages.training.losses import ordinal_loss, training_loss
 
 TARGETS = torch.tensor([0, 4, 2, 2, 1, 3])
 

@@ -9,7 +9,7 @@ import sklearn.calibration
 import sklearn.metrics
 from numpy.typing import NDArray
 
-from stages.core.metrics import (
+from stages.scoring.metrics import (
     CONFIDENCE_INTERVALS,
     confusion_matrix,
     counting_metrics,

@@ -14,12 +14,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stages.core import jpeg
-from stages.core.errors import UserError
-from stages.core.inference import normalizer
-from stages.core.model_files import record_source
-from stages.core.networks import Classifier, build_classifier, load_classifier, save_classifier
-from stages.core.params import Model
+from stages.imaging import jpeg
+from stages.networks.classifier import (
+    Classifier,
+    build_classifier,
+    load_classifier,
+    save_classifier,
+)
+from stages.networks.inference import normalizer
+from stages.networks.model_files import record_source
+from stages.runtime.errors import UserError
+from stages.runtime.params import Model
 from tests.made import (
     SIZE,
     TINY_CONVNEXT,

@@ -11,10 +11,10 @@ import psutil
 import pytest
 
 from stages import train
-from stages.core.distributed import Processes
-from stages.core.errors import UserError
-from stages.core.launch import run_processes
-from stages.core.parallel import usable_cores
+from stages.runtime.errors import UserError
+from stages.runtime.machine import usable_cores
+from stages.training.launch import run_processes
+from stages.training.processes import Processes
 from tests.test_train import SECONDS, STAGE, Workspace
 from tools.s3 import free_port
 

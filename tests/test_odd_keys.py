@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from stages import index
-from stages.core import params
-from stages.core.bucket import list_objects, open_bucket
+from stages.collecting.bucket import list_objects, open_bucket
+from stages.runtime import params
 from tests.conftest import bucket_params, jpeg_file, record_json, write_params
 
 #: Keys that S3 takes, and no file system of a test server does.

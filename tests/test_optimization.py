@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from stages.core.optimization import learning_rate, make_optimizer, set_learning_rate
-from stages.core.params import Model
+from stages.runtime.params import Model
+from stages.training.optimization import learning_rate, make_optimizer, set_learning_rate
 from tests.made import equal, model_knobs, weights_of
 
 KNOBS = model_knobs("resnet34", learning_rate=0.3)

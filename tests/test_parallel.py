@@ -6,7 +6,8 @@ from contextlib import closing
 
 import pytest
 
-from stages.core.parallel import map_in_order, usable_cores
+from stages.runtime.machine import usable_cores
+from stages.sharding.parallel import map_in_order
 
 
 class StopError(Exception):

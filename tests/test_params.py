@@ -10,8 +10,8 @@ import pytest
 from dvc.utils.serialize import load_yaml
 from ruamel.yaml import YAML
 
-from stages.core.errors import UserError
-from stages.core.params import Params, load_params
+from stages.runtime.errors import UserError
+from stages.runtime.params import Params, load_params
 from tests.conftest import REPOSITORY, changed_params, write_params
 
 RESNET = "train.resnet34"
@@ -79,8 +79,8 @@ def load_changed(tmp_path: Path, key: str, value: Any) -> Params:
         (f"{VIT}.batch_size", 64),
         (f"{VIT}.epochs", 5),
         *((f"{model}.{key}", value) for model in (RESNET, VIT) for key, value in NOTHING_MORE),
-        ("train.processes", "auto"),
-        ("train.deterministic", False),
+        ("run.processes", "auto"),
+        ("run.deterministic", False),
         (f"{VIT}.mean", [0.5, 0.5, 0.5]),
         (f"{VIT}.std", [0.5, 0.5, 0.5]),
     ],
@@ -154,11 +154,11 @@ def test_an_unknown_key_is_named(tmp_path: Path, key: str) -> None:
         (f"{RESNET}.clip_norm", "1.0"),
         (f"{RESNET}.compile", 1),
         (f"{RESNET}.accumulation", 2.0),
-        ("train.processes", 2.0),
-        ("train.processes", True),
-        ("train.processes", None),
-        ("train.checkpoint_minutes", "10"),
-        ("train.deterministic", "false"),
+        ("run.processes", 2.0),
+        ("run.processes", True),
+        ("run.processes", None),
+        ("run.checkpoint_minutes", "10"),
+        ("run.deterministic", "false"),
         ("train.processors", 2),
         (f"{VIT}.config", [1]),
     ],
@@ -218,11 +218,11 @@ def test_a_value_of_another_type_is_refused(tmp_path: Path, key: str, value: Any
         (f"{VIT}.color_jitter", 1.1),
         (f"{VIT}.accumulation", 0),
         (f"{VIT}.compile", "yes"),
-        ("train.processes", "all"),
-        ("train.processes", 0),
-        ("train.processes", 1025),
-        ("train.checkpoint_minutes", 0),
-        ("train.checkpoint_minutes", math.inf),
+        ("run.processes", "all"),
+        ("run.processes", 0),
+        ("run.processes", 1025),
+        ("run.checkpoint_minutes", 0),
+        ("run.checkpoint_minutes", math.inf),
         ("evaluate.batch_size", 0),
         ("evaluate.false_alarm", 0.0),
         ("evaluate.false_alarm", 1.0),
@@ -277,7 +277,7 @@ def test_a_model_with_the_name_of_another_stages_folder_is_refused(
 def test_another_model_is_one_more_block(tmp_path: Path, name: str) -> None:
     params = load_with_model(tmp_path, name, seed=7)
 
-    assert params.train.models().keys() == {"resnet34", "vit", name}
+    assert params.train.keys() == {"resnet34", "vit", name}
     assert params.model(name).seed == 7
 
 
@@ -311,8 +311,8 @@ def test_values_that_do_not_go_together_are_named(
     [
         (f"{RESNET}.accumulation", 128),
         (f"{RESNET}.config", {}),
-        ("train.processes", 3),
-        ("train.checkpoint_minutes", 0.5),
+        ("run.processes", 3),
+        ("run.checkpoint_minutes", 0.5),
         (f"{VIT}.clip_norm", 1.0),
         (f"{VIT}.ema_decay", 0.999),
         (f"{VIT}.compile", True),

@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
-from stages.core.evaluation import confusion_table, per_quantity_table
-from stages.core.files import write_csv
-from stages.core.metrics import confusion_matrix, reliability_table
-from stages.core.plots import SETS
-from stages.core.verification import make_claims, roc_table
+from stages.formats.tables import write_csv
+from stages.reporting.plots import SETS
+from stages.scoring.evaluation import confusion_table, per_quantity_table
+from stages.scoring.metrics import confusion_matrix, reliability_table
+from stages.scoring.verification import make_claims, roc_table
 from tests.browser import DESKTOP, PHONE, Browser, Page, running_browser
 from tests.conftest import REPOSITORY
 from tools import plots_page

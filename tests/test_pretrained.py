@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stages import pretrained
-from stages.core.command import run_stage
-from stages.core.errors import UserError
+from stages.runtime.command import run_stage
+from stages.runtime.errors import UserError
 from tests.made import REPOSITORY, TINY_VIT, write_params
 
 REPO = "someone/tiny-vit"

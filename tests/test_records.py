@@ -4,7 +4,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from stages.core.records import INDEX, MAX_RECORD_BYTES, RecordError, is_bin_id, parse_record
+from stages.collecting.records import INDEX, MAX_RECORD_BYTES, RecordError, is_bin_id, parse_record
 
 REAL_ITEM = {
     "asin": "B000A8C5QE",

@@ -17,18 +17,18 @@ import pytest
 from PIL import Image
 
 from stages import report
-from stages.core import plots
-from stages.core.errors import UserError
-from stages.core.evaluation import (
+from stages.formats.shards import Reject, write_rejects, write_table
+from stages.formats.tables import write_csv, write_json
+from stages.reporting import plots
+from stages.runtime.errors import UserError
+from stages.scoring.evaluation import (
     Scored,
     alarm_rates,
     calibration_table,
     confusion_table,
     per_quantity_table,
 )
-from stages.core.files import write_csv, write_json
-from stages.core.shards import Reject, write_rejects, write_table
-from stages.core.verification import precision_table, roc_table
+from stages.scoring.verification import precision_table, roc_table
 from tests.browser import DESKTOP, PHONE, Browser, running_browser
 from tests.made import bin_rows, write_params, write_resized, write_split
 

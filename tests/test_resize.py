@@ -9,9 +9,7 @@ import pytest
 from PIL import Image
 
 from stages import resize
-from stages.core import jpeg
-from stages.core.errors import UserError
-from stages.core.shards import (
+from stages.formats.shards import (
     IMAGES,
     Reject,
     read_rejects,
@@ -20,6 +18,8 @@ from stages.core.shards import (
     write_rejects,
     write_table,
 )
+from stages.imaging import jpeg
+from stages.runtime.errors import UserError
 from tests.conftest import image_file, jpeg_file, picture, write_params
 
 RESIZED = Path("data/resized")

@@ -16,8 +16,8 @@ import obstore
 import psutil
 import pytest
 
-from stages.core.bucket import open_bucket
-from stages.core.params import Bucket
+from stages.collecting.bucket import open_bucket
+from stages.runtime.params import Bucket
 from tests.conftest import REPOSITORY
 from tools.s3 import CLIENT_ENVIRONMENT, answers, free_port, instructions
 

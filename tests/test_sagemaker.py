@@ -28,8 +28,8 @@ from cloud import sagemaker, sagemaker_entry, sagemaker_files
 from cloud.sagemaker import METRICS, training_request
 from cloud.sagemaker_files import FILES, collect_inputs, pack_code, unpack
 from stages import train
-from stages.core.engine import Epoch
-from stages.core.errors import UserError
+from stages.runtime.errors import UserError
+from stages.training.engine import Epoch
 from tests.project import ROOT
 from tests.test_train import SECONDS, Workspace
 

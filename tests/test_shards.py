@@ -10,8 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stages import fetch, resize, split, subset
-from stages.core.errors import UserError
-from stages.core.shards import (
+from stages.formats.shards import (
     IMAGES,
     Reject,
     Row,
@@ -23,6 +22,7 @@ from stages.core.shards import (
     write_rejects,
     write_table,
 )
+from stages.runtime.errors import UserError
 from tests.conftest import write_params
 
 

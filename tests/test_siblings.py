@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 import pytest
 
-from stages.core.siblings import padded_number, sibling_groups
+from stages.sampling.siblings import padded_number, sibling_groups
 
 
 def groups_of(contents: Mapping[str, Sequence[str | None]]) -> dict[str, str]:

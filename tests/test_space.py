@@ -12,11 +12,11 @@ import pytest
 from safetensors import SafetensorError
 
 from stages import fetch, resize
-from stages.core import jpeg
-from stages.core.files import atomic_write, write_text
-from stages.core.shards import shard_paths
-from stages.core.space import DiskFullError, is_disk_full, readable, require_space, space_for
-from stages.core.work import publish_folder
+from stages.formats.shards import shard_paths
+from stages.imaging import jpeg
+from stages.runtime.files import atomic_write, write_text
+from stages.runtime.space import DiskFullError, is_disk_full, readable, require_space, space_for
+from stages.runtime.work import publish_folder
 from tests.conftest import folder_bucket, objects_of
 from tests.test_fetch import prepare as prepare_fetch
 from tests.test_resize import photographs

@@ -10,10 +10,11 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from stages.core.errors import UserError
-from stages.core.params import Split, Subset
-from stages.core.shards import Reject, write_rejects, write_table
-from stages.split import apportion, count_leaks, main, split
+from stages.formats.shards import Reject, write_rejects, write_table
+from stages.runtime.errors import UserError
+from stages.runtime.params import Split, Subset
+from stages.sampling.splitting import apportion, count_leaks, split
+from stages.split import main
 from stages.subset import draw, with_groups
 from tests.conftest import sibling_pairs, write_params
 

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stages.core.errors import UserError
-from stages.core.params import Subset
-from stages.core.shards import write_table
+from stages.formats.shards import write_table
+from stages.runtime.errors import UserError
+from stages.runtime.params import Subset
 from stages.subset import COLUMNS, draw, main, with_groups
 from tests.conftest import index_of, sibling_pairs, write_params
 

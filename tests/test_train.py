@@ -31,7 +31,7 @@ KNOBS: dict[str, Any] = {
     "split.validation": 1 / 9,
     "resize.size": SIZE,
     # A checkpoint after each step.
-    "train.checkpoint_minutes": 1e-9,
+    "run.checkpoint_minutes": 1e-9,
     "train.vit.pretrained": False,
     "train.vit.config": TINY_VIT | {"hidden_dropout_prob": 0.1},
     "train.vit.learning_rate": 1e-3,

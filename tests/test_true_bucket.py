@@ -34,9 +34,9 @@ from benchmarks.true_bins import (
 )
 from benchmarks.true_bucket import BUCKET, Bucket, serving_true_bucket
 from stages import fetch, index, subset
-from stages.core import params
-from stages.core.bucket import list_objects, open_bucket, read_object
-from stages.core.records import parse_record
+from stages.collecting.bucket import list_objects, open_bucket, read_object
+from stages.collecting.records import parse_record
+from stages.runtime import params
 from tests.conftest import REPOSITORY, bucket_params, sibling_pairs, write_params
 from tools.s3 import answers, free_port
 

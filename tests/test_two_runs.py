@@ -11,7 +11,7 @@ import pytest
 from filelock import FileLock
 from ruamel.yaml import YAML
 
-from stages.core.work import only_run_here, unfinished
+from stages.runtime.work import only_run_here, unfinished
 from tests.lab import Run, contents, damaged_objects, kill_alone, wait_for
 from tests.project import Clone, Project
 

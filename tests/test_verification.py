@@ -8,7 +8,7 @@ import pytest
 import sklearn.metrics
 from numpy.typing import NDArray
 
-from stages.core.verification import (
+from stages.scoring.verification import (
     PREVALENCES,
     Claims,
     Rates,

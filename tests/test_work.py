@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.core.work import (
+from stages.runtime.work import (
     DAYS_KEPT,
     cache_folder,
     only_run_here,
@@ -60,7 +60,7 @@ def test_work_of_another_version_of_the_code_starts_afresh(
 ) -> None:
     folder = fail_while_working("fetch", "key", "part")
     (tmp_path / "stage.py").write_text("changed = True")
-    monkeypatch.setattr("stages.core.work.STAGES", tmp_path)
+    monkeypatch.setattr("stages.runtime.work.STAGES", tmp_path)
     with unfinished("fetch", "key") as changed:
         assert changed != folder
     assert (workspace / folder).is_dir()
@@ -80,7 +80,7 @@ def test_an_experiment_in_a_copy_works_in_the_original_repository(
 def start_work(folder: Path, context: str) -> subprocess.Popen[str]:
     """A run that says what parts it finds, if it has a folder, and waits for a line."""
     code = (
-        "from stages.core.work import only_run_here, unfinished\n"
+        "from stages.runtime.work import only_run_here, unfinished\n"
         f"with {context} as folder:\n"
         "    print('begun' if folder is None else [part.name for part in folder.iterdir()])\n"
         "    if folder is not None: (folder / 'part').touch()\n"

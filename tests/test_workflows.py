@@ -61,9 +61,9 @@ RUNS = {
     "split.validation": FROM_SPLIT,
     "split.by": FROM_SPLIT,
     "split.seed": FROM_SPLIT,
-    "train.processes": NOTHING,
-    "train.checkpoint_minutes": NOTHING,
-    "train.deterministic": FROM_TRAIN,
+    "run.processes": NOTHING,
+    "run.checkpoint_minutes": NOTHING,
+    "run.deterministic": FROM_TRAIN,
     "train.MODEL.library": FROM_PRETRAINED,
     "train.MODEL.name": FROM_PRETRAINED,
     "train.MODEL.revision": FROM_PRETRAINED,
@@ -212,13 +212,13 @@ def test_sweeps_run_in_the_queue(workplace: Clone) -> None:
     cache = workplace.folder / ".cache"
     shutil.rmtree(cache, ignore_errors=True)
     queue(workplace, "rejects", "fetch.max_rejects=choice(0.06,0.07)")
-    queue(workplace, "minutes", "train.checkpoint_minutes=range(11,13)")
+    queue(workplace, "minutes", "run.checkpoint_minutes=range(11,13)")
     text = workplace.run("dvc", "exp", "run", "--run-all")
     assert stages_run(text) == ["fetch", "fetch"]
     found = experiments(workplace)
     values = [param(found[f"rejects-{number}"], "fetch.max_rejects") for number in (1, 2)]
     assert values == [0.06, 0.07]
-    values = [param(found[f"minutes-{number}"], "train.checkpoint_minutes") for number in (1, 2)]
+    values = [param(found[f"minutes-{number}"], "run.checkpoint_minutes") for number in (1, 2)]
     assert values == [11, 12]
     assert set(found["rejects-1"]["metrics"]) == {
         f"reports/{model}/metrics.json" for model in MODELS

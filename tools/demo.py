@@ -15,7 +15,7 @@ import obstore
 from obstore.store import S3Store
 from tqdm import tqdm
 
-from stages.core.parallel import map_in_order
+from stages.sharding.parallel import map_in_order
 from tools import plots_page
 from tools.drawing import DrawnBin, drawn_bins
 from tools.s3 import CLIENT_ENVIRONMENT, free_port, start_server, stop_server

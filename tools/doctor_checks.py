@@ -19,10 +19,10 @@ from dvc_objects.fs.generic import test_links
 from dvc_objects.fs.local import LocalFileSystem
 from obstore.store import S3Store
 
-from stages.core.bucket import PHOTOGRAPHS, RECORDS, Store, explained, open_bucket
-from stages.core.errors import UserError
-from stages.core.params import Params, load_params
-from stages.core.work import DAYS_KEPT
+from stages.collecting.bucket import PHOTOGRAPHS, RECORDS, Store, explained, open_bucket
+from stages.runtime.errors import UserError
+from stages.runtime.params import Params, load_params
+from stages.runtime.work import DAYS_KEPT
 from tools.results import Result, first_line, first_three, ok, output, problem, warning
 from tools.s3 import CLIENT_ENVIRONMENT
 
@@ -69,7 +69,7 @@ def check_params() -> Result:
         params = load_params()
     except UserError as error:
         return problem(str(error), "edit params.yaml; README lists its keys")
-    return ok(f"valid: {params.subset.bins} bins, {' and '.join(params.train.models())}")
+    return ok(f"valid: {params.subset.bins} bins, {' and '.join(params.train)}")
 
 
 def check_bucket() -> Result:

@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 from typing import Never
 
-from stages.core.errors import UserError
+from stages.runtime.errors import UserError
 
 EPILOG = """\
 expected counts, without --expected:

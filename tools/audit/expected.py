@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from stages.core.bucket import RECORDS, Store
-from stages.core.errors import UserError
-from stages.core.records import Record, RecordError, is_bin_id, parse_record
+from stages.collecting.bucket import RECORDS, Store
+from stages.collecting.records import Record, RecordError, is_bin_id, parse_record
+from stages.runtime.errors import UserError
 from tools.audit.objects import Content, Listing, list_bins, open_folder, read_bins
 from tools.audit.photographs import Photographs, ShardPhotographs, StoredPhotographs
 

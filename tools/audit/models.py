@@ -9,19 +9,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from stages.core import inference, jpeg
-from stages.core.calibration import Floats
-from stages.core.errors import UserError
-from stages.core.files import digest, digest_files
-from stages.core.release import (
-    MODELS,
-    REPORTS,
+from stages.imaging import jpeg
+from stages.networks import inference
+from stages.networks.calibration import Floats
+from stages.networks.release import (
     SETTINGS,
     Release,
     load_release,
     probability_columns,
 )
-from stages.core.verification import threshold_for
+from stages.runtime.errors import UserError
+from stages.runtime.files import digest, digest_files
+from stages.runtime.paths import MODELS, REPORTS
+from stages.scoring.verification import threshold_for
 from tools.audit.objects import Content
 
 

@@ -11,9 +11,8 @@ import pyarrow.compute as pc
 import pydantic
 from obstore.store import LocalStore
 
-from stages.core import params
-from stages.core.awaiting import await_in_order
-from stages.core.bucket import (
+from stages.collecting.awaiting import await_in_order
+from stages.collecting.bucket import (
     IN_FLIGHT,
     WINDOW,
     Names,
@@ -23,9 +22,10 @@ from stages.core.bucket import (
     open_bucket,
     read_object,
 )
-from stages.core.errors import UserError
-from stages.core.records import is_bin_id
-from stages.core.retries import Retries
+from stages.collecting.records import is_bin_id
+from stages.collecting.retries import Retries
+from stages.runtime import params
+from stages.runtime.errors import UserError
 
 #: The audit's options, in messages.
 OPTIONS = Names("its name", "--endpoint", "add --signed")

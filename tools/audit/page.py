@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import pandas as pd
 from PIL import Image
 
-from stages.core import jpeg
-from stages.core.page import embedded, render
-from stages.core.release import probability_columns
+from stages.imaging import jpeg
+from stages.networks.release import probability_columns
+from stages.reporting.page import embedded, render
 from tools.audit.objects import Content
 
 TEMPLATE = Path(__file__).with_suffix(".html")

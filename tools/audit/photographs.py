@@ -11,11 +11,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from obstore.store import LocalStore
 
-from stages.core.bucket import PHOTOGRAPHS, Store
-from stages.core.errors import UserError
-from stages.core.files import digest
-from stages.core.records import is_bin_id
-from stages.core.shards import table_digest, whole_parquet
+from stages.collecting.bucket import PHOTOGRAPHS, Store
+from stages.collecting.records import is_bin_id
+from stages.formats.shards import table_digest, whole_parquet
+from stages.runtime.errors import UserError
+from stages.runtime.files import digest
 from tools.audit.objects import (
     Content,
     list_bins,

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from stages.core.bucket import explained_at
-from stages.core.errors import UserError
-from stages.core.files import digest, digest_files, read_csv, write_csv, write_text
-from stages.core.work import unfinished
+from stages.collecting.bucket import explained_at
+from stages.formats.tables import read_csv, write_csv
+from stages.runtime.errors import UserError
+from stages.runtime.files import digest, digest_files, write_text
+from stages.runtime.work import unfinished
 from tools.audit.expected import Expected, find_expected, left_out
 from tools.audit.models import Ensemble, load_ensemble
 from tools.audit.objects import OPTIONS

@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from stages.core.parallel import map_in_order, usable_cores
-from stages.core.release import probability_columns
-from stages.core.shards import shard_name, write_table
+from stages.formats.shards import shard_name, write_table
+from stages.networks.release import probability_columns
+from stages.runtime.machine import usable_cores
+from stages.sharding.parallel import map_in_order
 from tools.audit.models import Ensemble, Prepared
 from tools.audit.photographs import Photographs
 

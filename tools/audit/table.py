@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from stages.core.release import probability_columns
+from stages.networks.release import probability_columns
 from tools.audit.expected import Expected
 
 

@@ -1,0 +1,1 @@
+"""The bucket: listing it, reading its objects checked, and parsing its records."""

@@ -1,0 +1,27 @@
+"""CSV and JSON, written so that the same values give the same bytes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from stages.runtime.files import write_text
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    """Six significant digits: enough for shares and losses, and the same on every machine."""
+    write_text(path, table.to_csv(index=False, lineterminator="\n", float_format="%.6g"))
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """A table of write_csv. Ids, which groups are named by too, are strings: 00100 is not 100."""
+    return pd.read_csv(path, dtype={"id": str, "group": str}, keep_default_na=False)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text("utf-8"))

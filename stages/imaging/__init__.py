@@ -1,0 +1,1 @@
+"""Photographs as bytes and as pixels: decoding, resizing, and loading batches."""

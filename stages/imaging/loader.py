@@ -1,0 +1,214 @@
+"""Photographs from the shards to batches of pixels, decoded by a pool of threads."""
+
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stages.formats.shards import shard_paths, whole_parquet, write_table
+from stages.formats.tables import read_csv
+from stages.imaging import jpeg
+from stages.runtime.errors import UserError
+from stages.runtime.machine import usable_cores
+from stages.runtime.space import require_space, space_for
+from stages.runtime.work import scratch
+from stages.training.processes import CPU, Processes
+
+# Batches decoded ahead of the one in use.
+PREFETCH = 2
+# The two files of pack_bins.
+IMAGES = "images"
+TABLE = "bins.parquet"
+
+
+class Images:
+    """JPEG files that lie one after another in a file, of which no process holds more than it uses.
+
+    The operating system keeps them in its page cache, once for all processes of a machine. They
+    are read, not mapped: mapped pages would count as each process's memory.
+    """
+
+    def __init__(self, path: Path, offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._offsets = offsets
+        self._lengths = lengths
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, row: int) -> bytes:
+        # No IndexError would end a loop over them otherwise.
+        if row >= len(self):
+            raise IndexError(row)
+        return os.pread(self._file.fileno(), int(self._lengths[row]), int(self._offsets[row]))
+
+
+@dataclass(frozen=True)
+class Bins:
+    """The bins of one set, in the order of their ids, with their resized photographs as JPEG."""
+
+    ids: list[str]
+    quantities: NDArray[np.int64]
+    images: Images
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Batch(NamedTuple):
+    """`images`: uint8 [batch, 3, size, size] in channels_last; `rows`: their places in the Bins.
+
+    On a CPU the images are overwritten when the next batch is taken.
+    """
+
+    images: Tensor
+    rows: NDArray[np.int64]
+
+
+def load_bins(resized: Path, split: Path, *set_names: str, stage: str = "bins") -> list[Bins]:
+    """The bins that `split` (a CSV of id and set) puts in each set. Raises UserError if none.
+
+    They are packed in the scratch folder of `stage`.
+    """
+    with scratch(stage) as folder:
+        return load_sets(resized, split, set_names, folder, Processes())
+
+
+def load_sets(
+    resized: Path, split: Path, set_names: Sequence[str], folder: Path, processes: Processes
+) -> list[Bins]:
+    """The bins of several sets, their photographs held once for all `processes` of a machine."""
+    # By the rank of its first process: two machines may share the folder, and even have one name.
+    folder = folder / f"bins-{processes.rank - processes.local_rank}"
+    if processes.local_rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        pack_bins(resized, split, set_names, folder)
+    processes.wait_for_all()
+    found = [open_bins(folder, name) for name in set_names]
+    processes.wait_for_all()
+    if processes.local_rank == 0:
+        # The file goes with its name as soon as no process has it open, killed or not.
+        shutil.rmtree(folder)
+    return found
+
+
+def pack_bins(resized: Path, split: Path, set_names: Sequence[str], folder: Path) -> None:
+    """Put the sets' photographs into one file in `folder`, and what is known of each beside it.
+
+    Raises UserError where a set has no bin, or the shards lack one, and DiskFullError.
+    """
+    sets = pa.Table.from_pandas(read_csv(split)[["id", "set"]], preserve_index=False)
+    sets = sets.filter(pc.is_in(sets["set"], pa.array(set_names)))
+    for name in set_names:
+        if name not in sets["set"].unique().to_pylist():
+            raise UserError(f"{split} has no bin in the set {name}: check split.{name}")
+    packed = []
+    needed = packed_bytes(resized, len(sets))
+    require_space(folder, needed, "the photographs, one after another for all processes")
+    with space_for(folder / IMAGES, needed), (folder / IMAGES).open("wb") as file:
+        for path in shard_paths(resized):
+            with whole_parquet(path):
+                shard = pq.read_table(path)
+            rows = pc.index_in(shard["id"], sets["id"])
+            shard = shard.append_column("row", rows).filter(pc.is_valid(rows))
+            for image in shard["image"]:
+                file.write(image.as_buffer())
+            shard = shard.append_column("length", pc.binary_length(shard["image"]))
+            packed.append(shard.drop_columns("image"))
+    bins = pa.concat_tables(packed)
+    if len(bins) < len(sets):
+        missing = pc.filter(sets["id"], pc.invert(pc.is_in(sets["id"], bins["id"])))[0]
+        raise UserError(f"{resized} lacks {len(sets) - len(bins)} bins of {split}, like {missing}")
+    bins = bins.append_column("set", sets["set"].take(bins["row"]))
+    ends = pc.cumulative_sum(pc.cast(bins["length"], pa.int64()))
+    bins = bins.append_column("offset", pc.subtract(ends, bins["length"]))
+    write_table(folder / TABLE, bins.drop_columns("row"))
+
+
+def packed_bytes(resized: Path, bins: int) -> int:
+    """About what so many of the shards' photographs take."""
+    paths = shard_paths(resized)
+    rows = 0
+    for path in paths:
+        with whole_parquet(path):
+            rows += pq.read_metadata(path).num_rows
+    return sum(path.stat().st_size for path in paths) * bins // max(1, rows)
+
+
+def open_bins(folder: Path, set_name: str) -> Bins:
+    """A set that pack_bins put there."""
+    table = pq.read_table(folder / TABLE, filters=pc.field("set") == set_name)
+    images = Images(folder / IMAGES, table["offset"].to_numpy(), table["length"].to_numpy())
+    return Bins(
+        ids=table["id"].to_pylist(),
+        quantities=table["quantity"].to_numpy().astype(np.int64),
+        images=images,
+        size=jpeg.decode(images[0]).shape[0],
+    )
+
+
+def load_batches(
+    bins: Bins,
+    batches: Sequence[NDArray[np.int64]],
+    device: torch.device = CPU,
+    threads: int | None = None,
+) -> Iterator[Batch]:
+    """The bins at the rows of each of `batches`, decoded ahead into a few reused buffers.
+
+    Every core (or `threads` of them) decodes a piece of each batch; the decoder releases Python's
+    lock. Empty batches stay empty batches.
+    """
+    threads = threads or usable_cores()
+    shape = (max(map(len, batches), default=0), bins.size, bins.size, 3)
+    on_gpu = device.type == "cuda"
+    buffers = [
+        torch.empty(shape, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(PREFETCH + 1)
+    ]
+    copied: list[Any] = [torch.cuda.Event() for _ in buffers] if on_gpu else []  # type: ignore[no-untyped-call]
+    decoding: deque[list[Future[None]]] = deque()
+    pool = ThreadPoolExecutor(threads)
+
+    def decode_ahead(number: int) -> None:
+        rows = batches[number]
+        if on_gpu:
+            # Its last content may still be on its way to the GPU.
+            copied[number % len(buffers)].synchronize()
+        pixels = buffers[number % len(buffers)].numpy()
+        pieces = np.array_split(np.arange(len(rows)), threads)
+        decoding.append([pool.submit(_decode_piece, bins, rows, pixels, p) for p in pieces])
+
+    try:
+        for number in range(min(PREFETCH, len(batches))):
+            decode_ahead(number)
+        for number, rows in enumerate(batches):
+            if number + PREFETCH < len(batches):
+                decode_ahead(number + PREFETCH)
+            for job in decoding.popleft():
+                job.result()
+            pixels = buffers[number % len(buffers)][: len(rows)].permute(0, 3, 1, 2)
+            images = pixels.to(device, non_blocking=True)
+            if on_gpu:
+                copied[number % len(buffers)].record()
+            yield Batch(images, rows)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _decode_piece(
+    bins: Bins, rows: NDArray[np.int64], pixels: NDArray[np.uint8], places: NDArray[np.int64]
+) -> None:
+    for place in places:
+        jpeg.decode_into(bins.images[int(rows[place])], pixels[place])

@@ -1,0 +1,1 @@
+"""Classifiers: building, saving and loading them, and their scores of photographs."""

@@ -1,0 +1,118 @@
+"""A classifier at work: its device and precision, images in its form, and scores of bins."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Never
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from stages.imaging.loader import Bins, load_batches
+from stages.networks.classifier import Classifier
+from stages.runtime.errors import UserError
+from stages.training.augmentation import normalize
+from stages.training.processes import Processes
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What evaluation gives: the mean loss, the accuracy, and probabilities [bins, labels]."""
+
+    loss: float
+    accuracy: float
+    probabilities: NDArray[np.float32]
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def place(classifier: Classifier, device: torch.device, *, deterministic: bool = False) -> None:
+    """Move the network to its device, in the memory format that is fastest.
+
+    `deterministic` makes a GPU give the same bits each time, at a cost; a CPU does so anyway.
+    """
+    if device.type == "cuda":
+        if deterministic:
+            # Read by cuBLAS when it starts; without it torch refuses to multiply matrices.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = not deterministic
+        torch.use_deterministic_algorithms(deterministic)
+    classifier.network.to(device).to(memory_format=torch.channels_last)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 where the hardware computes in it; elsewhere emulating it costs time."""
+    if device.type == "cuda":
+        capable = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        capable = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=capable)
+
+
+def normalizer(classifier: Classifier) -> Callable[[Tensor], Tensor]:
+    """A function from images of values from 0 to 1, on the network's device, to what it takes.
+
+    Made once, since putting its constants on a GPU waits for it.
+    """
+    mean = torch.tensor(classifier.mean, device=classifier.device)
+    std = torch.tensor(classifier.std, device=classifier.device)
+    return lambda images: normalize(images, mean, std)
+
+
+@torch.inference_mode()
+def evaluate(
+    classifier: Classifier,
+    bins: Bins,
+    batch_size: int,
+    processes: Processes | None = None,
+    before_batch: Callable[[], None] = lambda: None,
+) -> Scores:
+    """Score every bin once, each process a share of them; all of them get the same scores."""
+    processes = processes or Processes()
+    device = classifier.device
+    targets = class_numbers(bins, classifier.labels)
+    normalized = normalizer(classifier)
+    rows = processes.share(np.arange(len(bins)))
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    logits = torch.zeros(len(bins), len(classifier.labels), device=device)
+    classifier.network.eval()
+    with progress_bar(len(rows), "evaluate", processes) as progress:
+        for batch in load_batches(bins, batches, device, processes.loader_threads):
+            before_batch()
+            with autocast(device):
+                scores = classifier.logits(normalized(batch.images / 255))
+            logits[batch.rows[0] : batch.rows[-1] + 1] = scores.float()
+            progress.update(len(batch.rows))
+    logits = processes.gather(logits).sum(0).cpu()
+    return Scores(
+        loss=cross_entropy(logits, targets).item(),
+        accuracy=(logits.argmax(1) == targets).double().mean().item(),
+        probabilities=logits.softmax(1).numpy(),
+    )
+
+
+def progress_bar(images: int, description: str, processes: Processes) -> "tqdm[Never]":
+    """Of the first process, on a terminal only: a log has a line per epoch."""
+    return tqdm(
+        total=images,
+        desc=description,
+        unit=" images",
+        disable=None if processes.is_first else True,
+        leave=False,
+    )
+
+
+def class_numbers(bins: Bins, labels: list[int]) -> Tensor:
+    """Each bin's quantity as its place in `labels`, int64 [bins]. Raises UserError for others."""
+    numbers = {label: number for number, label in enumerate(labels)}
+    unknown = set(bins.quantities.tolist()) - set(labels)
+    if unknown:
+        raise UserError(f"the model knows the quantities {labels}, not {sorted(unknown)}")
+    return torch.tensor([numbers[quantity] for quantity in bins.quantities.tolist()])

@@ -1,0 +1,77 @@
+"""The report's figures by name, each with a text for those who do not see it."""
+
+from collections.abc import Mapping
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from stages.reporting import plots
+
+# By name of the file in reports/<model>, and by model.
+Tables = Mapping[str, Mapping[str, pd.DataFrame]]
+
+
+def draw_figures(
+    bins: pd.DataFrame, majority_accuracy: float, tables: Tables
+) -> dict[str, tuple[Figure, str]]:
+    """Each figure by its file's name; `bins` has the quantity and set of each."""
+    quantities = pd.crosstab(bins["quantity"], bins["set"])
+    figures = {"quantities": (plots.quantities_figure(quantities), quantities_text(quantities))}
+    for model, curves in tables["curves"].items():
+        figure = plots.curves_figure(model, curves, majority_accuracy)
+        figures[f"curves_{model}"] = figure, curves_text(model, curves)
+        confusion = tables["confusion"][model].pivot_table(
+            "test_bins", "actual", "predicted", aggfunc="sum"
+        )
+        figure = plots.confusion_figure(model, confusion.to_numpy(), confusion.index.tolist())
+        figures[f"confusion_{model}"] = figure, confusion_text(model, confusion)
+    text = "Recall per quantity, in the tables below."
+    figures["recall"] = plots.recall_figure(tables["per_quantity"]), text
+    figure = plots.reliability_figure(tables["reliability_uncalibrated"], tables["reliability"])
+    figures["reliability"] = figure, reliability_text(tables["calibration"])
+    figures["roc"] = plots.roc_figure(tables["roc"]), roc_text(tables["alarms"])
+    text = "Precision by wrong records found, of which the tables have some points."
+    figures["precision"] = plots.precision_figure(tables["roc"]), text
+    return figures
+
+
+def quantities_text(quantities: pd.DataFrame) -> str:
+    return "Bins per quantity: " + "; ".join(
+        f"{quantity}: " + ", ".join(f"{row[name]:,} {name}" for name in plots.SETS)
+        for quantity, row in quantities.iterrows()
+    )
+
+
+def curves_text(model: str, curves: pd.DataFrame) -> str:
+    last = curves.iloc[-1]
+    return (
+        f"Loss and accuracy of {model} by epoch. After epoch {last['epoch']:.0f} it is right on"
+        f" {last['train_accuracy']:.1%} of train, {last['validation_accuracy']:.1%} of validation"
+        f" and {last['test_accuracy']:.1%} of test."
+    )
+
+
+def confusion_text(model: str, confusion: pd.DataFrame) -> str:
+    """`confusion`: test bins, with the quantities as index and the predictions as columns."""
+    shares = confusion.div(confusion.sum(axis=1).clip(lower=1), axis=0)
+    return f"Predictions of {model} for each quantity: " + "; ".join(
+        f"{quantity}: "
+        + ", ".join(f"{share:.0%} as {predicted}" for predicted, share in row.items())
+        for quantity, row in shares.iterrows()
+    )
+
+
+def reliability_text(calibration: Mapping[str, pd.DataFrame]) -> str:
+    return "Accuracy by confidence: " + "; ".join(
+        f"{model} differs by {table['ece'].iloc[-1]:.1%} on average,"
+        f" {table['ece'].iloc[0]:.1%} before calibration"
+        for model, table in calibration.items()
+    )
+
+
+def roc_text(alarms: Mapping[str, pd.DataFrame]) -> str:
+    return "Wrong records found by false alarms: " + "; ".join(
+        f"{model} "
+        + ", ".join(f"{row.found:.0%} at {row.false_alarms:.0%}" for row in table.itertuples())
+        for model, table in alarms.items()
+    )

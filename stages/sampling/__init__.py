@@ -1,0 +1,1 @@
+"""Which bins are drawn and which set they go to, by seed and sibling group."""

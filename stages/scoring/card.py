@@ -1,0 +1,54 @@
+"""The model card, in the form of the Hugging Face hub, written from the run's own numbers."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from stages.runtime.params import Params
+
+TEMPLATE = Path(__file__).with_name("card.md")
+# What the hub's list of results shows; the card's text has all.
+LISTED = ["accuracy", "rmse", "mae", "auroc"]
+
+
+def model_card(
+    model: str, params: Params, sets: pd.DataFrame, tables: Mapping[str, pd.DataFrame]
+) -> str:
+    """Markdown with a head in YAML. `tables` are those of the evaluate stage, by name."""
+    intervals = tables["intervals"].set_index("metric").to_dict("index")
+    precision = tables["precision"]
+    knobs = params.model(model)
+    head = ModelCardData(
+        model_name=model,
+        library_name=knobs.library,
+        license="cc-by-nc-sa-3.0",
+        pipeline_tag="image-classification",
+        tags=["counting", "warehouse", "amazon-bin-image-dataset"],
+        eval_results=[
+            EvalResult(
+                task_type="image-classification",
+                dataset_type="amazon-bin-image-dataset",
+                dataset_name="Amazon Bin Image Dataset",
+                dataset_split="test",
+                metric_type=metric,
+                metric_value=round(intervals[metric]["value"], 4),
+            )
+            for metric in LISTED
+        ],
+    )
+    card: ModelCard = ModelCard.from_template(
+        head,
+        template_str=TEMPLATE.read_text("utf-8"),
+        model=model,
+        knobs=knobs,
+        params=params,
+        sets=sets["set"].value_counts().to_dict(),
+        intervals=intervals,
+        alarms=tables["alarms"].to_dict("records")[0],
+        precision=precision[precision["alarms"] == "chosen"].to_dict("records"),
+        siblings=tables["siblings"].to_dict("records"),
+        temperature=tables["calibration"]["temperature"].iloc[-1],
+    )
+    return str(card).rstrip("\n") + "\n"

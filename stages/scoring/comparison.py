@@ -1,0 +1,51 @@
+"""Two models on the same test bins: is one better, or lucky?"""
+
+from collections.abc import Mapping
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+
+from stages.networks.calibration import Floats
+from stages.scoring.bootstrap import intervals, mcnemar
+
+
+def compare_models(
+    predictions: Mapping[str, pd.DataFrame], groups: "pd.Series[str]"
+) -> pd.DataFrame:
+    """A row per pair of models.
+
+    `accuracy` and `rmse` (in items) are the first's less the second's, each with the 95% interval
+    of a bootstrap of sibling groups; p_value is McNemar's, on which of the two is right.
+    `predictions`: rows of predictions.csv, by model; `groups`: each bin's sibling group, by id.
+    """
+    return pd.DataFrame(
+        [
+            {"first": first, "second": second}
+            | compare_two(predictions[first], predictions[second], groups)
+            for first, second in combinations(predictions, 2)
+        ]
+    )
+
+
+def compare_two(
+    first: pd.DataFrame, second: pd.DataFrame, groups: "pd.Series[str]"
+) -> dict[str, float]:
+    both = first.merge(second, on=["id", "actual"], validate="1:1")
+    errors = [(both[name] - both["actual"]).to_numpy() for name in ("predicted_x", "predicted_y")]
+
+    def differences(weights: Floats) -> dict[str, float]:
+        accuracy = [np.average(error == 0, weights=weights) for error in errors]
+        rmse = [np.sqrt(np.average(error**2, weights=weights)) for error in errors]
+        return {"accuracy": accuracy[0] - accuracy[1], "rmse": rmse[0] - rmse[1]}
+
+    compared: dict[str, float] = {}
+    for row in intervals(differences, groups[both["id"]].tolist()).to_dict("records"):
+        name = row["metric"]
+        compared |= {name: row["value"], f"{name}_low": row["low"], f"{name}_high": row["high"]}
+    test = mcnemar(errors[0] == 0, errors[1] == 0)
+    return compared | {
+        "only_first_right": test.only_first,
+        "only_second_right": test.only_second,
+        "p_value": test.p_value,
+    }

@@ -1,0 +1,122 @@
+"""How good predicted counts are, and how far their confidence can be trusted.
+
+Every bin counts with a weight, one where none is given: bootstrap resamples by weights.
+"""
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from stages.networks.calibration import negative_log_likelihood
+
+Counts = NDArray[np.int64]
+Floats = NDArray[np.float64]
+CONFIDENCE_INTERVALS = 10
+
+
+def confusion_matrix(
+    actual: Counts, predicted: Counts, labels: list[int], weights: Floats | None = None
+) -> Floats:
+    """[actual, predicted] in the order of `labels`, which hold every value."""
+    order = np.argsort(labels)
+    rows, columns = (
+        order[np.searchsorted(labels, counts, sorter=order)] for counts in (actual, predicted)
+    )
+    size = len(labels)
+    cells = np.bincount(rows * size + columns, weights, minlength=size**2)
+    return cells.reshape(size, size).astype(np.float64)
+
+
+def counting_metrics(
+    actual: Counts, predicted: Counts, labels: list[int], weights: Floats | None = None
+) -> dict[str, float]:
+    """How far predicted counts are from those of the records.
+
+    RMSE and MAE are in items, accuracy and within_one shares of 1. macro_f1 is the mean F1 over the
+    labels that occur; F1 is 0 for one that is never predicted rightly. kappa is Cohen's with
+    quadratic weights (Psychological Bulletin 1968): 1 is perfect, 0 as good as chance, which it is
+    taken for where all records and predictions are one count.
+    """
+    weights = np.ones(len(actual)) if weights is None else weights
+    error = np.abs(predicted - actual)
+    confusion = confusion_matrix(actual, predicted, labels, weights)
+    recall, precision = recall_and_precision(confusion)
+    total = recall + precision
+    f1 = np.divide(2 * recall * precision, total, out=np.zeros_like(total), where=total > 0)
+    occurs = confusion.sum(axis=0) + confusion.sum(axis=1) > 0
+    return {
+        "accuracy": float(np.average(error == 0, weights=weights)),
+        "rmse": float(np.sqrt(np.average(error**2, weights=weights))),
+        "mae": float(np.average(error, weights=weights)),
+        "within_one": float(np.average(error <= 1, weights=weights)),
+        "macro_f1": float(f1[occurs].mean()),
+        "kappa": _quadratic_kappa(confusion, labels),
+    }
+
+
+def _quadratic_kappa(confusion: Floats, labels: list[int]) -> float:
+    distance = np.subtract.outer(labels, labels) ** 2
+    by_chance = np.outer(confusion.sum(axis=1), confusion.sum(axis=0)) / confusion.sum()
+    expected = (distance * by_chance).sum()
+    return float(1 - (distance * confusion).sum() / expected) if expected else 0.0
+
+
+def probability_metrics(
+    actual: Counts, probabilities: Floats, labels: list[int], weights: Floats | None = None
+) -> dict[str, float]:
+    """How good `probabilities` [bins, labels] are.
+
+    rmse_of_mean is that of the distribution's expected count, in items, which need not be whole;
+    nll the negative log-likelihood, in nats; ece see expected_calibration_error.
+    """
+    weights = np.ones(len(actual)) if weights is None else weights
+    places = probabilities.argmax(axis=1)
+    targets = (actual[:, None] == np.array(labels)).argmax(axis=1)
+    error = probabilities @ np.array(labels) - actual
+    loss = negative_log_likelihood(probabilities, targets)
+    reliability = reliability_table(places == targets, probabilities.max(axis=1), weights)
+    return {
+        "rmse_of_mean": float(np.sqrt(np.average(error**2, weights=weights))),
+        "nll": float(np.average(loss, weights=weights)),
+        "ece": expected_calibration_error(reliability),
+    }
+
+
+def recall_and_precision(confusion: Floats) -> tuple[Floats, Floats]:
+    """Per label: the share of its bins that were found, and of its predictions that are right.
+
+    0 for a label without bins, or without predictions.
+    """
+    right = np.diag(confusion).astype(np.float64)
+    recall, precision = (
+        np.divide(right, total, out=np.zeros_like(right), where=total > 0)
+        for total in (confusion.sum(axis=1), confusion.sum(axis=0))
+    )
+    return recall, precision
+
+
+def reliability_table(
+    right: NDArray[np.bool_], confidence: NDArray[np.floating], weights: Floats | None = None
+) -> pd.DataFrame:
+    """How often predictions of about the same confidence are right: ideally as often as it says.
+
+    A row per interval of confidence that has any: their mean confidence, accuracy and number.
+    There are CONFIDENCE_INTERVALS of equal width, closed on the right, as in section 2 of Guo et
+    al., On Calibration of Modern Neural Networks, 2017 (arXiv:1706.04599).
+    """
+    weights = np.ones(len(right)) if weights is None else weights
+    edges = np.linspace(0, 1, CONFIDENCE_INTERVALS + 1)
+    interval = np.digitize(confidence, edges[1:-1], right=True)
+    bins, confident, rightly = (
+        np.bincount(interval, weights * values, minlength=CONFIDENCE_INTERVALS)
+        for values in (1.0, np.float64(confidence), right)
+    )
+    some = bins > 0
+    columns = {"confidence": confident[some] / bins[some], "accuracy": rightly[some] / bins[some]}
+    return pd.DataFrame(columns | {"test_bins": bins[some]})
+
+
+def expected_calibration_error(reliability: pd.DataFrame) -> float:
+    """The mean distance of confidence and accuracy over all bins (the same paper's ECE, eq. 3)."""
+    distance = (reliability["confidence"] - reliability["accuracy"]).abs()
+    return float(np.average(distance, weights=reliability["test_bins"]))

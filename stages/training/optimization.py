@@ -1,0 +1,51 @@
+"""The optimizer and its learning rate."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.optim import Adam, AdamW, Optimizer
+
+if TYPE_CHECKING:
+    from stages.runtime.params import Model
+
+OPTIMIZERS: dict[str, type[Adam]] = {"adam": Adam, "adamw": AdamW}
+
+
+def make_optimizer(network: nn.Module, knobs: Model) -> Optimizer:
+    """Weights decay; biases and normalizations do not, as in transformers' Trainer."""
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": knobs.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = OPTIMIZERS[knobs.optimizer](groups, lr=knobs.learning_rate, fused=True)
+    for parameter in trained:
+        # What Adam makes at its first step, made now so that a checkpoint can be read into it.
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def learning_rate(knobs: Model, step: int, steps: int) -> float:
+    """At a step of all: warm-up from 0, then constant, or down to 0 in a line or half a cosine."""
+    if step < knobs.warmup_steps:
+        return knobs.learning_rate * step / knobs.warmup_steps
+    progress = min(1.0, (step - knobs.warmup_steps) / max(1, steps - knobs.warmup_steps))
+    factors = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": (1.0 + math.cos(math.pi * progress)) / 2,
+    }
+    return knobs.learning_rate * factors[knobs.schedule]
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
