@@ -4,7 +4,7 @@ import base64
 import io
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,13 @@ from tests.browser import DESKTOP, PHONE, Browser, running_browser
 from tests.conftest import image_file, picture
 from tests.test_report import Page
 from tools.audit.expected import Expected
-from tools.audit.objects import Content
-from tools.audit.page import Facts, make_thumbnails, percent, render_page, spoken_item
+from tools.audit.page import Facts, Items, make_thumbnails, percent, render_page, spoken_item
+from tools.audit.photographs import Content
 from tools.audit.table import audit_table
 from tools.drawing import drawn_bins
 
 LABELS = [1, 2, 3, 4, 5]
-HOSTILE = "<script>alert('1')</script>\"><img src=x onerror=alert(1)>"
 FACTS = Facts("s3://bins", "counts.csv", ["resnet34", "vit"], 9900, 0.05, 0.03217, 0)
-Items = Mapping[str, list[dict[str, Any]]]
-
-
-def probabilities(*likely: tuple[int, float]) -> list[float]:
-    """Of the labels; what the likely ones leave is shared by the others."""
-    given = dict(likely)
-    rest = (1 - sum(given.values())) / (len(LABELS) - len(given))
-    return [given.get(label, rest) for label in LABELS]
 
 
 def item(name: str | None, quantity: int | None = 1, asin: str = "B000") -> dict[str, Any]:
@@ -41,13 +32,13 @@ def item(name: str | None, quantity: int | None = 1, asin: str = "B000") -> dict
 
 def audited() -> pd.DataFrame:
     """Three alarms, one right bin, and three that were not judged."""
-    scores = {
-        "00002": probabilities((3, 0.0004), (5, 0.9993)),
-        "00012": probabilities((2, 0.03), (3, 0.6)),
-        "100": probabilities((4, 0.01), (1, 0.5)),
-        "00100": probabilities((4, 0.7)),
+    scores: dict[str, list[float]] = {
+        "00002": [0.0001, 0.0001, 0.0004, 0.0001, 0.9993],
+        "00012": [0.123, 0.03, 0.6, 0.123, 0.124],
+        "100": [0.5, 0.2, 0.14, 0.01, 0.15],
+        "00100": [0.1, 0.1, 0.05, 0.7, 0.05],
         "00007": [np.nan] * 5,
-        "00009": probabilities((4, 0.4)),
+        "00009": [0.15, 0.15, 0.15, 0.4, 0.15],
     }
     scored = pd.DataFrame({"id": list(scores)})
     scored[[f"p{label}" for label in LABELS]] = list(scores.values())
@@ -68,74 +59,62 @@ def rendered(facts: Facts = FACTS, top: int = 200, items: Items | None = None) -
 
 
 def test_the_page_says_what_was_found_and_what_it_is_worth() -> None:
-    words = rendered().words()
-
-    assert "3 alarms among 4 records compared with photographs (75.0%)." in words
-    assert "whose count has a probability below 3.22% by its photograph." in words
-    assert "On the 9,900 validation photographs about 5% of the right records were" in words
-    assert "of the 4 here, about 0 would be alarms even if all records were right." in words
-    assert "Photographs: s3://bins. Expected counts: counts.csv." in words
-    assert "Models, averaged: resnet34, vit." in words
-    assert "train set" not in words
-
-
-def test_the_page_says_how_many_bins_a_model_has_learned() -> None:
     words = rendered(FACTS._replace(trained_on=1234)).words()
 
-    assert "1,234 of these bins are in the train set of data/split.csv" in words
+    for text in (
+        "3 alarms among 4 records compared with photographs (75.0%).",
+        "whose count, judging by the photograph, has a probability below 3.22%.",
+        "About 5% of the right records of the 9,900 validation photographs are below it:",
+        "of the 4 records here, about 0 would be alarms even if all were right.",
+        "1,234 of these bins are in the train set of data/split.csv: their records were learned",
+        "Photographs: s3://bins. Expected counts: counts.csv.",
+        "Models, averaged: resnet34, vit.",
+    ):
+        assert text in words
+    assert "train set" not in rendered().words()
 
 
-def test_a_photograph_that_is_damaged_by_now_has_no_thumbnail() -> None:
-    thumbnails = make_thumbnails([Content("00001", b"damaged"), *photographs()])
+def test_the_alarms_come_in_order_each_with_its_photograph() -> None:
+    page = rendered()
 
-    assert thumbnails.keys() == {content.id for content in photographs()} - {"00001"}
-
-
-def test_the_alarms_come_in_the_order_of_their_suspicion() -> None:
-    words = rendered().words()
-
-    found = re.findall(r"(\d+) Record says (\d+), photograph looks like (\d+)", words)
+    found = re.findall(r"(\d+) Record says (\d+), photograph looks like (\d+)", page.words())
     assert found == [("00002", "3", "5"), ("100", "4", "1"), ("00012", "2", "3")]
+    sources = {content.id: content.data for content in photographs()}
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    for (bin_id, _, _), attributes in zip(found, images, strict=True):
+        assert attributes["alt"] == f"Photograph of bin {bin_id}"
+        small, large = (
+            np.asarray(Image.open(io.BytesIO(data)).convert("RGB").resize((64, 64)), float)
+            for data in (embedded(attributes["src"]), sources[bin_id])
+        )
+        assert np.abs(small - large).mean() < 4
+
+
+def embedded(url: str) -> bytes:
+    return base64.b64decode(url.removeprefix("data:image/jpeg;base64,"))
 
 
 def test_each_card_has_the_probability_of_each_count() -> None:
     page = rendered()
 
-    charts = [
-        " ".join(attributes["aria-label"].split()) for tag, attributes in page.tags if tag == "svg"
-    ]
+    charts = [" ".join(label.split()) for label in page.attributes("svg", "aria-label")]
     assert charts[0] == "Probability of each count: 1: <1%, 2: <1%, 3: <1%, 4: <1%, 5: >99%"
     assert charts[2] == "Probability of each count: 1: 12%, 2: 3%, 3: 60%, 4: 12%, 5: 12%"
     bars = [attributes for tag, attributes in page.tags if tag == "rect"][10:]
     assert [bar.get("class") for bar in bars] == [None, "expected", "seen", None, None]
     heights = [float(bar["height"]) - 1 for bar in bars]
-    assert heights == pytest.approx(
-        [48 * share for share in (0.123, 0.03, 0.6, 0.123, 0.123)], abs=0.1
-    )
+    expected = [48 * share for share in (0.123, 0.03, 0.6, 0.123, 0.124)]
+    assert heights == pytest.approx(expected, abs=0.1)
     feet = {float(bar["y"]) + float(bar["height"]) for bar in bars}
     assert max(feet) - min(feet) < 0.11
 
 
-def test_the_photographs_are_those_of_the_bins() -> None:
-    page = rendered()
+def test_a_photograph_that_can_no_longer_be_read_leaves_its_card() -> None:
+    gone = [Content("00002", b"damaged"), Content("00012", b"", "not found")]
 
-    shown = [attributes for tag, attributes in page.tags if tag == "img"]
-    found = [attributes["alt"].removeprefix("Photograph of bin ") for attributes in shown]
-    assert found == ["00002", "100", "00012"]
-    sources = {content.id: content.data for content in photographs()}
-    for bin_id, attributes in zip(found, shown, strict=True):
-        data = base64.b64decode(attributes["src"].partition(",")[2])
-        small, large = (
-            np.asarray(Image.open(io.BytesIO(image)).convert("RGB").resize((64, 64)), float)
-            for image in (data, sources[bin_id])
-        )
-        assert np.abs(small - large).mean() < 4
+    page = Page(render_page(FACTS, audited(), LABELS, 200, make_thumbnails(gone), {}))
 
-
-def test_a_photograph_that_is_gone_by_now_leaves_its_card() -> None:
-    page = Page(render_page(FACTS, audited(), LABELS, 200, {}, {}))
-
-    assert page.words().count("no photograph any more") == 3
+    assert page.words().count("photograph no longer there") == 3
 
 
 def test_thumbnails_are_small_upright_and_drawn_anew() -> None:
@@ -144,9 +123,8 @@ def test_thumbnails_are_small_upright_and_drawn_anew() -> None:
     comment = b"<script>alert(1)</script>"
     data = image_file(Image.fromarray(picture(1000, 500)), exif=turned, comment=comment)
 
-    (url,) = make_thumbnails([Content("1", data), Content("2", b"", "not found")]).values()
+    thumbnail = embedded(make_thumbnails([Content("1", data)])["1"])
 
-    thumbnail = base64.b64decode(url.removeprefix("data:image/jpeg;base64,"))
     assert Image.open(io.BytesIO(thumbnail)).size == (160, 320)
     assert comment in data
     assert comment not in thumbnail
@@ -160,14 +138,6 @@ def test_what_was_not_judged_is_counted_by_reason() -> None:
         ["the model counts 1 to 5 only", "1", "00009"],
         ["unreadable photograph: not an image", "1", "00007"],
     ]
-
-
-def test_only_the_first_are_shown_and_that_is_said() -> None:
-    words = rendered(top=2).words()
-
-    assert "The first 2 of 3; all are in audit.csv." in words
-    assert "100 Record says 4" in words
-    assert "00012" not in words
 
 
 def test_an_audit_without_alarms_has_a_page_too() -> None:
@@ -189,10 +159,6 @@ def test_the_items_of_the_record_are_listed_shortened() -> None:
 
     assert "very ve… B00X 2 x Thing 0 2 x Thing 1 2 x Thing 2 and 5 more" in words
     assert len(words.partition("1 x ")[2].partition("…")[0]) == 69
-    assert "Thing 3" not in words
-
-
-def test_an_item_is_one_line() -> None:
     assert spoken_item(item(" Tea,\n\t20 bags ", 3)) == "3 x Tea, 20 bags"
     assert spoken_item(item("", None, "B1")) == "B1"
 
@@ -201,31 +167,8 @@ def test_an_item_is_one_line() -> None:
     ("share", "text"),
     [(0.0, "0%"), (1e-9, "<1%"), (0.0149, "1%"), (0.5, "50%"), (0.9949, ">99%"), (1.0, "100%")],
 )
-def test_nothing_is_called_impossible_or_certain_that_is_not(share: float, text: str) -> None:
+def test_only_what_is_exact_is_called_impossible_or_certain(share: float, text: str) -> None:
     assert percent(share) == text
-
-
-def hostile_page() -> str:
-    facts = FACTS._replace(photographs=HOSTILE, expected=HOSTILE, models=[HOSTILE])
-    table = audited().replace({"00007": HOSTILE, "100": HOSTILE})
-    table.loc[table["id"] == "00013", "reason"] = HOSTILE
-    return render_page(
-        facts,
-        table,
-        LABELS,
-        200,
-        make_thumbnails(photographs()),
-        {"00002": [item(HOSTILE), item("\u202ereversed\u0000"), item("x" * 500)]},
-    )
-
-
-def test_hostile_strings_are_shown_and_not_run() -> None:
-    page = Page(hostile_page())
-
-    assert page.text.count(HOSTILE) == 3 + 2 + 1 + 1
-    assert "script" not in {tag for tag, _ in page.tags}
-    assert all("onerror" not in attributes for _, attributes in page.tags)
-    assert page.text.count("1 x <script>") == 1
 
 
 def test_the_page_needs_nothing_but_itself_and_can_be_heard() -> None:
@@ -234,7 +177,6 @@ def test_the_page_needs_nothing_but_itself_and_can_be_heard() -> None:
     tags = {tag for tag, _ in page.tags}
     assert not {"script", "link", "iframe", "object", "base", "a"} & tags
     assert all(src.startswith("data:image/jpeg;") for src in page.attributes("img", "src"))
-    assert all(page.attributes("img", "alt"))
     assert set(page.attributes("th", "scope")) == {"col", "row"}
     headings = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
     assert headings.count(1) == 1
@@ -249,16 +191,14 @@ def browser() -> Iterator[Browser]:
         yield browser
 
 
-@pytest.mark.parametrize("hostile", [False, True])
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [PHONE, DESKTOP])
 def test_a_browser_shows_the_page_without_a_network(
-    tmp_path: Path, browser: Browser, width: int, *, hostile: bool
+    tmp_path: Path, browser: Browser, width: int
 ) -> None:
-    items = {"00002": [item("Tea, 20 bags", 2), item("Oil Filter")]}
-    thumbnails = make_thumbnails(photographs())
-    text = (
-        hostile_page() if hostile else render_page(FACTS, audited(), LABELS, 9, thumbnails, items)
-    )
+    items = {"00002": [item("Tea, 20 bags", 2), item("x" * 500)]}
+    thumbnails = make_thumbnails(photographs()[:2])
+    text = render_page(FACTS, audited(), LABELS, 9, thumbnails, items)
     (tmp_path / "index.html").write_text(text, "utf-8")
 
     page = browser.open(tmp_path / "index.html", width)
@@ -269,19 +209,6 @@ def test_a_browser_shows_the_page_without_a_network(
     assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
     charts = "[...document.querySelectorAll('svg')].map(svg => svg.getBoundingClientRect())"
     assert page.evaluate(f"{charts}.every(box => box.width > 200 && box.height > 40)")
-    page.screenshot(tmp_path / "page.png")
-    with Image.open(tmp_path / "page.png") as image:
-        assert image.width == width
-        assert len(image.convert("RGB").getcolors(1 << 24) or []) > 100
-
-
-def test_the_texts_of_the_page_stand_out(tmp_path: Path, browser: Browser) -> None:
-    thumbnails = make_thumbnails(photographs()[:2])
-    text = render_page(FACTS, audited(), LABELS, 9, thumbnails, {"00002": [item("Tea")]})
-    (tmp_path / "index.html").write_text(text, "utf-8")
-
-    page = browser.open(tmp_path / "index.html")
-
     # The ratio of WCAG 2, which wants 4.5, against the darkest ground, that of a missing picture.
     ratios = page.evaluate(
         """[...document.body.querySelectorAll("*")].filter(element => element.tagName != "rect")
@@ -293,3 +220,7 @@ def test_the_texts_of_the_page_stand_out(tmp_path: Path, browser: Browser) -> No
     )
     assert len(set(ratios)) >= 4
     assert min(ratios) >= 4.5
+    page.screenshot(tmp_path / "page.png")
+    with Image.open(tmp_path / "page.png") as image:
+        assert image.width == width
+        assert len(image.convert("RGB").getcolors(1 << 24) or []) > 100

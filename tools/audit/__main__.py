@@ -1,8 +1,9 @@
-"""Find the bins whose inventory record is probably wrong, by their photographs, the surest first.
+"""Find the bins whose inventory record is probably wrong, judging by their photographs.
 
-Writes two files into a folder: audit.csv, a row for each bin with its count as expected and as
-seen, and index.html, a page of the alarms with their photographs. An alarm is a bin whose
-photograph makes the expected count improbable; how improbable follows from --false-alarm.
+Writes two files into a folder: audit.csv, a row for each bin with the expected count and the one
+that the photograph shows, and index.html, a page of the alarms with their photographs, the surest
+first. An alarm is a bin whose photograph makes the expected count improbable; how improbable
+follows from --false-alarm.
 """
 
 import argparse
@@ -11,12 +12,13 @@ import traceback
 from pathlib import Path
 from typing import Never
 
-from stages.runtime.errors import UserError
+from stages.runtime.command import explain
+from stages.runtime.machine import allow_open_files
 
 EPILOG = """\
 expected counts, without --expected:
-  of photographs in bin-images/   the records beside them, metadata/<id>.json
-  of Parquet shards               their column `quantity`
+  photographs in bin-images/   from the records beside them, metadata/<id>.json
+  Parquet shards               from their column `quantity`
 
 examples:
   python -m tools.audit photographs --expected counts.csv
@@ -29,29 +31,26 @@ exit codes, for a nightly job:
   2   an error: nothing could be audited
   130 stopped by Ctrl-C
 
-A run that was stopped or killed goes on where it was when it is started again. Ids are texts:
+An audit that was stopped or killed continues where it was when it is started again. Ids are texts:
 00100 and 100 are two bins. In a spreadsheet, import the column `id` of audit.csv as text.
 """
 
 
 def main() -> None:
     arguments = vars(make_parser().parse_args())
+    allow_open_files()
     try:
-        # torch takes seconds to import, for which --help and a wrong option do not wait.
+        # torch takes seconds to import; --help and a wrong option do not wait for it.
         from tools.audit.run import audit  # noqa: PLC0415
 
         alarms = audit(**arguments)
-    except UserError as error:
-        fail(str(error))
     except KeyboardInterrupt:
-        print("audit: interrupted; the next run goes on from here", file=sys.stderr)
+        print("audit: interrupted; the next run continues from here", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        if error.filename is None:
-            fail_as_bug()
-        fail(f"{error}: check this file and its folder, and run again")
-    except Exception:  # noqa: BLE001 - whatever it is
-        fail_as_bug()
+    except FileNotFoundError as error:
+        fail(f"{error}: check this path, and run again")
+    except Exception as error:  # noqa: BLE001 - Python itself would exit with 1, the code of alarms
+        fail(explain(error) or "".join(traceback.format_exception(error)))
     sys.exit(1 if alarms else 0)
 
 
@@ -64,8 +63,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "photographs",
-        help="a folder of <id>.jpg, or with bin-images/<id>.jpg; s3://bucket/prefix of the same;"
-        " or Parquet with the columns id and image: a file, or a folder of them",
+        help="a folder of <id>.jpg or bin-images/<id>.jpg; s3://bucket/prefix with the same;"
+        " or a Parquet file, or a folder of them, with the columns id and image",
     )
     parser.add_argument(
         "--expected",
@@ -77,8 +76,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--model",
         type=Path,
         action="append",
+        default=[],
         metavar="FOLDER",
-        help="like models/vit; give it twice to average two; default: all that were evaluated",
+        help="for example models/vit; repeat it to average several; default: all of models/",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("audit"), metavar="FOLDER", help="default: audit"
@@ -88,13 +88,17 @@ def make_parser() -> argparse.ArgumentParser:
         type=share,
         default=0.05,
         metavar="SHARE",
-        help="of the right records, how many may be alarms; default: 0.05",
+        help="the share of the right records that may become alarms; default: 0.05",
     )
     parser.add_argument(
-        "--top", type=whole, default=200, metavar="BINS", help="most on the page; default: 200"
+        "--top",
+        type=whole,
+        default=200,
+        metavar="BINS",
+        help="the most alarms that the page shows; default: 200",
     )
     s3 = parser.add_argument_group("S3")
-    s3.add_argument("--endpoint", metavar="URL", help="of an S3-compatible server")
+    s3.add_argument("--endpoint", metavar="URL", help="the address of an S3-compatible server")
     s3.add_argument("--region", default="us-east-1", help="default: us-east-1")
     s3.add_argument(
         "--signed",
@@ -107,7 +111,7 @@ def make_parser() -> argparse.ArgumentParser:
 def share(text: str) -> float:
     number = float(text)
     if not 0 <= number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to below 1")
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return number
 
 
@@ -120,12 +124,6 @@ def whole(text: str) -> int:
 
 def fail(text: str) -> Never:
     print(f"audit: error: {text}", file=sys.stderr)
-    sys.exit(2)
-
-
-def fail_as_bug() -> Never:
-    """With the traceback, and another code than that of alarms, which Python would end with."""
-    traceback.print_exc()
     sys.exit(2)
 
 

@@ -5,74 +5,67 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from stages.collecting.bucket import RECORDS, Store
+from stages.collecting.bucket import RECORDS
 from stages.collecting.records import Record, RecordError, is_bin_id, parse_record
 from stages.runtime.errors import UserError
-from tools.audit.objects import Content, Listing, list_bins, open_folder, read_bins
-from tools.audit.photographs import Photographs, ShardPhotographs, StoredPhotographs
+from tools.audit.photographs import Content, Files, Photographs, Shards, open_folder
 
-Item = dict[str, Any]
+_RECORDS_AT_ONCE = 4096
 
 
-class Records:
-    """Files <id>.json right below `prefix`."""
+@dataclass(frozen=True)
+class Expected:
+    """`counts` by id, and why other bins that `place` names have none."""
 
-    def __init__(self, store: Store, prefix: str) -> None:
-        self.store = store
-        self.listing: Listing = list_bins(store, prefix, "json")
+    place: str
+    counts: dict[str, int] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+    records: Files | None = None
 
-    def items(self, ids: Sequence[str]) -> dict[str, list[Item]]:
+    @property
+    def left_out(self) -> list[str]:
+        """Files of records whose names are not ids."""
+        return [] if self.records is None else self.records.left_out
+
+    def items(self, ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
         """What the records of these bins list, as parse_record gives it."""
-        objects = self.listing.objects.filter(pc.field("id").isin(pa.array(ids, pa.string())))
         items = {}
-        for content in read_bins(self.store, objects):
-            # One that changed since its count was read has none to show.
+        for content in self.records.pick(ids) if self.records else ():
+            # A record that has changed since its count was read may list nothing.
             with suppress(RecordError):
                 items[content.id] = parse(content)["items"]
         return items
 
 
-@dataclass(frozen=True)
-class Expected:
-    """`counts` by id, and for other bins that `place` names, why they have none."""
-
-    place: str
-    counts: dict[str, int] = field(default_factory=dict)
-    problems: dict[str, str] = field(default_factory=dict)
-    records: Records | None = None
-
-
 def find_expected(path: Path | None, photographs: Photographs) -> Expected:
-    """The counts at `path`, or those that come with the photographs. Raises UserError if none."""
+    """The counts at `path`, or those beside the photographs. Raises UserError if there are none."""
     if path is not None and path.is_dir():
-        return read_records(str(path), Records(open_folder(path), ""))
+        return read_records(Files(str(path), open_folder(path), "", "json"))
     if path is not None:
         return read_counts(path)
-    if isinstance(photographs, ShardPhotographs):
+    if isinstance(photographs, Shards):
         return read_column(photographs)
-    if isinstance(photographs, StoredPhotographs) and photographs.in_bucket_layout:
-        return read_records(
-            f"{photographs.place.rstrip('/')}/{RECORDS}", Records(photographs.store, RECORDS)
-        )
+    if photographs.prefix:
+        place = f"{photographs.place.rstrip('/')}/{RECORDS}"
+        return read_records(Files(place, photographs.store, RECORDS, "json"))
     raise UserError(
-        f"no counts come with the photographs in {photographs.place}: give --expected counts.csv"
+        f"{photographs.place} has photographs but no counts: give --expected counts.csv"
     )
 
 
-def read_records(place: str, records: Records) -> Expected:
-    objects = records.listing.objects
-    if not len(objects):
-        raise UserError(f"there are no records <id>.json in {place}: give --expected")
-    found = Expected(place, records=records)
-    reading = read_bins(records.store, objects)
-    for content in tqdm(reading, "records", len(objects), disable=None, leave=False):
+def read_records(records: Files) -> Expected:
+    if not records.ids:
+        raise UserError(f"there are no records <id>.json in {records.place}: give --expected")
+    found = Expected(records.place, records=records)
+    contents = chain.from_iterable(records.parts(0, _RECORDS_AT_ONCE))
+    for content in tqdm(contents, "records", len(records.ids), disable=None, leave=False):
         try:
             found.counts[content.id] = parse(content)["quantity"]
         except RecordError as error:
@@ -81,38 +74,31 @@ def read_records(place: str, records: Records) -> Expected:
 
 
 def parse(content: Content) -> Record:
-    """Raises RecordError also where the file cannot be had."""
+    """Raises RecordError also where the file could not be read."""
     if content.problem:
         raise RecordError(content.problem)
     return parse_record(content.data)
 
 
-def read_column(photographs: ShardPhotographs) -> Expected:
-    """Those of the column quantity."""
+def read_column(photographs: Shards) -> Expected:
     found = Expected("their column quantity")
-    for shard in photographs.shards:
-        if "quantity" not in shard.rows.column_names:
-            raise UserError(f"{shard.path} has no column quantity: give --expected counts.csv")
-        rows = shard.rows.filter(pc.field("quantity").is_valid())
-        found.counts.update(zip(rows["id"].to_pylist(), rows["quantity"].to_pylist(), strict=True))
+    for path, rows in photographs.rows.items():
+        if "quantity" not in rows.column_names:
+            raise UserError(f"{path} has no column quantity: give --expected counts.csv")
+        known = rows.filter(pc.field("quantity").is_valid()).to_pylist()
+        found.counts.update({row["id"]: row["quantity"] for row in known})
     return found
 
 
 def read_counts(path: Path) -> Expected:
-    """A CSV. Raises UserError, with the line, where it is not as it has to be.
-
-    An empty count is no count.
-    """
+    """A CSV, in which an empty count means that there is none. Raises UserError with the line."""
     found = Expected(str(path))
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
         try:
-            column = count_column(path, reader.fieldnames or [])
-            for row in reader:
-                bin_id, count = row["id"], (row[column] or "").strip()
-                check_row(f"{path}: line {reader.line_num}", bin_id, count)
+            for line, bin_id, count in read_rows(path, csv.DictReader(file, strict=True)):
+                check_row(f"{path}: line {line}", bin_id, count)
                 if bin_id in found.counts or bin_id in found.problems:
-                    raise UserError(f"{path} has the bin {bin_id} twice: keep one")
+                    raise UserError(f"{path} lists the bin {bin_id} twice: keep one")
                 if count:
                     found.counts[bin_id] = int(count)
                 else:
@@ -120,30 +106,25 @@ def read_counts(path: Path) -> Expected:
         except UnicodeDecodeError:
             raise UserError(f"{path} is not UTF-8: save it as `CSV UTF-8`") from None
         except csv.Error as error:
-            raise UserError(f"{path}: line {reader.line_num}: no CSV: {error}") from None
+            raise UserError(f"{path} is not a CSV: {error}") from None
     return found
 
 
-def count_column(path: Path, header: Sequence[str]) -> str:
+def read_rows(path: Path, reader: "csv.DictReader[str]") -> Iterator[tuple[int, str, str]]:
+    """Line, id and count of each row."""
+    header = reader.fieldnames or []
     columns = [name for name in ("expected", "quantity") if name in header]
     if "id" not in header or not columns:
         raise UserError(
-            f"{path}: its first line is {','.join(header)!a:.80}, and wants the columns id and"
-            " expected, with commas in between"
+            f"{path}: its first line is {','.join(header)!a:.80}, but should name the columns id"
+            " and expected, separated by commas"
         )
-    return columns[0]
+    for row in reader:
+        yield reader.line_num, row["id"] or "", (row[columns[0]] or "").strip()
 
 
 def check_row(place: str, bin_id: str, count: str) -> None:
-    if not is_bin_id(bin_id or ""):
-        raise UserError(f"{place}: {bin_id!a:.80} is no bin's id")
+    if not is_bin_id(bin_id):
+        raise UserError(f"{place}: {bin_id!a:.80} is not a bin's id")
     if count and not re.fullmatch("[0-9]{1,9}", count):
         raise UserError(f"{place}: the count of {bin_id} is {count!a:.80}, not a whole number")
-
-
-def left_out(photographs: Photographs, expected: Expected) -> Iterator[str]:
-    """Keys of files whose names are no ids, of photographs and of records."""
-    if isinstance(photographs, StoredPhotographs):
-        yield from photographs.left_out
-    if expected.records is not None:
-        yield from expected.records.listing.left_out

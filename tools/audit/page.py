@@ -10,9 +10,9 @@ import pandas as pd
 from PIL import Image
 
 from stages.imaging import jpeg
-from stages.networks.release import probability_columns
+from stages.networks.calibration import probability_columns
 from stages.reporting.page import embedded, render
-from tools.audit.objects import Content
+from tools.audit.photographs import Content
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 # Pixels of the longer side, and quality: some 12 kB each.
@@ -21,6 +21,8 @@ QUALITY = 75
 _NAME_LETTERS = 70
 _ITEMS = 5
 _EXAMPLES = 5
+
+Items = Mapping[str, list[dict[str, Any]]]
 
 
 class Facts(NamedTuple):
@@ -41,7 +43,7 @@ def render_page(
     labels: Sequence[int],
     top: int,
     thumbnails: Mapping[str, str],
-    items: Mapping[str, list[dict[str, Any]]],
+    items: Items,
 ) -> str:
     """`table` as audit_table gives it; `thumbnails` (URLs) and `items` (as parsed) by id."""
     judged = table[table["alarm"] != ""]
@@ -59,24 +61,22 @@ def render_page(
     )
 
 
-def card(
-    row: Mapping[Any, Any], labels: Sequence[int], items: Mapping[str, list[dict[str, Any]]]
-) -> dict[str, Any]:
-    columns = probability_columns(list(labels))
-    probabilities = {label: row[name] for label, name in zip(labels, columns, strict=True)}
+def card(row: Mapping[Any, Any], labels: Sequence[int], items: Items) -> dict[str, Any]:
+    ordered = sorted(labels)
+    shares = [row[column] for column in probability_columns(ordered)]
     listed = items.get(row["id"], [])
     return {
         "id": row["id"],
         "expected": row["expected"],
         "seen": row["seen"],
-        "probabilities": dict(sorted(probabilities.items())),
+        "probabilities": dict(zip(ordered, shares, strict=True)),
         "items": [spoken_item(item) for item in listed[:_ITEMS]],
         "more_items": max(0, len(listed) - _ITEMS),
     }
 
 
 def spoken_item(item: Mapping[str, Any]) -> str:
-    """Like "2 x a name", in one line, shortened."""
+    """Like "2 x a name", on one line, shortened."""
     name = " ".join((item["name"] or item["asin"]).split())
     if len(name) > _NAME_LETTERS:
         name = name[: _NAME_LETTERS - 1].rstrip() + "…"
@@ -94,7 +94,7 @@ def unjudged(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def percent(share: float) -> str:
-    """In whole percent, but neither 0% nor 100% of what is not quite."""
+    """In whole percent, but 0% and 100% only where they are exact."""
     if 0 < share < 0.01:
         return "<1%"
     if 0.99 < share < 1:
@@ -103,7 +103,7 @@ def percent(share: float) -> str:
 
 
 def make_thumbnails(contents: Iterable[Content]) -> dict[str, str]:
-    """Small copies as URLs that hold them, by id; none of what cannot be had any more."""
+    """Small copies as URLs that hold them, by id; without those that can no longer be read."""
     thumbnails = {}
     for content in contents:
         # A file may have changed since it was scored.
@@ -113,7 +113,7 @@ def make_thumbnails(contents: Iterable[Content]) -> dict[str, str]:
 
 
 def make_thumbnail(data: bytes) -> bytes:
-    """Drawn anew, so that of the file itself nothing gets into the page but its pixels."""
+    """Drawn anew, so that only the pixels of a file get into the page."""
     image = Image.fromarray(jpeg.decode(data))
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()

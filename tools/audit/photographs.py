@@ -1,168 +1,206 @@
-"""Where the audited photographs are: a folder, S3, or Parquet shards. They come as a stream."""
+"""The audited photographs: files in a folder or in S3, or Parquet shards; read part by part."""
 
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from obstore.store import LocalStore
+import pydantic
 
-from stages.collecting.bucket import PHOTOGRAPHS, Store
+from stages.collecting.bucket import PHOTOGRAPHS, Names, Store, open_bucket
+from stages.collecting.failures import ObjectError
+from stages.collecting.listing import list_objects
+from stages.collecting.reading import Reader
 from stages.collecting.records import is_bin_id
 from stages.formats.shards import table_digest, whole_parquet
+from stages.runtime import params
 from stages.runtime.errors import UserError
 from stages.runtime.files import digest
-from tools.audit.objects import (
-    Content,
-    list_bins,
-    open_folder,
-    open_s3,
-    read_bins,
-    refuse_twins,
-)
 
-SUFFIXES = "jpe?g"
-# As many as records can have.
-MOST_ITEMS = 2**31 - 1
-# Photographs of a shard that are in memory at once, and what is read of the file at once, in bytes.
+T = TypeVar("T")
+
+#: How messages call what the user chose.
+OPTIONS = Names("its name", "--endpoint", "add --signed")
+# The columns of a shard and their types: as numbers, bins 00100 and 100 would be one.
+_TYPES = {"id": (pa.string(), pa.large_string()), "image": (pa.binary(), pa.large_binary())}
+# Rows of a shard that are in memory at once, and the bytes that are read at once.
 _ROWS = 64
 _BUFFER = 1 << 20
+_PICKED = 256
 
 
-class Photographs(Protocol):
-    """`ids` in the order in which they are read; `identity` changes with any of the files."""
+class Content(NamedTuple):
+    """The bytes of a bin's file, or the problem with it."""
 
-    place: str
-    ids: list[str]
-    identity: str
-
-    def read(self, start: int) -> Generator[Content, None, None]:
-        """All photographs from that place in `ids` on."""
-
-    def pick(self, ids: Sequence[str]) -> Iterator[Content]:
-        """The photographs of these bins, in any order."""
+    id: str
+    data: bytes
+    problem: str = ""
 
 
-class StoredPhotographs:
-    """A file each, in a folder or in S3. `in_bucket_layout`: below bin-images/."""
+class Files:
+    """The files <id>.<suffix> right below `prefix` (it is "" or ends in "/") in a folder or S3.
 
-    def __init__(self, place: str, store: Store) -> None:
-        self.place = place
-        self.store = store
-        listing = list_bins(store, PHOTOGRAPHS, SUFFIXES)
-        self.in_bucket_layout = len(listing.objects) > 0
-        if not self.in_bucket_layout:
-            listing = list_bins(store, "", SUFFIXES)
-        if not len(listing.objects):
-            kinds = f"no <id>.jpg, no {PHOTOGRAPHS}<id>.jpg"
-            if isinstance(store, LocalStore):
-                kinds += ", no *.parquet"
-            raise UserError(f"there are no photographs in {place}: {kinds}")
-        self.objects, self.left_out = listing
-        self.ids: list[str] = self.objects["id"].to_pylist()
-        self.identity = table_digest(self.objects)
+    `ids` are in the order of reading; `identity` changes with any of the files; `left_out` are the
+    keys of files with the suffix whose names are not ids. Raises UserError for 1.jpg beside 1.JPG.
+    """
 
-    def read(self, start: int) -> Generator[Content, None, None]:
-        return read_bins(self.store, self.objects.slice(start))
+    def __init__(self, place: str, store: Store, prefix: str, suffix: str) -> None:
+        self.place, self.store, self.prefix = place, store, prefix
+        self._reader = Reader(store)
+        listed = list_objects(store, prefix)
+        named = re.compile(rf"{re.escape(prefix)}([^/]+)\.{suffix}", re.IGNORECASE)
+        matches = [named.fullmatch(key) for key in listed["key"].to_pylist()]
+        ids = [match[1] if match and is_bin_id(match[1]) else None for match in matches]
+        self.left_out = [m[0] for m, bin_id in zip(matches, ids, strict=True) if m and not bin_id]
+        listed = listed.append_column("id", pa.array(ids, pa.string()))
+        self._objects = listed.filter(pc.field("id").is_valid())
+        self.ids: list[str] = self._objects["id"].to_pylist()
+        self.identity = table_digest(self._objects)
+        refuse_repeated(self.ids, "files")
+
+    def parts(self, start: int, size: int) -> Iterator[list[Content]]:
+        """The files from `start`, a place in `ids`, on, so many at a time."""
+        return self._read(self._objects.slice(start), size)
 
     def pick(self, ids: Sequence[str]) -> Iterator[Content]:
-        return read_bins(
-            self.store, self.objects.filter(pc.field("id").isin(pa.array(ids, pa.string())))
-        )
+        """The files of these bins, in any order."""
+        chosen = self._objects.filter(pc.field("id").isin(pa.array(ids, pa.string())))
+        return chain.from_iterable(self._read(chosen, _PICKED))
+
+    def _read(self, objects: pa.Table, size: int) -> Iterator[list[Content]]:
+        for start in range(0, len(objects), size):
+            rows = objects.slice(start, size).to_pylist()
+            # The advice after the colon is for the pipeline.
+            yield [
+                Content(row["id"], b"", str(found).partition(":")[0])
+                if isinstance(found, ObjectError)
+                else Content(row["id"], found)
+                for row, found in zip(rows, self._reader.read_all(rows), strict=True)
+            ]
 
 
-@dataclass(frozen=True)
-class Shard:
-    """`rows`: its columns id and, where it has one, quantity."""
+class Shards:
+    """Parquet files with the columns id and image, which holds a whole file of JPEG or the like.
 
-    path: Path
-    rows: pa.Table
-
-
-class ShardPhotographs:
-    """Parquet files with the columns id and image, a whole file of JPEG or the like."""
+    Attributes and methods are those of Files; `rows` has the columns id and quantity of each.
+    """
 
     def __init__(self, place: str, paths: Sequence[Path]) -> None:
         self.place = place
-        self.shards = [Shard(path, read_ids(path)) for path in paths]
-        self.ids: list[str] = [
-            bin_id for shard in self.shards for bin_id in shard.rows["id"].to_pylist()
-        ]
-        if not self.ids:
-            raise UserError(f"there are no photographs in {place}")
-        refuse_twins(self.ids, "rows")
-        # Enough to know a shard again in the next run, without reading gigabytes.
+        self.rows = {path: read_ids(path) for path in paths}
+        self.ids: list[str] = [one for rows in self.rows.values() for one in rows["id"].to_pylist()]
+        refuse_repeated(self.ids, "rows")
+        # Enough to recognize a shard in the next run, without reading gigabytes.
         status = [path.stat() for path in paths]
         self.identity = digest([(file.st_size, file.st_mtime_ns) for file in status], self.ids)
+        self.left_out: list[str] = []
 
-    def read(self, start: int) -> Generator[Content, None, None]:
-        for shard in self.shards:
-            if start < len(shard.rows):
-                yield from islice(read_shard(shard.path), start, None)
-            start = max(0, start - len(shard.rows))
+    def parts(self, start: int, size: int) -> Iterator[list[Content]]:
+        return batched(self._read(start), size)
+
+    def _read(self, start: int) -> Iterator[Content]:
+        for path, rows in self.rows.items():
+            if start < len(rows):
+                yield from islice(read_shard(path), start, None)
+            start = max(0, start - len(rows))
 
     def pick(self, ids: Sequence[str]) -> Iterator[Content]:
         wanted = set(ids)
-        for shard in self.shards:
-            if wanted.intersection(shard.rows["id"].to_pylist()):
-                yield from (row for row in read_shard(shard.path) if row.id in wanted)
+        for path, rows in self.rows.items():
+            if wanted.intersection(rows["id"].to_pylist()):
+                yield from (content for content in read_shard(path) if content.id in wanted)
+
+
+Photographs = Files | Shards
 
 
 def open_photographs(
-    place: str, endpoint: str | None, region: str, *, signed: bool
-) -> StoredPhotographs | ShardPhotographs:
+    place: str, endpoint: str | None = None, region: str = "us-east-1", *, signed: bool = False
+) -> Photographs:
     """Find out what is at `place`. Raises UserError where there are no photographs."""
-    if "://" in place:
-        return StoredPhotographs(place, open_s3(place, endpoint, region, signed=signed))
     path = Path(place)
-    if path.is_file() and path.suffix == ".parquet":
-        return ShardPhotographs(place, [path])
-    if not path.is_dir():
-        raise UserError(f"{place} is no folder, no s3:// URL and no file of Parquet")
-    if paths := sorted(path.glob("*.parquet")):
-        return ShardPhotographs(place, paths)
-    return StoredPhotographs(place, open_folder(path))
+    found: Photographs
+    if "://" in place:
+        found = find_files(place, open_s3(place, endpoint, region, signed=signed))
+    elif path.is_file() and path.suffix == ".parquet":
+        found = Shards(place, [path])
+    elif not path.is_dir():
+        raise UserError(f"{place} is not a folder, an s3:// URL or a Parquet file")
+    elif paths := sorted(path.glob("*.parquet")):
+        found = Shards(place, paths)
+    else:
+        found = find_files(place, open_folder(path))
+    if not found.ids:
+        raise UserError(
+            f"{place} has no photographs: no {PHOTOGRAPHS}<id>.jpg, no <id>.jpg and, if it is a"
+            " folder, no rows in *.parquet"
+        )
+    return found
+
+
+def find_files(place: str, store: Store) -> Files:
+    """The photographs in bin-images/ or, if there are none, those beside it."""
+    inside = Files(place, store, PHOTOGRAPHS, "jpe?g")
+    return inside if inside.ids else Files(place, store, "", "jpe?g")
+
+
+def open_folder(folder: Path) -> Store:
+    return open_s3(folder.absolute().as_uri(), None, "us-east-1", signed=False)
+
+
+def open_s3(url: str, endpoint: str | None, region: str, *, signed: bool) -> Store:
+    """Raises UserError where one of these is malformed, without repeating it: it may hold a key."""
+    try:
+        bucket = params.Bucket(url=url, region=region, endpoint=endpoint, anonymous=not signed)
+    except pydantic.ValidationError as error:
+        wrong = str(error.errors()[0]["loc"][0])
+        example = {"url": "s3://bucket/prefix", "endpoint": "http://127.0.0.1:9000"}
+        raise UserError(f"the {wrong} should look like {example.get(wrong, 'us-east-1')}") from None
+    return open_bucket(bucket)
 
 
 def read_ids(path: Path) -> pa.Table:
-    """The columns id and quantity. Raises UserError where a shard is not as audits need it."""
+    """The columns id and quantity. Raises UserError where the audit cannot use this shard."""
     with whole_parquet(path):
         types = {field.name: field.type for field in pq.read_schema(path)}
-        check_type(path, types, "id", (pa.string(), pa.large_string()))
-        check_type(path, types, "image", (pa.binary(), pa.large_binary()))
+        for name, allowed in _TYPES.items():
+            if types.get(name) not in allowed:
+                found = f"is {types[name]}" if name in types else "is missing"
+                raise UserError(f"{path}: its column {name} {found}; it should be {allowed[0]}")
         if "quantity" in types and not pa.types.is_integer(types["quantity"]):
-            raise UserError(f"{path}: its column quantity has {types['quantity']}, not integers")
+            raise UserError(f"{path}: its column quantity is {types['quantity']}, not integer")
         rows = pq.read_table(path, columns=[name for name in ("id", "quantity") if name in types])
-    # By its maximum: a comparison would convert unsigned integers, which fails for the largest.
-    if "quantity" in types and (pc.max(rows["quantity"]).as_py() or 0) > MOST_ITEMS:
-        raise UserError(f"{path}: its column quantity has a number above {MOST_ITEMS}")
     for number, bin_id in enumerate(rows["id"].to_pylist(), start=1):
-        if bin_id is None or not is_bin_id(bin_id):
-            raise UserError(f"{path}: row {number}: {bin_id!a:.80} is no bin's id")
+        if not is_bin_id(bin_id or ""):
+            raise UserError(f"{path}: row {number}: {bin_id!a:.80} is not a bin's id")
     return rows
 
 
-def check_type(
-    path: Path, types: dict[str, pa.DataType], name: str, wanted: tuple[pa.DataType, ...]
-) -> None:
-    if name not in types:
-        raise UserError(f"{path} has no column {name}")
-    if types[name] not in wanted:
-        # 00100 and 100 are two bins, which numbers do not tell apart.
-        raise UserError(f"{path}: its column {name} has {types[name]}, not {wanted[0]}")
-
-
-def read_shard(path: Path) -> Generator[Content, None, None]:
-    """The rows of a shard, of which a piece is in memory at once, however large its row groups."""
+def read_shard(path: Path) -> Iterator[Content]:
+    """The rows of a shard, a few in memory at once, however large its row groups are."""
     with (
         whole_parquet(path),
-        # The pre-buffer would be all images of a row group.
+        # The pre-buffer would hold all images of a row group.
         pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file,
     ):
         for batch in file.iter_batches(_ROWS, columns=["id", "image"]):
             for row in batch.to_pylist():
                 yield Content(row["id"], row["image"] or b"")
+
+
+def refuse_repeated(ids: Sequence[str], what: str) -> None:
+    seen: set[str] = set()
+    for bin_id in ids:
+        if bin_id in seen:
+            raise UserError(f"there are two {what} of the bin {bin_id}: keep one")
+        seen.add(bin_id)
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch

@@ -9,16 +9,15 @@ from stages.collecting.bucket import explained_at
 from stages.formats.tables import read_csv, write_csv
 from stages.runtime.errors import UserError
 from stages.runtime.files import digest, digest_files, write_text
+from stages.runtime.paths import SPLIT
 from stages.runtime.work import unfinished
-from tools.audit.expected import Expected, find_expected, left_out
+from tools.audit.expected import Expected, find_expected
 from tools.audit.models import Ensemble, load_ensemble
-from tools.audit.objects import OPTIONS
 from tools.audit.page import Facts, make_thumbnails, render_page
-from tools.audit.photographs import Photographs, open_photographs
+from tools.audit.photographs import OPTIONS, Photographs, open_photographs
 from tools.audit.scores import score_photographs
 from tools.audit.table import audit_table
 
-SPLIT = Path("data/split.csv")
 TABLE = "audit.csv"
 PAGE = "index.html"
 
@@ -43,27 +42,32 @@ def audit(
         refuse_strangers(source, counts)
         ensemble = load_ensemble(model)
         announce(source, counts, ensemble)
-        key = digest(source.identity, ensemble.identity, code_version())
-        with unfinished("audit", key) as folder:
+        with unfinished(
+            "audit", digest(source.identity, ensemble.identity, code_version())
+        ) as folder:
             scored = score_photographs(source, ensemble, folder)
+            threshold = ensemble.threshold(false_alarm)
+            table = audit_table(scored, counts, ensemble.labels, threshold)
             facts = Facts(
                 source.place,
                 counts.place,
                 [path.name for path in ensemble.folders],
                 ensemble.validation_bins,
                 false_alarm,
-                ensemble.threshold(false_alarm),
+                threshold,
                 count_trained_on(source.ids),
             )
-            table = audit_table(scored, counts, ensemble.labels, facts.threshold)
-            page = make_page(facts, table, ensemble, source, counts, top)
+            shown = table.loc[table["alarm"] == "yes", "id"].head(top).tolist()
+            # The photographs on the page are read again.
+            thumbnails = make_thumbnails(source.pick(shown))
+            page = render_page(facts, table, ensemble.labels, top, thumbnails, counts.items(shown))
             write_csv(out / TABLE, table)
             write_text(out / PAGE, page)
     return summarize(len(source.ids), table, out)
 
 
 def refuse_strangers(source: Photographs, counts: Expected) -> None:
-    """Raise UserError where no photograph is of a bin with a count: ids are written otherwise."""
+    """Raise UserError where no photograph's bin has a count: one side may write ids otherwise."""
     if counts.counts and not counts.counts.keys() & set(source.ids):
         raise UserError(
             f"{counts.place} has none of the photographs' bins: its ids are like"
@@ -72,17 +76,15 @@ def refuse_strangers(source: Photographs, counts: Expected) -> None:
 
 
 def announce(source: Photographs, counts: Expected, ensemble: Ensemble) -> None:
-    """Say what was found and is used, and what is not."""
-    skipped = list(left_out(source, counts))
-    if skipped:
+    """Say what was found and is used, and what is left out."""
+    if left_out := [*source.left_out, *counts.left_out]:
         print(
-            f"audit: {len(skipped)} files are left out whose names are no bins' ids, like"
-            f" {skipped[0]!a:.80}"
+            f"audit: left out {len(left_out)} with names that aren't ids, like {left_out[0]!a:.80}"
         )
-    models = " and ".join(str(folder) for folder in ensemble.folders)
+    models = " and ".join(map(str, ensemble.folders))
     print(
         f"audit: {len(source.ids)} photographs of {source.place}, {len(counts.counts)} counts of"
-        f" {counts.place}, {models} on {ensemble.releases[0].classifier.device}",
+        f" {counts.place}, {models} on {ensemble.device}",
         flush=True,
     )
 
@@ -96,23 +98,8 @@ def count_trained_on(ids: Sequence[str]) -> int:
 
 
 def code_version() -> str:
-    """Of this tool; that of the stages' modules is in every key already."""
+    """The version of this tool; unfinished() adds that of the stages' modules."""
     return digest_files(sorted(Path(__file__).parent.glob("*.py")))
-
-
-def make_page(
-    facts: Facts,
-    table: pd.DataFrame,
-    ensemble: Ensemble,
-    source: Photographs,
-    counts: Expected,
-    top: int,
-) -> str:
-    """With the photographs of the first alarms, which are read again."""
-    shown = table.loc[table["alarm"] == "yes", "id"].head(top).tolist()
-    thumbnails = make_thumbnails(source.pick(shown))
-    items = counts.records.items(shown) if counts.records else {}
-    return render_page(facts, table, ensemble.labels, top, thumbnails, items)
 
 
 def summarize(photographs: int, table: pd.DataFrame, out: Path) -> int:
@@ -121,7 +108,7 @@ def summarize(photographs: int, table: pd.DataFrame, out: Path) -> int:
     not_judged = int((table["alarm"] == "").sum())
     if not_judged == len(table):
         reason = table["reason"].mode().iloc[0]
-        raise UserError(f"no bin could be judged ({reason}, mostly): see {out / TABLE}")
+        raise UserError(f"no bin could be judged (mostly: {reason}): see {out / TABLE}")
     print(
         f"audit: {photographs} photographs, {alarms} alarms"
         f" ({alarms / (len(table) - not_judged):.1%}), {not_judged} not judged; {out / PAGE}"

@@ -1,14 +1,14 @@
-"""From a stream of photographs to their probabilities, in bounded memory, part by part.
+"""From photographs to their probabilities, part by part, so in bounded memory.
 
-A part that is done is a file, from which a run that was killed goes on. Where parts and batches
-begin depends on nothing else, so that the outcome has the same bytes.
+A finished part is a file, and a run that was killed continues after the last one. Where parts and
+batches begin depends on the photographs only, so the outcome has the same bytes.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import closing
-from itertools import islice
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,44 +17,54 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from stages.formats.shards import shard_name, write_table
-from stages.networks.release import probability_columns
+from stages.imaging import jpeg
+from stages.networks.calibration import probability_columns
 from stages.runtime.machine import usable_cores
-from stages.sharding.parallel import map_in_order
-from tools.audit.models import Ensemble, Prepared
-from tools.audit.photographs import Photographs
-
-T = TypeVar("T")
+from tools.audit.models import Ensemble
+from tools.audit.photographs import Content, Photographs, batched
 
 BATCH = 64
-# On two cores a ViT takes a minute for a part, a GPU a tenth of a second.
-PART_BATCHES = 4
+# For a part, two cores with a ViT take a minute, a GPU a tenth of a second.
+PART = 4 * BATCH
+
+
+class Prepared(NamedTuple):
+    """A photograph as the models take it, or the problem with it."""
+
+    id: str
+    pixels: jpeg.Pixels | None
+    problem: str
 
 
 def score_photographs(photographs: Photographs, ensemble: Ensemble, folder: Path) -> pd.DataFrame:
     """A row per photograph: id, p<label> of each label, and the problem of an unreadable one.
 
-    `folder` is empty, or as a killed run with the same photographs and models left it.
+    `folder` is empty, or as a killed run with the same photographs and models left it. The next
+    part is read and decoded while this one is scored.
     """
-    part_rows = BATCH * PART_BATCHES
-    names = [shard_name(part) for part in range(-(-len(photographs.ids) // part_rows))]
+    names = [shard_name(number) for number in range(-(-len(photographs.ids) // PART))]
     done = sum((folder / name).exists() for name in names)
-    contents = photographs.read(done * part_rows)
-    batches = map_in_order(
-        ensemble.prepare, batched(contents, BATCH), usable_cores(), 2 * usable_cores()
-    )
+    parts = photographs.parts(done * PART, PART)
     with (
-        closing(contents),
-        closing(batches),
+        ThreadPoolExecutor(usable_cores()) as decoders,
+        ThreadPoolExecutor(1) as reader,
         tqdm(
             desc="audit", total=len(photographs.ids), unit=" photographs", disable=None, leave=False
         ) as progress,
     ):
-        progress.update(min(done * part_rows, len(photographs.ids)))
+        progress.update(min(done * PART, len(photographs.ids)))
+
+        def next_part() -> list[Prepared]:
+            return list(decoders.map(partial(prepare, ensemble), next(parts, [])))
+
+        coming = reader.submit(next_part)
         for name in names[done:]:
+            part = coming.result()
+            coming = reader.submit(next_part)
             tables = []
-            for batch in islice(batches, PART_BATCHES):
-                tables.append(score_batch(ensemble, batch))
-                progress.update(len(batch.ids))
+            for batch in batched(part, BATCH):
+                tables.append(score(ensemble, batch))
+                progress.update(len(batch))
             write_table(folder / name, pa.concat_tables(tables))
     scored: pd.DataFrame = pa.concat_tables(
         pq.read_table(folder / name) for name in names
@@ -62,20 +72,25 @@ def score_photographs(photographs: Photographs, ensemble: Ensemble, folder: Path
     return scored
 
 
-def score_batch(ensemble: Ensemble, batch: Prepared) -> pa.Table:
-    """The rows of a batch; those that are unreadable have nulls for probabilities."""
-    readable = np.array([not problem for problem in batch.problems])
-    probabilities = np.full((len(batch.ids), len(ensemble.labels)), np.nan)
-    probabilities[readable] = ensemble.probabilities(batch.images)
+def prepare(ensemble: Ensemble, content: Content) -> Prepared:
+    problem = content.problem
+    if not problem:
+        try:
+            return Prepared(content.id, ensemble.pixels(content.data), "")
+        except jpeg.ImageError as error:
+            problem = " ".join(str(error).split())
+    return Prepared(content.id, None, f"unreadable photograph: {problem}")
+
+
+def score(ensemble: Ensemble, batch: Sequence[Prepared]) -> pa.Table:
+    """The rows of a batch; those of unreadable photographs have nulls for probabilities."""
+    probabilities = np.full((len(batch), len(ensemble.labels)), np.nan)
+    images = {row: one.pixels for row, one in enumerate(batch) if one.pixels is not None}
+    if images:
+        probabilities[list(images)] = ensemble.probabilities(np.stack(list(images.values())))
     columns = {
         name: pa.array(values, from_pandas=True)
         for name, values in zip(probability_columns(ensemble.labels), probabilities.T, strict=True)
     }
-    problems = pa.array(batch.problems, pa.string())
-    return pa.table({"id": pa.array(batch.ids, pa.string()), **columns, "problem": problems})
-
-
-def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
+    ids, problems = ([one.id for one in batch], [one.problem for one in batch])
+    return pa.table({"id": pa.array(ids, pa.string()), **columns, "problem": pa.array(problems)})

@@ -1,11 +1,11 @@
-"""Which bins are suspicious: the table that an audit is."""
+"""Which bins are suspicious: the table that an audit makes."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
-from stages.networks.release import probability_columns
+from stages.networks.calibration import probability_columns
 from tools.audit.expected import Expected
 
 
@@ -23,14 +23,14 @@ def audit_table(
     score = pd.Series(np.nan, bins.index)
     for label, column in zip(labels, columns, strict=True):
         score = score.mask(bins["expected"].eq(label).fillna(value=False), bins[column])
-    readable = bins[columns[0]].notna()
     most_probable = np.array(labels)[bins[columns].fillna(0.0).to_numpy().argmax(axis=1)]
-    bins["seen"] = pd.Series(most_probable, bins.index, dtype="Int64").where(readable)
+    seen = pd.Series(most_probable, bins.index, dtype="Int64").where(bins[columns[0]].notna())
+    bins["seen"] = seen
     bins["suspicion"] = 1 - score
     bins["alarm"] = np.where(score.isna(), "", np.where(score < threshold, "yes", "no"))
     bins["reason"] = reasons(bins, score.isna(), labels)
     # By the score: 1 - score is the same for many tiny ones.
-    order = pd.DataFrame({"score": score, "id": bins["id"]}).sort_values(["score", "id"]).index
+    order = bins.assign(score=score).sort_values(["score", "id"]).index
     names = ["id", "expected", "seen", "suspicion", "alarm", *columns, "reason"]
     return bins.loc[order, names].reset_index(drop=True)
 
@@ -60,7 +60,6 @@ def reasons(bins: pd.DataFrame, unjudged: pd.Series, labels: Sequence[int]) -> p
 def spoken(labels: Sequence[int]) -> str:
     """Like "1 to 5" or "0, 2, 7"."""
     ordered = sorted(labels)
-    # They are different numbers. A range of all in between may not fit into memory.
     if ordered[-1] - ordered[0] == len(ordered) - 1:
         return f"{ordered[0]} to {ordered[-1]}"
     return ", ".join(map(str, ordered))
