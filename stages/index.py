@@ -1,6 +1,7 @@
 """List the bucket and read every record: data/index.parquet, a row per bin."""
 
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,60 +10,69 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from stages.collecting.awaiting import await_in_order
-from stages.collecting.bucket import (
-    IN_FLIGHT,
-    LISTING,
-    PHOTOGRAPHS,
-    RECORDS,
-    WINDOW,
-    ObjectError,
-    Store,
-    explained,
-    list_objects,
-    open_bucket,
-    read_object,
+from stages.collecting.bucket import PHOTOGRAPHS, RECORDS, explained, open_bucket
+from stages.collecting.failures import ObjectError
+from stages.collecting.listing import LISTING, list_objects
+from stages.collecting.reading import Reader, summary
+from stages.collecting.records import (
+    INDEX_SCHEMA,
+    MAX_RECORD_BYTES,
+    RecordError,
+    is_bin_id,
+    parse_record,
 )
-from stages.collecting.records import INDEX, MAX_RECORD_BYTES, RecordError, is_bin_id, parse_record
-from stages.collecting.retries import Retries
 from stages.formats.shards import Reject, Row, shard_paths, table_digest, whole_parquet
 from stages.formats.tables import write_json
+from stages.runtime import paths
 from stages.runtime.command import run_stage
 from stages.runtime.errors import UserError
 from stages.runtime.files import atomic_write, digest
 from stages.runtime.params import load_params
 from stages.runtime.work import unfinished
-from stages.sharding.building import RejectLimit, ShardMaker, build_shards, shards_of
+from stages.sharding.building import (
+    MadeShard,
+    RejectLimit,
+    Shard,
+    build_shards,
+    each_row,
+    first_finished_row,
+    made_of,
+    plan_shards,
+)
+from stages.sharding.executors import executor
 
-OUT = Path("data/index.parquet")
-COUNTS = Path("data/index.json")
-# The unit in which a killed run goes on.
-PART_RECORDS = 10_000
+# The unit in which a killed run continues, and how many are read at once.
+PART_RECORDS = 5_000
+PARTS_AT_ONCE = 2
 
 
 def main() -> str:
     params = load_params()
     limit = RejectLimit("index.max_rejects", params.index.max_rejects)
-    retries = Retries()
+    retried = Counter[str]()
     with explained(params.bucket):
         store = open_bucket(params.bucket)
-        photographs = list_objects(store, PHOTOGRAPHS, retries)
-        listing = join_listings(list_objects(store, RECORDS, retries), photographs)
+        photographs = list_objects(store, PHOTOGRAPHS, retried)
+        listing = join_listings(list_objects(store, RECORDS, retried), photographs)
         if not len(listing):
             raise UserError(f"{params.bucket.url} has no {RECORDS}<id>.json: check bucket.url")
         with unfinished("index", digest(params.bucket.url, table_digest(listing))) as folder:
-            work = partial(await_in_order, partial(index_bin, store, retries))
-            parts, rejects = build_shards(
-                ShardMaker(folder, work, INDEX, IN_FLIGHT, WINDOW, retries),
-                shards_of(listing, PART_RECORDS),
+            planned = plan_shards(listing, PART_RECORDS)
+            before = first_finished_row(folder, planned)
+            reader = Reader(store, witness=before["record_key"] if before else None)
+            parts, rejects, of_records = build_shards(
+                partial(index_shard, reader),
+                folder,
+                planned,
                 limit,
                 unit=" records",
+                executor=executor("local", PARTS_AT_ONCE),
             )
-            indexed = concatenate(parts, OUT)
+            indexed = concatenate(parts, paths.INDEX)
             counts = summarize(len(listing), indexed, rejects)
-            write_json(COUNTS, counts)
+            write_json(paths.INDEX_COUNTS, counts)
     left_out = f"{len(rejects)} records left out {counts['rejected'] or ''}".rstrip()
-    return f"{indexed} bins; {left_out}{retries.summary()}"
+    return f"{indexed} bins; {left_out}{summary(retried + of_records)}"
 
 
 def join_listings(records: pa.Table, photographs: pa.Table) -> pa.Table:
@@ -82,7 +92,13 @@ def _with_ids(listing: pa.Table, prefix: str, suffix: str) -> pa.Table:
     return files.append_column("id", pc.utf8_slice_codeunits(ids, 0, -len(suffix)))
 
 
-async def index_bin(store: Store, retries: Retries, listed: Row) -> Row | Reject:
+async def index_shard(reader: Reader, shard: Shard, advance: Callable[[int], object]) -> MadeShard:
+    """Read and parse the records of listed bins."""
+    results = await each_row(partial(index_bin, reader), shard, advance)
+    return made_of(results, INDEX_SCHEMA, reader.take_retried())
+
+
+async def index_bin(reader: Reader, listed: Row) -> Row | Reject:
     """Read and parse one record."""
     bin_id = listed["id"]
     if not is_bin_id(bin_id):
@@ -92,9 +108,7 @@ async def index_bin(store: Store, retries: Retries, listed: Row) -> Row | Reject
     if listed["record_size"] > MAX_RECORD_BYTES:
         return Reject(bin_id, "too large")
     try:
-        data = await read_object(
-            store, listed["record_key"], listed["record_size"], listed["record_etag"], retries
-        )
+        data = await reader.read(listed["record_key"], listed["record_size"], listed["record_etag"])
         record = parse_record(data)
     except ObjectError as error:
         return Reject(bin_id, f"unreadable: {error}")
@@ -111,13 +125,12 @@ async def index_bin(store: Store, retries: Retries, listed: Row) -> Row | Reject
 
 def concatenate(parts: Path, out: Path) -> int:
     """Write all parts into one file, one at a time; the number of rows."""
-    paths = shard_paths(parts)
     rows = 0
     with (
-        atomic_write(out, sum(path.stat().st_size for path in paths)) as temporary,
-        pq.ParquetWriter(temporary, INDEX, compression="zstd") as writer,
+        atomic_write(out) as temporary,
+        pq.ParquetWriter(temporary, INDEX_SCHEMA, compression="zstd") as writer,
     ):
-        for part in paths:
+        for part in shard_paths(parts):
             with whole_parquet(part):
                 table = pq.read_table(part)
             writer.write_table(table)

@@ -1,6 +1,7 @@
 """Resize every photograph to a small square JPEG: data/resized; the undecodable are listed."""
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,9 +25,15 @@ from stages.runtime.machine import usable_cores
 from stages.runtime.params import Resize, load_params
 from stages.runtime.space import on_one_disk, require_space
 from stages.runtime.work import publish_folder, unfinished
-from stages.sharding.building import RejectLimit, Shard, ShardMaker, build_shards, missing_shards
+from stages.sharding.building import (
+    MadeShard,
+    RejectLimit,
+    Shard,
+    build_shards,
+    made_of,
+    missing_shards,
+)
 from stages.sharding.executors import executor
-from stages.sharding.parallel import map_in_order
 
 WHAT = "the resized photographs"
 # Photographs that tell how large the resized ones become.
@@ -37,23 +44,20 @@ def main() -> str:
     params = load_params()
     knobs = params.resize
     limit = RejectLimit("resize.max_rejects", knobs.max_rejects)
-    sources = [shard_of(path) for path in shard_paths(paths.RAW)]
-    # One thread an image: the pool below keeps every core busy.
-    torch.set_num_threads(1)
-    workers = usable_cores()
+    sources = [plan_shard(path) for path in shard_paths(paths.RAW)]
     identities = [_identity(path) for path in shard_paths(paths.RAW)]
     key = digest(knobs.size, knobs.fit, knobs.quality, identities)
-    work = partial(map_in_order, partial(resize_bin, knobs))
     with unfinished("resize", key) as folder:
         require_space(folder, bytes_to_write(knobs, missing_shards(folder, sources)), WHAT)
         if not on_one_disk(folder, paths.RESIZED.parent):
             require_space(paths.RESIZED.parent, bytes_to_write(knobs, sources), WHAT)
-        shards, undecodable = build_shards(
-            ShardMaker(folder, work, IMAGES, workers, 16 * workers),
+        shards, undecodable, _ = build_shards(
+            partial(resize_shard, knobs),
+            folder,
             sources,
             limit,
             unit=" photographs",
-            executor=executor(params.run.executor),
+            executor=executor(params.run.executor, usable_cores()),
         )
         write_rejects(paths.QUARANTINE, [*read_rejects(paths.UNFETCHED), *undecodable])
         publish_folder(shards, paths.RESIZED)
@@ -62,24 +66,42 @@ def main() -> str:
     return f"{total - len(undecodable)} photographs; {left_out}"
 
 
-def bytes_to_write(knobs: Resize, shards: Sequence[Shard[Row]]) -> int:
+def plan_shard(path: Path) -> Shard:
+    """The shard of data/resized that a shard of data/raw becomes."""
+    with whole_parquet(path):
+        rows = pq.read_metadata(path).num_rows
+    # Absolute, for machines that share the disk but not the current directory.
+    return Shard(path.name, rows, path.absolute())
+
+
+def bytes_to_write(knobs: Resize, shards: Sequence[Shard]) -> int:
     """About what the shards will take, to judge by some photographs of the first."""
-    some = [resize_bin(knobs, row) for shard in shards[:1] for row in shard.load()[:SAMPLE]]
+    some = [resize_bin(knobs, row) for shard in shards[:1] for row in read_rows(shard)[:SAMPLE]]
     sizes = [len(result["image"]) for result in some if not isinstance(result, Reject)]
     return sum(sizes) * sum(shard.rows for shard in shards) // max(1, len(sizes))
 
 
-def shard_of(path: Path) -> Shard[Row]:
-    with whole_parquet(path):
-        rows = pq.read_metadata(path).num_rows
-    # Absolute, for machines that share the disk but not the current directory.
-    return Shard(path.name, rows, partial(load_shard, path.absolute()))
-
-
-def load_shard(path: Path) -> list[Row]:
-    with whole_parquet(path):
-        rows: list[Row] = pq.read_table(path).to_pylist()
+def read_rows(shard: Shard) -> list[Row]:
+    with whole_parquet(shard.source):
+        rows: list[Row] = pq.read_table(shard.source).to_pylist()
     return rows
+
+
+async def resize_shard(knobs: Resize, shard: Shard, advance: Callable[[int], object]) -> MadeShard:
+    """Resize a shard's photographs in a thread of its own: as many shards as cores are made."""
+    loop = asyncio.get_running_loop()
+    advance_here = partial(loop.call_soon_threadsafe, advance, 1)
+    return await asyncio.to_thread(_resize_all, knobs, shard, advance_here)
+
+
+def _resize_all(knobs: Resize, shard: Shard, advance: Callable[[], object]) -> MadeShard:
+    # Every core has a shard of its own.
+    torch.set_num_threads(1)
+    results = []
+    for row in read_rows(shard):
+        results.append(resize_bin(knobs, row))
+        advance()
+    return made_of(results, IMAGES)
 
 
 def resize_bin(knobs: Resize, row: Row) -> Row | Reject:

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import signal
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +16,13 @@ import numpy as np
 import obstore
 import pyarrow as pa
 import pytest
+import torch
 from obstore.store import S3Store
 from PIL import Image
 from ruamel.yaml import YAML
 
-from stages.collecting.records import INDEX, parse_record
+from stages.collecting.reading import Reader
+from stages.collecting.records import INDEX_SCHEMA, parse_record
 from stages.imaging.jpeg import Pixels
 from stages.runtime import params
 from tests.project import SETTINGS, Project, fill_buckets
@@ -32,6 +35,23 @@ os.environ |= CLIENT_ENVIRONMENT
 REPOSITORY = Path(__file__).parent.parent
 
 MakeBucket = Callable[[Mapping[str, bytes]], params.Bucket]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under pytest-xdist one worker runs all tests of the session's project, before any others.
+
+    So the pipeline runs once, beside the other tests. Those of a file stay together too, since its
+    fixtures may be slow.
+    """
+
+    def uses_project(item: pytest.Item) -> bool:
+        # Which a file's own fixture called `project` does not.
+        return "endpoint" in getattr(item, "fixturenames", ())
+
+    for item in items:
+        group = "project" if uses_project(item) else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=uses_project, reverse=True)
 
 
 @pytest.fixture(scope="session")
@@ -64,13 +84,27 @@ def drawn() -> list[DrawnBin]:
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty current directory for a stage that runs in this process."""
     folder = tmp_path / "workspace"
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    return folder
+    # Which resize sets, for all that follows in its process.
+    threads = torch.get_num_threads()
+    yield folder
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C interrupts this process, and those that it starts, also where they would ignore it.
+
+    What a shell runs in the background ignores SIGINT, and so do its children.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def changed_params(overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,7 +182,10 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory, endpoint: str) -> Project:
-    """A project in which the whole pipeline has run once, and is committed and tagged."""
+    """A project in which the whole pipeline has run once, committed and tagged.
+
+    Tests only read it, in any order; what a test changes is a `copy()` of its own.
+    """
     project = Project(tmp_path_factory.mktemp("first") / "project", endpoint)
     project.experiment(*SETTINGS, f"bucket.endpoint={endpoint}")
     project.run("git", "add", ".")
@@ -179,6 +216,19 @@ def make_bucket(request: pytest.FixtureRequest, tmp_path: Path) -> MakeBucket:
     return lambda objects: folder_bucket(tmp_path / f"bucket-{next(numbers)}", objects)
 
 
+def noted_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The keys of the objects that are read from now on."""
+    keys: list[str] = []
+    read = Reader.read
+
+    async def read_and_note(reader: Reader, key: str, size: int, etag: str | None) -> bytes:
+        keys.append(key)
+        return await read(reader, key, size, etag)
+
+    monkeypatch.setattr(Reader, "read", read_and_note)
+    return keys
+
+
 def objects_of(bins: Sequence[DrawnBin]) -> dict[str, bytes]:
     """The bins in the layout of the real bucket."""
     return {f"bin-images/{drawn_bin.id}.jpg": drawn_bin.photograph for drawn_bin in bins} | {
@@ -199,7 +249,7 @@ def index_table(records: Mapping[str, Mapping[str, Any]]) -> pa.Table:
         {"id": bin_id, **record, "key": f"bin-images/{bin_id}.jpg", "size": 1, "etag": None}
         for bin_id, record in records.items()
     ]
-    return pa.Table.from_pylist(rows, INDEX)
+    return pa.Table.from_pylist(rows, INDEX_SCHEMA)
 
 
 def index_of(contents: Mapping[str, tuple[int, Sequence[str]]]) -> pa.Table:

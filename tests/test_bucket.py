@@ -11,15 +11,11 @@ import obstore
 import pytest
 from obstore.store import S3Store
 
-from stages.collecting import bucket, retries
-from stages.collecting.bucket import (
-    ObjectError,
-    Store,
-    explained,
-    list_objects,
-    open_bucket,
-    read_object,
-)
+from stages.collecting import reading
+from stages.collecting.bucket import Store, explained, open_bucket
+from stages.collecting.failures import ObjectError
+from stages.collecting.listing import list_objects
+from stages.collecting.reading import Reader
 from stages.runtime import params
 from stages.runtime.errors import UserError
 from tests.conftest import S3, MakeBucket, folder_bucket
@@ -33,15 +29,9 @@ DENIED = b"""<?xml version="1.0" encoding="UTF-8"?>
 
 
 @pytest.fixture
-def one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the seconds between the attempts."""
-    monkeypatch.setattr(retries, "ATTEMPTS", 1)
-
-
-@pytest.fixture
 def short_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the half minute in which a server may come back."""
-    monkeypatch.setattr(bucket, "DEADLINE", 0.5)
+    monkeypatch.setattr(reading, "DEADLINE", 0.5)
 
 
 @pytest.fixture
@@ -74,7 +64,7 @@ def bucket_at(endpoint: str, *, anonymous: bool = True) -> params.Bucket:
 
 
 def read(store: Store, key: str, size: int, etag: str | None) -> bytes:
-    return asyncio.run(read_object(store, key, size, etag))
+    return asyncio.run(Reader(store).read(key, size, etag))
 
 
 def listed(source: params.Bucket, prefix: str) -> list[dict[str, Any]]:
@@ -144,21 +134,18 @@ def test_an_object_is_read_as_it_was_put(make_bucket: MakeBucket) -> None:
         assert data == (content if row["key"] == KEY else b"")
 
 
-@pytest.mark.usefixtures("one_attempt")
 def test_a_missing_object_is_an_object_error(make_bucket: MakeBucket) -> None:
     store = open_bucket(make_bucket({KEY: CONTENT}))
     with pytest.raises(ObjectError, match="not found"):
         read(store, "metadata/00002.json", 3, None)
 
 
-@pytest.mark.usefixtures("one_attempt")
 def test_an_object_of_another_size_is_an_object_error(make_bucket: MakeBucket) -> None:
     store = open_bucket(make_bucket({KEY: CONTENT}))
     with pytest.raises(ObjectError, match=f"has {len(CONTENT)} bytes, 3 are listed"):
         read(store, KEY, 3, None)
 
 
-@pytest.mark.usefixtures("one_attempt")
 def test_an_object_that_changed_is_an_object_error(s3: S3) -> None:
     source = s3.make_bucket({KEY: CONTENT})
     obstore.put(open_bucket(source), KEY, CONTENT.replace(b"3", b"4"))
@@ -184,12 +171,14 @@ def answer(monkeypatch: pytest.MonkeyPatch, contents: Iterable[bytes], etag: str
         return Answer(next(remaining), etag)
 
     monkeypatch.setattr(obstore, "get_async", get_async)
-    monkeypatch.setattr(retries, "_LONGEST_WAIT", 0)
 
 
-def test_content_that_is_damaged_on_the_way_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("damaged", [CONTENT[:-1], CONTENT.replace(b"3", b"4")])
+def test_content_that_is_damaged_on_the_way_is_read_once_more(
+    monkeypatch: pytest.MonkeyPatch, damaged: bytes
+) -> None:
     # No server of ours damages what it sends.
-    answer(monkeypatch, [CONTENT[:-1], CONTENT.replace(b"3", b"4"), CONTENT], MD5)
+    answer(monkeypatch, [damaged, CONTENT], MD5)
     assert read(S3Store("bins"), KEY, len(CONTENT), MD5) == CONTENT
 
 
@@ -206,7 +195,6 @@ def test_an_etag_that_is_no_md5_is_only_compared(monkeypatch: pytest.MonkeyPatch
     assert read(S3Store("bins"), KEY, len(CONTENT), etag) == CONTENT
 
 
-@pytest.mark.usefixtures("one_attempt")
 def test_a_missing_bucket_is_named(s3: S3) -> None:
     with pytest.raises(UserError, match=r"s3://no-such-bucket at http\S+ does not exist"):
         listed(s3.locate("no-such-bucket"), "metadata/")
@@ -226,13 +214,11 @@ def test_a_server_that_does_not_answer_is_named() -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.usefixtures("one_attempt")
 def test_a_bucket_that_refuses_anonymous_reads_tells_what_to_set(denying_server: str) -> None:
     with pytest.raises(UserError, match=r"s3://aft-vbi-pds.*refuses access.*bucket\.anonymous"):
         listed(bucket_at(denying_server), "metadata/")
 
 
-@pytest.mark.usefixtures("one_attempt")
 def test_a_bucket_that_refuses_credentials_names_them(
     denying_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,12 +226,6 @@ def test_a_bucket_that_refuses_credentials_names_them(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     with pytest.raises(UserError, match=r"refuses access.*check AWS_ACCESS_KEY_ID"):
         listed(bucket_at(denying_server, anonymous=False), "metadata/")
-
-
-@pytest.mark.usefixtures("one_attempt")
-def test_one_refused_object_is_an_object_error(denying_server: str) -> None:
-    with pytest.raises(ObjectError, match="access denied"):
-        read(open_bucket(bucket_at(denying_server)), KEY, 3, None)
 
 
 @pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy"])

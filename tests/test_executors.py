@@ -13,13 +13,13 @@ import pytest
 from stages import fetch, resize
 from stages.runtime import params
 from stages.runtime.errors import UserError
-from stages.sharding.building import make_here
-from stages.sharding.executors import executor, make_on_ray
 from tests.conftest import S3, bucket_params, objects_of, write_params
 from tests.faults import Fault, at_random, fault_proxy
 from tests.test_fetch import prepare
 from tools.drawing import DrawnBin
 from tools.s3 import free_port
+
+pytestmark = pytest.mark.slow
 
 RAY = Path(sys.executable).with_name("ray")
 
@@ -72,7 +72,7 @@ def outputs() -> dict[str, bytes]:
 
 
 def run_stages(source: params.Bucket, name: str) -> list[str]:
-    knobs = {"executor": name, "fetch.shard_bins": 25, "resize.size": 32}
+    knobs = {"run.executor": name, "fetch.shard_bins": 25, "resize.size": 32}
     write_params({**bucket_params(source), **knobs})
     return [fetch.main(), resize.main()]
 
@@ -91,28 +91,22 @@ def test_a_cluster_makes_the_bytes_that_this_process_makes(s3: S3, drawn: list[D
     # What the workers tried again is counted here.
     assert fetched.startswith(said_here[0] + "; retried ")
     assert resized == said_here[1]
-    assert list(Path(".cache").iterdir()) == []
 
 
 @pytest.mark.usefixtures("workspace", "cluster")
 def test_what_a_worker_refuses_is_said_here(s3: S3, drawn: list[DrawnBin]) -> None:
     prepare(s3.make_bucket(objects_of(drawn)), drawn, shard_bins=25)
     gone = s3.locate("nowhere")
-    write_params({**bucket_params(gone), "executor": "ray", "fetch.shard_bins": 25})
+    write_params({**bucket_params(gone), "run.executor": "ray", "fetch.shard_bins": 25})
     with pytest.raises(UserError, match=r"2\d of 121 are unusable, .* \(not found\)"):
         fetch.main()
-
-
-def test_each_executor_is_named() -> None:
-    assert executor("local") is make_here
-    assert executor("ray") is make_on_ray
 
 
 @pytest.mark.usefixtures("workspace")
 @pytest.mark.parametrize(
     ("address", "problem"),
     [
-        ("", "executor is ray, but RAY_ADDRESS is not set"),
+        ("", "run.executor is ray, but RAY_ADDRESS is not set"),
         (f"127.0.0.1:{free_port()}", r"RAY_ADDRESS: no cluster answers at 127\.0\.0\.1:\d+: .*ref"),
         ("127.0.0.1:many", "RAY_ADDRESS: no cluster answers at 127.0.0.1:many: "),
     ],
@@ -128,6 +122,6 @@ def test_an_address_without_a_cluster_is_named(
     monkeypatch.setenv("RAY_ADDRESS", address)
     source = s3.make_bucket(objects_of(drawn))
     prepare(source, drawn)
-    write_params({**bucket_params(source), "executor": "ray"})
+    write_params({**bucket_params(source), "run.executor": "ray"})
     with pytest.raises(UserError, match=problem):
         fetch.main()

@@ -7,12 +7,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from stages import fetch
-from stages.collecting.bucket import Store, list_objects, open_bucket, read_object
-from stages.collecting.retries import Retries
+from stages.collecting.bucket import open_bucket
+from stages.collecting.listing import list_objects
+from stages.collecting.reading import Reader
 from stages.formats.shards import IMAGES, Reject, read_rejects, shard_paths, write_table
 from stages.runtime import params
 from stages.runtime.errors import UserError
-from tests.conftest import MakeBucket, bucket_params, folder_bucket, objects_of, write_params
+from tests.conftest import (
+    MakeBucket,
+    bucket_params,
+    folder_bucket,
+    noted_reads,
+    objects_of,
+    write_params,
+)
 from tools.drawing import DrawnBin
 
 RAW = Path("data/raw")
@@ -90,28 +98,22 @@ def test_the_next_run_goes_on_where_one_failed(
 ) -> None:
     bucket = folder_bucket(tmp_path / "bucket", objects_of(drawn[:40]))
     prepare(bucket, drawn[:40], shard_bins=10)
-    read: list[str] = []
+    read = Reader.read
 
-    async def read_until_stopped(
-        store: Store, key: str, size: int, etag: str | None, retries: Retries
-    ) -> bytes:
+    async def read_until_stopped(reader: Reader, key: str, size: int, etag: str | None) -> bytes:
         if key == "bin-images/00025.jpg":
             raise StopError
-        return await read_object(store, key, size, etag, retries)
+        return await read(reader, key, size, etag)
 
-    async def read_and_note(
-        store: Store, key: str, size: int, etag: str | None, retries: Retries
-    ) -> bytes:
-        read.append(key)
-        return await read_object(store, key, size, etag, retries)
-
-    monkeypatch.setattr(fetch, "read_object", read_until_stopped)
-    with pytest.raises(StopError):
-        fetch.main()
+    with monkeypatch.context() as patch:
+        patch.setattr(Reader, "read", read_until_stopped)
+        patch.setattr(fetch, "SHARDS_AT_ONCE", 1)
+        with pytest.raises(StopError):
+            fetch.main()
     assert not RAW.exists()
-    monkeypatch.setattr(fetch, "read_object", read_and_note)
+    keys = noted_reads(monkeypatch)
     fetch.main()
-    assert sorted(read) == [f"bin-images/{number:05d}.jpg" for number in range(21, 41)]
+    assert sorted(keys) == [f"bin-images/{number:05d}.jpg" for number in range(21, 41)]
     assert sum(fetched(), []) == expected(drawn[:40])  # noqa: RUF017
 
 

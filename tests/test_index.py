@@ -7,15 +7,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from stages import index
-from stages.collecting.bucket import Store, read_object
-from stages.collecting.records import INDEX, parse_record
-from stages.collecting.retries import Retries
+from stages.collecting.reading import Reader
+from stages.collecting.records import INDEX_SCHEMA, parse_record
 from stages.runtime import params
 from stages.runtime.errors import UserError
 from tests.conftest import (
     MakeBucket,
     bucket_params,
     folder_bucket,
+    noted_reads,
     objects_of,
     record_json,
     write_params,
@@ -65,7 +65,7 @@ def test_every_record_is_a_row_with_its_photograph(
 ) -> None:
     bucket = make_bucket(objects_of(drawn))
     run_index(bucket)
-    assert pq.read_schema("data/index.parquet").equals(INDEX)
+    assert pq.read_schema("data/index.parquet").equals(INDEX_SCHEMA)
     rows = indexed()
     assert [row["id"] for row in rows] == sorted(drawn_bin.id for drawn_bin in drawn)
     bins = {drawn_bin.id: drawn_bin for drawn_bin in drawn}
@@ -169,28 +169,22 @@ def test_finished_parts_of_a_killed_run_are_not_read_again(
     records = {f"{number:05d}": record_json(number % 6) for number in range(1, 21)}
     bucket = folder_bucket(tmp_path / "bucket", with_photographs(records))
     monkeypatch.setattr(index, "PART_RECORDS", 5)
-    read: list[str] = []
+    read = Reader.read
 
-    async def read_until_stopped(
-        store: Store, key: str, size: int, etag: str | None, retries: Retries
-    ) -> bytes:
+    async def read_until_stopped(reader: Reader, key: str, size: int, etag: str | None) -> bytes:
         if key == "metadata/00013.json":
             raise StopError
-        return await read_object(store, key, size, etag, retries)
+        return await read(reader, key, size, etag)
 
-    async def read_and_note(
-        store: Store, key: str, size: int, etag: str | None, retries: Retries
-    ) -> bytes:
-        read.append(key)
-        return await read_object(store, key, size, etag, retries)
-
-    monkeypatch.setattr(index, "read_object", read_until_stopped)
-    with pytest.raises(StopError):
-        run_index(bucket)
+    with monkeypatch.context() as patch:
+        patch.setattr(Reader, "read", read_until_stopped)
+        patch.setattr(index, "PARTS_AT_ONCE", 1)
+        with pytest.raises(StopError):
+            run_index(bucket)
     assert not (workspace / "data/index.parquet").exists()
-    monkeypatch.setattr(index, "read_object", read_and_note)
+    keys = noted_reads(monkeypatch)
     run_index(bucket)
-    assert sorted(read) == [f"metadata/{number:05d}.json" for number in range(11, 21)]
+    assert sorted(keys) == [f"metadata/{number:05d}.json" for number in range(11, 21)]
     assert [row["id"] for row in indexed()] == list(records)
     assert [row["quantity"] for row in indexed()] == [number % 6 for number in range(1, 21)]
 
@@ -233,7 +227,8 @@ def test_the_index_has_the_same_bytes_on_every_machine(
     assert written[0] == written[1]
 
 
-def test_the_real_bins_are_indexed(workspace: Path, abid: Path) -> None:
+@pytest.mark.usefixtures("workspace")
+def test_the_real_bins_are_indexed(abid: Path) -> None:
     folder = abid / "originals-1k"
     bucket = params.Bucket(
         url=folder.resolve().as_uri(), region="us-east-1", endpoint=None, anonymous=True
@@ -245,4 +240,3 @@ def test_the_real_bins_are_indexed(workspace: Path, abid: Path) -> None:
     assert sum(row["image_fname"] is not None for row in rows) == 14
     for row in rows[::50]:
         assert row["size"] == (folder / row["key"]).stat().st_size
-    assert not list((workspace / ".cache").iterdir())

@@ -142,9 +142,9 @@ def test_a_shard_with_damaged_rows_is_named(tmp_path: Path) -> None:
     path = tmp_path / "00000.parquet"
     write_table(path, pa.table({"id": [f"{number:05d}" for number in range(2000)]}))
     damage_the_rows(path)
-    shard = resize.shard_of(path)
+    shard = resize.plan_shard(path)
     with pytest.raises(UserError, match=f"{path} is damaged"):
-        shard.load()
+        resize.read_rows(shard)
 
 
 @pytest.mark.parametrize(

@@ -34,11 +34,15 @@ from benchmarks.true_bins import (
 )
 from benchmarks.true_bucket import BUCKET, Bucket, serving_true_bucket
 from stages import fetch, index, subset
-from stages.collecting.bucket import list_objects, open_bucket, read_object
+from stages.collecting.bucket import open_bucket
+from stages.collecting.listing import list_objects
+from stages.collecting.reading import Reader
 from stages.collecting.records import parse_record
 from stages.runtime import params
 from tests.conftest import REPOSITORY, bucket_params, sibling_pairs, write_params
 from tools.s3 import answers, free_port
+
+pytestmark = pytest.mark.slow
 
 # With 11 un-padded ids, of which 10 and 11 come before 2 in S3's order.
 BINS = 5000
@@ -181,7 +185,7 @@ def test_every_object_listed_is_the_object_got(url: str, bins: TrueBins) -> None
     listing = list_objects(store, "metadata/").to_pylist()
     listing += list_objects(store, "bin-images/").to_pylist()[::50]
     for row in listing:
-        data = asyncio.run(read_object(store, row["key"], row["size"], row["etag"]))
+        data = asyncio.run(Reader(store).read( row["key"], row["size"], row["etag"]))
         assert (len(data), md5(data)) == (row["size"], row["etag"])
     records = [row["key"] for row in listing if row["key"].startswith("metadata/")]
     assert records == [key for key in keys_of(bins) if key.startswith("metadata/")]

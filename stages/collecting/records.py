@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import accumulate
 from typing import Any, TypedDict
 
 import orjson
@@ -21,7 +22,7 @@ _ITEM = pa.struct(
     ]
 )
 #: A row of data/index.parquet: the record, then the photograph's object as it was listed.
-INDEX = pa.schema(
+INDEX_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("quantity", pa.int32()),
@@ -40,6 +41,10 @@ _QUANTITY = "EXPECTED_QUANTITY"
 _CONTENTS = "BIN_FCSKU_DATA"
 # How a capital letter, or _, may be spelled too.
 _ESCAPED_CAPITAL = re.compile(rb"\\u00[45]")
+_ESCAPED = re.compile(rb"\\.")
+_STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+# Real records have 4.
+_MOST_LEVELS = 100
 
 
 class Record(TypedDict):
@@ -95,13 +100,19 @@ def _may_repeat_a_key(data: bytes) -> bool:
 
 def _refuse_repeated_keys(data: bytes) -> None:
     """Raise RecordError where a key has several values: orjson keeps the last without a word."""
-    try:
-        pairs: tuple[tuple[str, Any], ...] = json.loads(data, object_pairs_hook=tuple)
-        for key in (_QUANTITY, _CONTENTS):
-            if len({repr(value) for name, value in pairs if name == key}) > 1:
-                raise RecordError(f"several different {key}")
-    except RecursionError:
-        raise RecordError("nested too deeply") from None
+    # How deeply json reads depends on Python and on the process: they may not decide on a record.
+    if _levels(data) > _MOST_LEVELS:
+        raise RecordError("nested too deeply")
+    pairs: tuple[tuple[str, Any], ...] = json.loads(data, object_pairs_hook=tuple)
+    for key in (_QUANTITY, _CONTENTS):
+        if len({repr(value) for name, value in pairs if name == key}) > 1:
+            raise RecordError(f"several different {key}")
+
+
+def _levels(data: bytes) -> int:
+    """How deeply the JSON of an object is nested."""
+    no_strings = b"".join(_ESCAPED.sub(b"", data).split(b'"')[::2])
+    return max(accumulate(_STEPS.get(byte, 0) for byte in no_strings))
 
 
 def _item(asin: str, item: dict[str, Any]) -> dict[str, Any]:

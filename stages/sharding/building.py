@@ -1,63 +1,87 @@
-"""Making shards: many items at once, finished shards kept, in this process or elsewhere."""
+"""Shards: one function call makes one, finished ones are kept, and rejects are counted."""
 
+import asyncio
 import gc
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
-from itertools import chain, islice, pairwise
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from tqdm import tqdm
 
-from stages.collecting.retries import Retries
-from stages.formats.shards import Reject, Row, read_rejects, shard_name, write_rejects, write_table
+from stages.formats.shards import (
+    Reject,
+    Row,
+    read_rejects,
+    shard_name,
+    write_rejects,
+    write_table,
+)
 from stages.runtime.errors import UserError
-from stages.runtime.space import DiskFullError, readable
-
-T = TypeVar("T")
 
 _NAMED_REJECTS = 10
 # In a folder of work.
 _SHARDS, _REJECTS = "shards", "rejects"
-# A shard is held in memory, and Arrow's columns of bytes end at 2 GB.
-_MOST_SHARD_BYTES = 600_000_000
+# A shard is held in memory, and so are others beside it.
+_MOST_SHARD_BYTES = 300_000_000
 
 
 @dataclass(frozen=True)
-class Shard(Generic[T]):
-    """One file to be made: its name, how many items go into it, and how to get them."""
+class Shard:
+    """One file to be made, with so many rows; `source` is a table of what to make them from, or a
+    path of one."""
 
     name: str
     rows: int
-    load: Callable[[], Sequence[T]]
+    source: Any
+
+
+class MadeShard(NamedTuple):
+    """What became of a shard's rows, and what was retried for them, by kind."""
+
+    table: pa.Table
+    rejects: list[Reject]
+    retried: Counter[str]
+
+
+#: Makes one shard; the second argument is to be called with each number of rows that are done. A
+#: cluster's machines get it pickled.
+MakeShard = Callable[[Shard, Callable[[int], object]], Awaitable[MadeShard]]
+
+
+class WrittenShard(NamedTuple):
+    """What is known of a shard once it lies in the folder."""
+
+    name: str
+    rows: int
+    rejects: list[Reject]
+    retried: Counter[str]
 
 
 @dataclass(frozen=True)
 class RejectLimit:
-    """The share of all items that may be rejected, and the key of params.yaml that sets it."""
+    """The share of all rows that may be rejected, and the key of params.yaml that sets it."""
 
     key: str
     share: float
 
 
-def shards_of(table: pa.Table, rows: int, item_bytes: str | None = None) -> list[Shard[Row]]:
+def plan_shards(table: pa.Table, rows: int, row_bytes: str | None = None) -> list[Shard]:
     """The table's rows in their order, so many to a shard.
 
-    Fewer where what the column `item_bytes` sums up to would not fit into memory.
+    Fewer where the sum of the column `row_bytes` would not fit into memory.
     """
-    sizes = [0] * len(table) if item_bytes is None else table[item_bytes].to_pylist()
+    sizes = [0] * len(table) if row_bytes is None else table[row_bytes].to_pylist()
     starts = _starts(sizes, rows)
     # Copies: a slice takes its whole table along to another machine.
     pieces = [
         table.take(pa.array(range(start, stop))) for start, stop in pairwise([*starts, len(table)])
     ]
-    return [
-        Shard(shard_name(number), len(piece), piece.to_pylist)
-        for number, piece in enumerate(pieces)
-    ]
+    return [Shard(shard_name(number), len(piece), piece) for number, piece in enumerate(pieces)]
 
 
 def _starts(sizes: list[int], rows: int) -> list[int]:
@@ -72,105 +96,112 @@ def _starts(sizes: list[int], rows: int) -> list[int]:
     return starts
 
 
-@dataclass(frozen=True)
-class MadeShard:
-    """What is known of a shard once it is written."""
+async def each_row(
+    work: Callable[[Row], Awaitable[Row | Reject]], shard: Shard, advance: Callable[[int], object]
+) -> list[Row | Reject]:
+    """What `work` makes of the rows of a shard's table, all under way at once, in their order."""
 
-    name: str
-    rows: int
-    rejects: list[Reject]
-    retried: Counter[str]
+    async def one(row: Row) -> Row | Reject:
+        result = await work(row)
+        advance(1)
+        return result
 
-
-@dataclass(frozen=True)
-class ShardMaker(Generic[T]):
-    """Writes shards into `folder`, of what `work` makes of their items; see build_shards.
-
-    `work` is map_in_order or await_in_order, but for its items, workers and window. Another machine
-    can have it all: what it holds can be pickled.
-    """
-
-    folder: Path
-    work: Callable[[Iterable[T], int, int], Generator[Row | Reject, None, None]]
-    schema: pa.Schema
-    workers: int
-    window: int
-    retries: Retries = field(default_factory=Retries)
-
-    def __call__(
-        self, shards: Sequence[Shard[T]], advance: Callable[[int], object]
-    ) -> Generator[MadeShard, None, None]:
-        """Make the shards one by one, items of the next ones under way; `advance` counts items."""
-        items = chain.from_iterable(shard.load() for shard in shards)
-        with closing(self.work(items, self.workers, self.window)) as results:
-            for shard in shards:
-                rows: list[Row] = []
-                rejects: list[Reject] = []
-                for result in islice(results, shard.rows):
-                    if isinstance(result, Reject):
-                        rejects.append(result)
-                    else:
-                        rows.append(result)
-                    advance(1)
-                # The shard comes last: where it exists, its rejects are known.
-                write_rejects(_rejects_file(self.folder, shard.name), rejects)
-                table = pa.Table.from_pylist(rows, self.schema)
-                write_table(self.folder / _SHARDS / shard.name, table)
-                yield MadeShard(shard.name, shard.rows, rejects, self.retries.take_counts())
+    return await asyncio.gather(*map(one, shard.source.to_pylist()))
 
 
-#: Has shards made, in any order: here, as ShardMaker does it by itself, or on other machines.
+def made_of(
+    results: Iterable[Row | Reject], schema: pa.Schema, retried: Counter[str] | None = None
+) -> MadeShard:
+    """The shard of the rows among the results, in their order."""
+    rows, rejects = [], []
+    for result in results:
+        if isinstance(result, Reject):
+            rejects.append(result)
+        else:
+            rows.append(result)
+    return MadeShard(pa.Table.from_pylist(rows, schema), rejects, retried or Counter())
+
+
+def write_shard(folder: Path, shard: Shard, made: MadeShard) -> WrittenShard:
+    """Put it into the folder of work, after its rejects: where it exists, they are known."""
+    write_rejects(_rejects_file(folder, shard.name), made.rejects)
+    write_table(folder / _SHARDS / shard.name, made.table)
+    return WrittenShard(shard.name, shard.rows, made.rejects, made.retried)
+
+
+#: Has shards made and written, in any order, here or elsewhere. It takes a maker, the folder, the
+#: shards, what to call with numbers of rows that are done, and with each shard that is written.
 Executor = Callable[
-    [ShardMaker[T], Sequence[Shard[T]], Callable[[int], object]], Generator[MadeShard, None, None]
+    [
+        MakeShard,
+        Path,
+        Sequence[Shard],
+        Callable[[int], object],
+        Callable[[WrittenShard], object],
+    ],
+    None,
 ]
 
 
-def make_here(
-    make: ShardMaker[T], shards: Sequence[Shard[T]], advance: Callable[[int], object]
-) -> Generator[MadeShard, None, None]:
-    """The executor of this process."""
-    return make(shards, advance)
-
-
 def build_shards(
-    make: ShardMaker[T],
-    shards: Sequence[Shard[T]],
+    make: MakeShard,
+    folder: Path,
+    shards: Sequence[Shard],
     limit: RejectLimit,
     *,
     unit: str,
-    executor: Executor[T] = make_here,
-) -> tuple[Path, list[Reject]]:
-    """Have each shard made that the maker's folder does not have yet.
+    executor: Executor,
+) -> tuple[Path, list[Reject], Counter[str]]:
+    """Have each shard made that `folder` doesn't have yet.
 
-    Returns the folder that holds the shards, and all rejects in the items' order. Raises
+    Returns the folder of the shards, all rejects in the rows' order, and what was retried. Raises
     UserError, naming the first ten, once more than `limit` are rejected; the shards with rejects
-    are then forgotten, so that the next run tries them again.
+    are then removed, so that the next run tries them again.
     """
-    done = _prepare(make.folder)
+    done, retried = _prepare(folder), Counter[str]()
     total = sum(shard.rows for shard in shards)
-    missing = missing_shards(make.folder, shards)
-    finished = {shard.name for shard in shards} - {shard.name for shard in missing}
-    rejects = {name: read_rejects(_rejects_file(make.folder, name)) for name in finished}
-    _check_limit(rejects, total, limit, done)
+    rejects = _finished_rejects(folder, shards)
+    if _are_too_many(rejects, total, limit):
+        rejects = _without_rejects(rejects, done)
+    missing = missing_shards(folder, shards)
+
+    def keep(written: WrittenShard) -> None:
+        rejects[written.name] = written.rejects
+        retried.update(written.retried)
+        if _are_too_many(rejects, total, limit):
+            _without_rejects(rejects, done)
+            raise UserError(_too_many(rejects, total, limit))
+
     with (
         tqdm(total=total, unit=unit, unit_scale=True, disable=None) as progress,
         _rare_collections(),
     ):
         progress.update(total - sum(shard.rows for shard in missing))
-        try:
-            with closing(executor(make, missing, progress.update)) as made_shards:
-                for made in made_shards:
-                    rejects[made.name] = made.rejects
-                    make.retries.add_counts(made.retried)
-                    _check_limit(rejects, total, limit, done)
-        except DiskFullError as error:
-            raise DiskFullError(f"{error}{_space_to_come(done, shards)}") from None
-    return done, [reject for shard in shards for reject in rejects[shard.name]]
+        executor(make, folder, missing, progress.update, keep)
+    return done, [reject for shard in shards for reject in rejects[shard.name]], retried
+
+
+def missing_shards(folder: Path, shards: Sequence[Shard]) -> list[Shard]:
+    """Those that build_shards has still to make there."""
+    return [shard for shard in shards if not (folder / _SHARDS / shard.name).exists()]
+
+
+def first_finished_row(folder: Path, shards: Sequence[Shard]) -> Row | None:
+    """A row of a planned table whose shard an earlier run made with it; None without any."""
+    missing = {shard.name for shard in missing_shards(folder, shards)}
+    for shard in shards:
+        if shard.name not in missing and isinstance(shard.source, pa.Table):
+            rejected = {reject.id for reject in read_rejects(_rejects_file(folder, shard.name))}
+            for row in shard.source.to_pylist():
+                if row["id"] not in rejected:
+                    found: Row = row
+                    return found
+    return None
 
 
 @contextmanager
 def _rare_collections() -> Iterator[None]:
-    """Rows are many small objects, none in a cycle.
+    """Rows are many small objects, none of them in a cycle.
 
     Python's collector, which goes over them time and again, took a sixth of index's time.
     """
@@ -182,11 +213,6 @@ def _rare_collections() -> Iterator[None]:
     finally:
         gc.set_threshold(*usual)
         gc.unfreeze()
-
-
-def missing_shards(folder: Path, shards: Sequence[Shard[T]]) -> list[Shard[T]]:
-    """Those that build_shards has still to make there."""
-    return [shard for shard in shards if not (folder / _SHARDS / shard.name).exists()]
 
 
 def _prepare(folder: Path) -> Path:
@@ -202,33 +228,30 @@ def _rejects_file(folder: Path, shard: str) -> Path:
     return folder / _REJECTS / f"{shard}.csv"
 
 
-def _space_to_come(done: Path, shards: Sequence[Shard[T]]) -> str:
-    """What the shards that are not there yet will need, to judge by those that are."""
-    rows = {shard.name: shard.rows for shard in shards}
-    sizes = {path.name: path.stat().st_size for path in done.glob("*.parquet")}
-    finished = sum(rows[name] for name in sizes)
-    if not finished:
-        return ""
-    left = sum(rows.values()) - finished
-    return f". What is left needs about {readable(sum(sizes.values()) * left // finished)}"
+def _finished_rejects(folder: Path, shards: Sequence[Shard]) -> dict[str, list[Reject]]:
+    """The rejects of each shard that is there."""
+    missing = {shard.name for shard in missing_shards(folder, shards)}
+    names = [shard.name for shard in shards if shard.name not in missing]
+    return {name: read_rejects(_rejects_file(folder, name)) for name in names}
 
 
-def _check_limit(
-    rejects: dict[str, list[Reject]], total: int, limit: RejectLimit, done: Path
-) -> None:
-    found = [reject for name in sorted(rejects) for reject in rejects[name]]
+def _are_too_many(rejects: dict[str, list[Reject]], total: int, limit: RejectLimit) -> bool:
     # 29 of 100 are a share of 0.29, whatever floating point says.
-    if len(found) <= limit.share * total + 1e-6:
-        return
+    return sum(map(len, rejects.values())) > limit.share * total + 1e-6
+
+
+def _without_rejects(rejects: dict[str, list[Reject]], done: Path) -> dict[str, list[Reject]]:
+    """Remove the shards that rejected something, so that they are tried again; the others."""
     for name, some in rejects.items():
         if some:
             (done / name).unlink()
-    raise UserError(_too_many(found, total, limit))
+    return {name: some for name, some in rejects.items() if not some}
 
 
-def _too_many(rejects: list[Reject], total: int, limit: RejectLimit) -> str:
-    named = ", ".join(f"{reject.id} ({reject.reason})" for reject in rejects[:_NAMED_REJECTS])
+def _too_many(rejects: dict[str, list[Reject]], total: int, limit: RejectLimit) -> str:
+    found = [reject for name in sorted(rejects) for reject in rejects[name]]
+    named = ", ".join(f"{reject.id} ({reject.reason})" for reject in found[:_NAMED_REJECTS])
     return (
-        f"{len(rejects)} of {total} are unusable, more than {limit.key} ({limit.share:g}) allows."
-        f" The first: {named}. Mend them, or raise {limit.key}"
+        f"{len(found)} of {total} are unusable, more than {limit.key} ({limit.share:g}) allows."
+        f" The first: {named}. Fix them, or raise {limit.key}"
     )

@@ -1,44 +1,83 @@
 """Where shards are made: in this process, or on the machines of a Ray cluster."""
 
+import asyncio
 import logging
 import os
 import socket
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from stages.runtime.errors import UserError
-from stages.runtime.machine import usable_cores
-from stages.sharding.building import Executor, MadeShard, Shard, ShardMaker, make_here
+import uvloop
 
-T = TypeVar("T")
+from stages.runtime.errors import UserError
+from stages.sharding.building import Executor, MakeShard, Shard, WrittenShard, write_shard
 
 ROOT = Path(__file__).parent.parent.parent
 HEAD_SECONDS = 10
 
 
-def executor(name: Literal["local", "ray"]) -> Executor[Any]:
-    """The executor that params.yaml names."""
-    return make_on_ray if name == "ray" else make_here
+def executor(name: Literal["local", "ray"], at_once: int) -> Executor:
+    """The one that run.executor names; here it makes so many shards at once."""
+    return make_on_ray if name == "ray" else partial(make_here, at_once)
+
+
+def make_here(
+    at_once: int,
+    make: MakeShard,
+    folder: Path,
+    shards: Sequence[Shard],
+    advance: Callable[[int], object],
+    keep: Callable[[WrittenShard], object],
+) -> None:
+    """In one event loop, which also lets shards be read while others are written."""
+
+    async def make_all() -> None:
+        # For those that decode or write, which let Python's lock go.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(at_once))
+        turns = asyncio.Semaphore(at_once)
+
+        async def make_one(shard: Shard) -> None:
+            async with turns:
+                keep(await make_and_write(make, folder, shard, advance))
+
+        async with asyncio.TaskGroup() as group:
+            for shard in shards:
+                group.create_task(make_one(shard))
+
+    try:
+        uvloop.run(make_all())
+    except BaseExceptionGroup as group:
+        # The first ended the others.
+        raise group.exceptions[0] from None
+
+
+async def make_and_write(
+    make: MakeShard, folder: Path, shard: Shard, advance: Callable[[int], object]
+) -> WrittenShard:
+    made = await make(shard, advance)
+    return await asyncio.to_thread(write_shard, folder, shard, made)
 
 
 def make_on_ray(
-    make: ShardMaker[T], shards: Sequence[Shard[T]], advance: Callable[[int], object]
-) -> Generator[MadeShard, None, None]:
-    """Make each shard in a task of the cluster at RAY_ADDRESS, which has a core to itself.
+    make: MakeShard,
+    folder: Path,
+    shards: Sequence[Shard],
+    advance: Callable[[int], object],
+    keep: Callable[[WrittenShard], object],
+) -> None:
+    """Each shard in a task of the cluster at RAY_ADDRESS, which has a core to itself.
 
-    This repository and the maker's folder are on a disk that all machines share, at the same path.
-    A task whose machine is lost is run again on another one.
+    This repository and the folder are on a disk that all machines share, at the same path. A task
+    whose machine is lost is run again on another one.
     """
     ray = _connected()
     cores = int(ray.cluster_resources().get("CPU", 1))
-    # A core's share of the threads that would work on this machine.
-    threads = max(1, make.workers // usable_cores())
-    window = max(threads, make.window // usable_cores())
-    shipped = ray.put(replace(make, folder=make.folder.absolute(), workers=threads, window=window))
-    task = ray.remote(num_cpus=1)(_make_one)
+    task = ray.remote(num_cpus=1)(_make_in_task)
+    shipped = ray.put((make, folder.absolute()))
     waiting = list(reversed(shards))
     pending: list[Any] = []
     try:
@@ -47,16 +86,16 @@ def make_on_ray(
             while waiting and len(pending) < 2 * cores:
                 pending.append(task.remote(shipped, waiting.pop()))
             (done,), pending = ray.wait(pending)
-            made = _result(ray, done)
-            advance(made.rows)
-            yield made
+            written = _result(ray, done)
+            advance(written.rows)
+            keep(written)
     finally:
         ray.shutdown()
 
 
-def _make_one(make: ShardMaker[T], shard: Shard[T]) -> MadeShard:
-    (made,) = make([shard], lambda _: None)
-    return made
+def _make_in_task(job: tuple[MakeShard, Path], shard: Shard) -> WrittenShard:
+    make, folder = job
+    return uvloop.run(make_and_write(make, folder, shard, lambda _: None))
 
 
 def _connected() -> Any:
@@ -64,7 +103,8 @@ def _connected() -> Any:
         import ray  # noqa: PLC0415 - a package that only this executor needs
     except ImportError:
         raise UserError(
-            "executor is ray, which is not installed: pip install ray, or set executor to local"
+            "run.executor is ray, which is not installed: pip install ray, or set run.executor to"
+            " local"
         ) from None
     _find_head()
     ray.init(
@@ -80,7 +120,7 @@ def _find_head() -> None:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         raise UserError(
-            "executor is ray, but RAY_ADDRESS is not set: the address of a cluster's head, like"
+            "run.executor is ray, but RAY_ADDRESS is not set: the address of a cluster's head, like"
             " 10.0.0.1:6379, or auto on a machine of the cluster"
         )
     if address == "auto":
@@ -92,10 +132,10 @@ def _find_head() -> None:
         raise UserError(f"RAY_ADDRESS: no cluster answers at {address}: {error}") from None
 
 
-def _result(ray: Any, done: Any) -> MadeShard:
+def _result(ray: Any, done: Any) -> WrittenShard:
     """Raises what the task raised, as if it had run here."""
     try:
-        made: MadeShard = ray.get(done)
+        written: WrittenShard = ray.get(done)
     except ray.exceptions.RayTaskError as error:
         raise (error.cause or error) from None
-    return made
+    return written

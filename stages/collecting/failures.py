@@ -1,0 +1,86 @@
+"""What a failed request means: wrong with this object, with the store, or with this machine."""
+
+import errno
+import os
+import re
+
+from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.store import LocalStore, S3Store
+
+#: Errors of this machine, whatever was read: they stop the stage, since the next file may be hit.
+MACHINE_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE}
+# What can be wrong with a single file of a folder; whatever else a disk says is the machine's.
+_FILE_ERRORS = {
+    errno.ENOENT: "not found",
+    errno.EACCES: "access denied",
+    errno.EPERM: "access denied",
+    errno.ENOTDIR: "not found",
+    errno.EISDIR: "a folder",
+    errno.ELOOP: "a loop of links",
+    errno.ENAMETOOLONG: "its name is too long",
+}
+
+
+class ObjectError(Exception):
+    """One object cannot be read as it was listed; the text is the reason."""
+
+
+class RefusedError(ObjectError):
+    """The store says no to this request. Whether it does to all others too, the reader asks."""
+
+
+class DamagedError(ObjectError):
+    """What came is not what was listed; `kind` is for the count of retries."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+class TransientError(Exception):
+    """The request failed in a way that another attempt may not; `error` is obstore's own."""
+
+    def __init__(self, kind: str, error: BaseError) -> None:
+        super().__init__(kind)
+        self.kind = kind
+        self.error = error
+
+
+class StoreError(Exception):
+    """Nothing can be read any more; the text says why, after the bucket's name."""
+
+
+def failure_of(
+    error: BaseError | FileNotFoundError, store: S3Store | LocalStore, key: str
+) -> Exception:
+    """What to raise instead of obstore's error, whose text repeats the server's answer.
+
+    RefusedError, TransientError, or OSError where this machine is at fault.
+    """
+    text = str(error)
+    numbers = [int(number) for number in re.findall(r"(?:os error |\bcode: )(\d+)", text)]
+    for number in numbers:
+        if number in MACHINE_ERRORS:
+            return OSError(number, os.strerror(number), key)
+    if isinstance(error, FileNotFoundError):
+        return RefusedError("not found")
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError):
+        return RefusedError("access denied")
+    if isinstance(store, LocalStore):
+        return _failure_of_file(numbers[0] if numbers else errno.EIO, key)
+    return _failure_of_request(error, re.search(r"status code: (\d{3})", text))
+
+
+def _failure_of_file(number: int, key: str) -> Exception:
+    if number in _FILE_ERRORS:
+        return RefusedError(_FILE_ERRORS[number])
+    return OSError(number, os.strerror(number), key)
+
+
+def _failure_of_request(error: BaseError, status: re.Match[str] | None) -> Exception:
+    if status is None:
+        return TransientError("network error", error)
+    # 408 and 429 ask for another attempt, as 5xx do.
+    if status[1].startswith("4") and status[1] not in {"408", "429"}:
+        return RefusedError(f"refused request {status[1]}")
+    return TransientError(f"server error {status[1]}", error)
