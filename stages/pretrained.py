@@ -1,9 +1,7 @@
 """Keep the pretrained weights beside the data: models/pretrained/<model>."""
 
-import json
-
-from stages.networks.classifier import download_pretrained, mark_random_start
-from stages.networks.model_files import SOURCE
+from stages.networks.model_files import SOURCE, read_json
+from stages.networks.pretrained import download_pretrained, mark_random_start
 from stages.runtime import paths
 from stages.runtime.command import run_stage
 from stages.runtime.files import digest
@@ -21,7 +19,7 @@ def main(model: str) -> str:
                 download_pretrained(knobs, folder)
             else:
                 mark_random_start(folder)
-        source = json.loads((folder / SOURCE).read_text("utf-8"))
+        source = read_json(folder / SOURCE)
         publish_folder(folder, paths.PRETRAINED / model)
     return f"weights from {source['source']}" if knobs.pretrained else "none: a random start"
 

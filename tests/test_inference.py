@@ -1,22 +1,19 @@
 """A classifier at work: evaluation against a plain loop, devices and classes."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from stages.imaging.loader import Bins
+from stages.imaging.loader import CPU, Bins
 from stages.networks import inference
-from stages.networks.inference import class_numbers, evaluate, normalizer, place
+from stages.networks.inference import class_numbers, evaluate, normalizer, place, predict
 from stages.runtime.errors import UserError
-from stages.training.processes import CPU, Processes
 from tests.made import (
     SIZE,
     equal,
@@ -89,59 +86,25 @@ def test_evaluate_uses_the_network_as_it_is_after_training(held_out: Bins) -> No
     assert equal(weights_of(network), before)
 
 
-class Wrapped(nn.Module):
-    """Gives its logits as transformers does."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.network(images))
-
-
-def test_logits_in_an_object_are_scores_too(held_out: Bins) -> None:
-    bare = tiny_classifier(LABELS)
-    wrapped = replace(bare, network=Wrapped(bare.network))
-
-    scores = [evaluate(classifier, held_out, 4) for classifier in (bare, wrapped)]
-
-    np.testing.assert_array_equal(scores[0].probabilities, scores[1].probabilities)
-
-
 def test_every_batch_is_announced_before_its_scores(held_out: Bins) -> None:
     events: list[str] = []
     classifier = tiny_classifier(LABELS)
     classifier.network.register_forward_hook(lambda *_: events.append("scored"))
 
-    evaluate(classifier, held_out, 3, before_batch=lambda: events.append("announced"))
+    predict(classifier, held_out, 3, before_batch=lambda: events.append("announced"))
 
     assert events == ["announced", "scored"] * 3
 
 
-@dataclass(frozen=True)
-class OneOfMany(Processes):
-    """Keeps what it would exchange."""
-
-    given: list[Tensor] = field(default_factory=list)
-
-    def gather(self, values: Tensor) -> Tensor:
-        self.given.append(values)
-        return values[None]
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 10])
-def test_processes_score_every_bin_once_among_them(size: int, held_out: Bins) -> None:
+@pytest.mark.parametrize("rows", [[], [2], [6, 0, 3, 4]], ids=str)
+def test_some_rows_are_scored_in_their_order(rows: list[int], held_out: Bins) -> None:
     classifier = tiny_classifier(LABELS)
-    given: list[Tensor] = []
-    for rank in range(size):
-        evaluate(classifier, held_out, 2, OneOfMany(rank, size, given=given))
+    whole = predict(classifier, held_out, 100)
 
-    # Rows of zeros are another's.
-    owners = torch.stack([(logits != 0).all(1) for logits in given])
-    assert owners.sum(0).tolist() == [1] * len(held_out)
-    whole = evaluate(classifier, held_out, 100).probabilities
-    np.testing.assert_allclose(torch.stack(given).sum(0).softmax(1).numpy(), whole, atol=1e-6)
+    some = predict(classifier, held_out, 3, np.array(rows, np.int64), threads=2)
+
+    assert some.dtype == torch.float32
+    torch.testing.assert_close(some, whole[rows])
 
 
 def test_a_network_is_placed_in_channels_last() -> None:

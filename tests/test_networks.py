@@ -1,6 +1,8 @@
 """Building, saving and loading networks of both libraries."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,17 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stages.imaging import jpeg
-from stages.networks.classifier import (
-    Classifier,
-    build_classifier,
-    load_classifier,
-    save_classifier,
-)
+from stages.networks.classifier import build_classifier, load_classifier, save_classifier
 from stages.networks.inference import normalizer
-from stages.networks.model_files import record_source
+from stages.networks.pretrained import record_source
 from stages.runtime.errors import UserError
 from stages.runtime.params import Model
 from tests.made import (
+    REPOSITORY,
     SIZE,
     TINY_CONVNEXT,
     TINY_RESNET,
@@ -40,26 +38,15 @@ from tests.made import (
 )
 
 LABELS = [1, 2, 3, 4, 5]
-TINY_PVT = {
-    "model_type": "pvt",
-    "num_encoder_blocks": 1,
-    "depths": [1],
-    "sequence_reduction_ratios": [1],
-    "hidden_sizes": [8],
-    "patch_sizes": [4],
-    "strides": [4],
-    "num_attention_heads": [1],
-    "mlp_ratios": [1],
-}
 MOBILENET = model_knobs("resnet34", name="mobilenet_v3_small", pretrained=False)
 VIT = model_knobs("vit", config=TINY_VIT, pretrained=False)
 CONVNEXT = model_knobs("vit", config=TINY_CONVNEXT, pretrained=False)
+NETWORKS = {"mobilenet": MOBILENET, "vit": VIT, "convnext": CONVNEXT}
 PRETRAINED_MOBILENET = model_knobs("resnet34", name="mobilenet_v3_small")
 PRETRAINED_VIT = model_knobs("vit", name="someone/vit")
 PRETRAINED_RESNET = model_knobs("vit", config={"model_type": "resnet"})
-every_network = pytest.mark.parametrize(
-    "knobs", [MOBILENET, VIT, CONVNEXT], ids=["mobilenet", "vit", "convnext"]
-)
+every_network = pytest.mark.parametrize("name", NETWORKS)
+Weights = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,137 +55,72 @@ def one_thread() -> Iterator[None]:
         yield
 
 
-def saved(classifier: Classifier, knobs: Model, folder: Path) -> Path:
-    folder.mkdir()
-    save_classifier(classifier, knobs, folder)
-    return folder
+def without_counts(weights: Weights) -> Weights:
+    return {
+        name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")
+    }
 
 
-def same_weights(some: nn.Module, others: nn.Module) -> bool:
-    return equal(weights_of(some), weights_of(others))
-
-
-def pretrained_vit(folder: Path) -> dict[str, Tensor]:
+def pretrained_vit(folder: Path) -> Weights:
     config = transformers.ViTConfig(**TINY_VIT, num_labels=7)
-    network = transformers.ViTForImageClassification(config)
-    network.save_pretrained(folder)
-    record_source(folder, "here")
-    return weights_of(network)
+    return saved_weights(transformers.ViTForImageClassification(config), folder)
 
 
-def pretrained_headless_vit(folder: Path) -> dict[str, Tensor]:
-    network = transformers.ViTModel(transformers.ViTConfig(**TINY_VIT))
-    network.save_pretrained(folder)
-    record_source(folder, "here")
-    return weights_of(network)
+def pretrained_headless_vit(folder: Path) -> Weights:
+    weights = saved_weights(transformers.ViTModel(transformers.ViTConfig(**TINY_VIT)), folder)
+    return {f"vit.{name}": value for name, value in weights.items()}
 
 
-def pretrained_resnet(folder: Path) -> dict[str, Tensor]:
-    """With a head for seven classes, and without the counts that old weights do not have."""
-    network = transformers.ResNetForImageClassification(
-        transformers.ResNetConfig(**TINY_RESNET, num_labels=7)
-    )
-    network.save_pretrained(folder)
+def pretrained_resnet(folder: Path) -> Weights:
+    config = transformers.ResNetConfig(**TINY_RESNET, num_labels=7)
+    return saved_weights(transformers.ResNetForImageClassification(config), folder)
+
+
+def pretrained_mobilenet(folder: Path) -> Weights:
+    network = torchvision.models.mobilenet_v3_small(num_classes=7)
+    (folder / "config.json").write_text("{}")
+    return saved_weights(network, folder)
+
+
+def saved_weights(network: Any, folder: Path) -> Weights:
+    """Without the counters of batch normalization, like old weights."""
+    if isinstance(network, transformers.PreTrainedModel):
+        network.save_pretrained(folder)
     weights = without_counts(weights_of(network))
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     record_source(folder, "here")
     return weights
 
 
-def without_counts(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")
-    }
-
-
-def pretrained_mobilenet(folder: Path) -> dict[str, Tensor]:
-    network = torchvision.models.mobilenet_v3_small(num_classes=7)
-    save_file(network.state_dict(), folder / "model.safetensors")
-    (folder / "config.json").write_text("{}")
-    record_source(folder, "here")
-    return weights_of(network)
-
-
 @pytest.mark.parametrize(
-    ("make", "knobs", "prefix", "head"),
+    ("make", "knobs", "head"),
     [
-        (pretrained_mobilenet, PRETRAINED_MOBILENET, "", "classifier.3"),
-        (pretrained_vit, PRETRAINED_VIT, "", "classifier"),
-        (pretrained_headless_vit, PRETRAINED_VIT, "vit.", "classifier"),
-        (pretrained_resnet, PRETRAINED_RESNET, "", "classifier.1"),
+        (pretrained_mobilenet, PRETRAINED_MOBILENET, "classifier.3"),
+        (pretrained_vit, PRETRAINED_VIT, "classifier"),
+        (pretrained_headless_vit, PRETRAINED_VIT, "classifier"),
+        (pretrained_resnet, PRETRAINED_RESNET, "classifier.1"),
     ],
 )
 def test_all_but_the_last_layer_comes_from_the_pretrained_weights(
-    make: Callable[[Path], dict[str, Tensor]],
-    knobs: Model,
-    prefix: str,
-    head: str,
-    tmp_path: Path,
+    make: Callable[[Path], Weights], knobs: Model, head: str, tmp_path: Path
 ) -> None:
-    torch.manual_seed(7)
     pretrained = make(tmp_path)
-    torch.manual_seed(0)
 
     classifier = build_classifier(knobs, tmp_path, LABELS, SIZE)
 
-    kept = {prefix + key: weight for key, weight in pretrained.items()}
-    weights = without_counts(classifier.network.state_dict())
-    of_head = {f"{head}.weight", f"{head}.bias"}
-    assert weights[f"{head}.weight"].shape[0] == len(LABELS)
-    assert weights[f"{head}.bias"].shape == (len(LABELS),)
-    for key in weights.keys() - of_head:
-        assert torch.equal(weights[key], kept[key]), key
+    weights = without_counts(weights_of(classifier.network))
+    assert weights.pop(f"{head}.weight").shape[0] == len(LABELS)
+    assert weights.pop(f"{head}.bias").shape == (len(LABELS),)
+    assert equal(weights, {name: pretrained[name] for name in weights})
     assert logits(classifier).shape == (2, len(LABELS))
 
 
-def test_old_weights_without_counts_of_batches_will_do(tmp_path: Path) -> None:
-    torch.manual_seed(7)
-    weights = without_counts(pretrained_mobilenet(tmp_path))
-    save_file(weights, tmp_path / "model.safetensors")
-    record_source(tmp_path, "here")
-
-    network = build_classifier(PRETRAINED_MOBILENET, tmp_path, LABELS, SIZE).network
-
-    assert torch.equal(weights_of(network)["features.0.1.weight"], weights["features.0.1.weight"])
-    assert weights_of(network)["features.0.1.num_batches_tracked"] == 0
-
-
-def test_a_head_for_as_many_labels_is_kept(tmp_path: Path) -> None:
+def test_a_last_layer_for_as_many_labels_is_kept(tmp_path: Path) -> None:
     pretrained = pretrained_vit(tmp_path)
 
     network = build_classifier(PRETRAINED_VIT, tmp_path, [1, 2, 3, 4, 5, 6, 7], SIZE).network
 
     assert equal(weights_of(network), pretrained)
-
-
-@pytest.mark.parametrize(
-    ("config", "parameter"),
-    [
-        ({"intermediate_size": 48}, r"vit\.\S+ of the shape \[48\]"),
-        ({"num_hidden_layers": 2}, r"vit\.\S+\.1\.\S+ of the shape"),
-        (
-            {"image_size": 2 * SIZE},
-            r"vit\.embeddings\.position_embeddings of the shape \[1, 65, 16\]",
-        ),
-    ],
-    ids=str,
-)
-def test_a_config_that_the_vits_weights_are_not_of_names_a_parameter(
-    config: dict[str, Any], parameter: str, tmp_path: Path
-) -> None:
-    pretrained_vit(tmp_path)
-    knobs = model_knobs("vit", config={"model_type": "vit"} | config)
-
-    with pytest.raises(UserError, match=f"its weights have no {parameter}"):
-        build_classifier(knobs, tmp_path, LABELS, SIZE)
-
-
-def test_a_config_that_torchvisions_weights_are_not_of_names_a_parameter(tmp_path: Path) -> None:
-    pretrained_mobilenet(tmp_path)
-    knobs = PRETRAINED_MOBILENET.model_copy(update={"config": {"reduced_tail": True}})
-
-    with pytest.raises(UserError, match=r"its weights have no \S+ of the shape \["):
-        build_classifier(knobs, tmp_path, LABELS, SIZE)
 
 
 def test_a_config_that_changes_no_parameter_is_taken(tmp_path: Path) -> None:
@@ -207,225 +129,251 @@ def test_a_config_that_changes_no_parameter_is_taken(tmp_path: Path) -> None:
 
     network = build_classifier(model_knobs("vit", config=config), tmp_path, LABELS, SIZE).network
 
-    dropouts = {one.p for one in network.modules() if isinstance(one, nn.Dropout)}
-    assert 0.25 in dropouts
+    assert 0.25 in {one.p for one in network.modules() if isinstance(one, nn.Dropout)}
 
 
-def test_weights_of_another_model_type_are_a_user_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("make", "config", "size", "reason"),
+    [
+        (
+            pretrained_vit,
+            {"model_type": "vit", "intermediate_size": 48},
+            SIZE,
+            r"weights have no vit\.\S+ of the shape \[48\]",
+        ),
+        (
+            pretrained_vit,
+            {"model_type": "vit", "image_size": 64},
+            64,
+            r"weights have no vit\.\S+position_embeddings of the shape \[1, 65, 16\]",
+        ),
+        (pretrained_vit, {"model_type": "deit"}, SIZE, "weights are of the model_type vit"),
+        (pretrained_vit, {"model_type": "vit"}, 64, r"64.*32"),
+        (pretrained_vit, {"model_type": "vit", "hidden_sise": 16}, SIZE, "no hidden_sise to set"),
+        (pretrained_mobilenet, {"reduced_tail": True}, SIZE, r"weights have no \S+ of the shape"),
+    ],
+)
+def test_what_the_weights_cannot_do_is_one_line(
+    make: Callable[[Path], Weights], config: dict[str, Any], size: int, reason: str, tmp_path: Path
+) -> None:
+    make(tmp_path)
+    knobs = PRETRAINED_VIT if make is pretrained_vit else PRETRAINED_MOBILENET
+    knobs = knobs.model_copy(update={"config": config})
+    text = f"^{knobs.library} cannot build {knobs.name} with this model's name, config and"
+
+    with pytest.raises(UserError, match=rf"{text} resize\.size: .*{reason}"):
+        build_classifier(knobs, tmp_path, LABELS, size)
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "config", "reason"),
+    [
+        ("resnet34", "resnet3400", {}, "no classifier resnet3400"),
+        # Its builder would download the weights of a part of it.
+        ("resnet34", "fcn_resnet50", {}, "no classifier fcn_resnet50"),
+        ("resnet34", "resnet18", {"no_such_key": 1}, "no_such_key"),
+        ("resnet34", "resnet18", {"num_classes": 3}, "num_classes"),
+        ("resnet34", "resnet18", {"weights": "DEFAULT"}, "weights"),
+        ("vit", "x", {"model_type": "no-such-type"}, "no-such-type"),
+        ("vit", "x", {"model_type": "bert"}, "BertConfig"),
+        ("vit", "x", TINY_VIT | {"hiden_size": 16}, "its config has no hiden_size to set"),
+        ("vit", "x", TINY_VIT | {"id2label": {"0": "1"}}, "its config has no id2label to set"),
+        ("vit", "x", {"model_type": "clip", "vision_config": {"depth": 1}}, "vision_config.depth"),
+        ("vit", "x", TINY_VIT | {"hidden_size": "sixteen"}, "hidden_size"),
+        ("vit", "x", TINY_VIT | {"image_size": 2 * SIZE}, "64"),
+        # It ignores the number of labels.
+        (
+            "vit",
+            "x",
+            {"model_type": "pvt", "depths": [1, 1, 1, 1]},
+            r"it gives \[1, 1000\], not a score for each of \[1, 2, 3, 4, 5\]",
+        ),
+    ],
+)
+def test_what_the_library_cannot_build_is_one_line(
+    model: str, name: str, config: dict[str, Any], reason: str
+) -> None:
+    knobs = model_knobs(model, name=name, config=config, pretrained=False)
+
+    with pytest.raises(UserError, match=f"{knobs.library} cannot build {name} .*{reason}") as error:
+        random_classifier(knobs)
+
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ({"pretrained": False}, "has no weights, only a random start: `dvc repro` gets them"),
+        ({}, r"config\.json is damaged \(its SHA-256 is not the one in "),
+        (
+            {"sha256": {"config.json": "0"}},
+            r"config\.json is damaged \(its SHA-256 is not the one in .*source\.json\): remove it",
+        ),
+    ],
+    ids=str,
+)
+def test_weights_that_are_not_those_of_the_pretrained_stage_are_refused(
+    source: dict[str, Any], text: str, tmp_path: Path
+) -> None:
+    pretrained_vit(tmp_path)
+    (tmp_path / "source.json").write_text(json.dumps(source))
+
+    with pytest.raises(UserError, match=text):
+        build_classifier(PRETRAINED_VIT, tmp_path, LABELS, SIZE)
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, "pretrained"])
+def test_a_random_start_follows_torchs_seed(name: str, tmp_path: Path) -> None:
     pretrained_vit(tmp_path)
 
-    with pytest.raises(UserError, match="its weights are of the model_type vit"):
-        build_classifier(model_knobs("vit", config={"model_type": "deit"}), tmp_path, LABELS, SIZE)
-
-
-def test_a_pretrained_network_starts_its_last_layer_by_torchs_seed(tmp_path: Path) -> None:
-    pretrained_vit(tmp_path)
-
-    def start(seed: int) -> nn.Module:
+    def start(seed: int) -> Weights:
         torch.manual_seed(seed)
-        return build_classifier(model_knobs("vit"), tmp_path, LABELS, SIZE).network
+        knobs = NETWORKS.get(name, PRETRAINED_VIT)
+        return weights_of(build_classifier(knobs, tmp_path, LABELS, SIZE).network)
 
-    assert same_weights(start(3), start(3))
-    assert not same_weights(start(3), start(4))
+    first, again, other = start(3), start(3), start(4)
+
+    assert equal(first, again)
+    assert not equal(first, other)
 
 
-@every_network
-def test_a_random_start_follows_torchs_seed(knobs: Model) -> None:
-    first, again, other = (random_classifier(knobs, seed=seed).network for seed in (3, 3, 4))
+def test_a_random_vit_is_built_for_the_size_of_the_photographs() -> None:
+    config = {key: value for key, value in TINY_VIT.items() if key != "image_size"}
+    network: Any = random_classifier(model_knobs("vit", config=config, pretrained=False)).network
 
-    assert same_weights(first, again)
-    assert not same_weights(first, other)
+    assert network.config.image_size == SIZE
 
 
 @every_network
 def test_what_was_saved_is_loaded_with_all_that_is_needed_to_use_it(
-    knobs: Model, tmp_path: Path
+    name: str, tmp_path: Path
 ) -> None:
+    knobs = NETWORKS[name]
     classifier = random_classifier(knobs, labels=[1, 3, 10])
     before = logits(classifier)
-    folder = saved(classifier, knobs, tmp_path / "model")
+    save_classifier(classifier, knobs, tmp_path)
 
-    loaded = load_classifier(folder)
+    loaded = load_classifier(tmp_path)
 
-    assert before.shape == (2, 3)
-    assert not loaded.network.training
     assert torch.equal(logits(loaded), before)
     assert loaded.labels == [1, 3, 10]
     assert (loaded.size, loaded.mean, loaded.std) == (SIZE, knobs.mean, knobs.std)
 
 
 @every_network
-def test_saving_twice_gives_the_same_bytes(knobs: Model, tmp_path: Path) -> None:
-    first = saved(random_classifier(knobs), knobs, tmp_path / "first")
-    second = saved(random_classifier(knobs), knobs, tmp_path / "second")
-
-    files = {path.name: path.read_bytes() for path in first.iterdir()}
-    assert files == {path.name: path.read_bytes() for path in second.iterdir()}
-    assert files.keys() >= {"config.json", "model.safetensors", "preprocessor_config.json"}
-
-
-@every_network
-def test_weights_in_channels_last_are_saved_in_the_usual_order(
-    knobs: Model, tmp_path: Path
+def test_the_same_weights_give_the_same_bytes_in_any_memory_format(
+    name: str, tmp_path: Path
 ) -> None:
-    first = saved(random_classifier(knobs), knobs, tmp_path / "first")
-    classifier = random_classifier(knobs)
-    classifier.network.to(memory_format=torch.channels_last)
-    second = saved(classifier, knobs, tmp_path / "second")
+    for folder in ("first", "second"):
+        classifier = random_classifier(NETWORKS[name])
+        if folder == "second":
+            classifier.network.to(memory_format=torch.channels_last)
+        save_classifier(classifier, NETWORKS[name], tmp_path / folder)
 
-    name = "model.safetensors"
-    assert (first / name).read_bytes() == (second / name).read_bytes()
-
-
-def test_a_random_vit_is_built_for_the_size_of_the_photographs() -> None:
-    config = {key: value for key, value in TINY_VIT.items() if key != "image_size"}
-    network = random_classifier(model_knobs("vit", config=config, pretrained=False)).network
-
-    assert isinstance(network, transformers.PreTrainedModel)
-    assert network.config.image_size == SIZE
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()}
+        for folder in ("first", "second")
+    )
+    assert first == second
+    assert first.keys() == {"config.json", "model.safetensors", "preprocessor_config.json"}
 
 
 @pytest.mark.parametrize("knobs", [VIT, CONVNEXT], ids=["vit", "convnext"])
 def test_transformers_loads_a_saved_model_by_itself(knobs: Model, tmp_path: Path) -> None:
-    classifier = random_classifier(knobs)
+    classifier = random_classifier(knobs.model_copy(update={"mean": [0.53, 0.45, 0.36]}))
     before = logits(classifier)
-    folder = saved(classifier, knobs, tmp_path / "model")
+    save_classifier(classifier, knobs, tmp_path)
 
-    network = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    network = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
 
     assert network.config.id2label == {0: "1", 1: "2", 2: "3", 3: "4", 4: "5"}
     assert network.config.label2id == {"1": 0, "2": 1, "3": 2, "4": 3, "5": 4}
     with torch.inference_mode():
         assert torch.equal(network(noise_images()).logits, before)
-
-
-@pytest.mark.parametrize("knobs", [VIT, CONVNEXT], ids=["vit", "convnext"])
-@pytest.mark.parametrize("shape", [(SIZE, SIZE, 3), (75, 50, 3)], ids=["resized", "original"])
-def test_transformers_prepares_images_as_the_pipeline_does(
-    knobs: Model, shape: tuple[int, ...], tmp_path: Path
-) -> None:
-    classifier = random_classifier(knobs.model_copy(update={"mean": [0.53, 0.45, 0.36]}))
-    folder = saved(classifier, knobs, tmp_path / "model")
-    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-
-    processor = transformers.AutoImageProcessor.from_pretrained(folder)
-    prepared = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"]
-
-    resized = pixels if shape == (SIZE, SIZE, 3) else jpeg.resize(pixels, SIZE, "squeeze")
-    expected = normalizer(classifier)(torch.from_numpy(resized).permute(2, 0, 1)[None] / 255)
     # Resizing rounds to whole values, of which one is 1 / 255 / 0.5.
-    tolerance = 1e-5 if resized is pixels else 0.008
-    torch.testing.assert_close(prepared, expected, rtol=0, atol=tolerance)
+    for shape, tolerance in [((SIZE, SIZE, 3), 1e-5), ((75, 50, 3), 0.008)]:
+        pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+        prepared = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"]
+        resized = torch.from_numpy(jpeg.resize(pixels, SIZE, "squeeze")).permute(2, 0, 1)
+        expected = normalizer(classifier)(resized[None] / 255)
+        torch.testing.assert_close(prepared, expected, rtol=0, atol=tolerance)
 
 
-def test_torchvision_loads_a_saved_resnet34_strictly(tmp_path: Path) -> None:
-    knobs = model_knobs("resnet34", pretrained=False)
-    classifier = random_classifier(knobs)
-    before = logits(classifier)
-    folder = saved(classifier, knobs, tmp_path / "model")
-
-    network = torchvision.models.resnet34(num_classes=5)
-    network.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
-
-    with torch.inference_mode():
-        assert torch.equal(network.eval()(noise_images()), before)
-    config = json.loads((folder / "config.json").read_text())
-    assert config["name"] == "resnet34"
-    assert config["id2label"] == {"0": "1", "1": "2", "2": "3", "3": "4", "4": "5"}
-
-
-def test_a_torchvision_networks_config_is_built_and_comes_back(tmp_path: Path) -> None:
+def test_torchvision_loads_a_saved_model_by_itself(tmp_path: Path) -> None:
     knobs = model_knobs(
         "resnet34", name="squeezenet1_1", config={"dropout": 0.125}, pretrained=False
     )
-    folder = saved(random_classifier(knobs), knobs, tmp_path / "model")
+    classifier = random_classifier(knobs)
+    before = logits(classifier)
+    save_classifier(classifier, knobs, tmp_path)
 
-    dropouts = [
-        module.p
-        for module in load_classifier(folder).network.modules()
-        if isinstance(module, nn.Dropout)
-    ]
+    config = json.loads((tmp_path / "config.json").read_text())
+    network = torchvision.models.get_model(config["name"], num_classes=5, **config["config"])
+    network.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
 
-    assert dropouts == [0.125]
+    with torch.inference_mode():
+        assert torch.equal(network.eval()(noise_images()), before)
+    assert config["id2label"] == {"0": "1", "1": "2", "2": "3", "3": "4", "4": "5"}
+    (dropout,) = (one for one in network.modules() if isinstance(one, nn.Dropout))
+    assert dropout.p == 0.125
 
 
+def change_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def lose_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights.popitem()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["mobilenet", "vit"])
 @pytest.mark.parametrize(
-    ("model", "config", "reason"),
+    "damage",
     [
-        ("resnet34", {"no_such_key": 1}, "no_such_key"),
-        ("resnet34", {"num_classes": 3}, "num_classes"),
-        ("resnet34", {"groups": 2}, "groups=1"),
-        ("vit", {"model_type": "no-such-type"}, "no-such-type"),
-        ("vit", TINY_VIT | {"id2label": {"0": "1"}}, "its config has no id2label to set"),
-        (
-            "vit",
-            TINY_VIT | {"num_labels": 3, "label2id": {"1": 0}},
-            "its config has no label2id, num_labels to set",
-        ),
-        ("vit", TINY_VIT | {"hiden_size": 16}, "its config has no hiden_size to set"),
-        ("vit", TINY_VIT | {"hidden_size": "sixteen"}, "hidden_size"),
-        ("vit", TINY_VIT | {"num_attention_heads": 0}, "zero"),
-        ("vit", TINY_VIT | {"hidden_act": "no-such-act"}, "no-such-act"),
-        ("vit", TINY_VIT | {"image_size": 2 * SIZE}, "64"),
-        ("vit", TINY_VIT | {"num_channels": 1}, "channel"),
-        ("vit", TINY_CONVNEXT | {"hidden_sizes": [8, -1]}, "negative dimension"),
-        ("vit", {"model_type": "bert"}, "BertConfig"),
-        # It takes no number of labels.
-        ("vit", TINY_PVT, r"it gives \[1, 1000\], not a score for each of \[1, 2, 3, 4, 5\]"),
+        lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe{"),
+        lambda folder: (folder / "config.json").write_text("[]"),
+        lambda folder: (folder / "preprocessor_config.json").write_text("{}"),
+        lambda folder: (folder / "model.safetensors").write_bytes(b"cut"),
+        lambda folder: change_json(folder / "config.json", id2label={"0": "one"}),
+        lambda folder: change_json(folder / "config.json", name="resnet18", hidden_size=32),
+        lose_a_weight,
     ],
-    ids=str,
+    ids=["no text", "no object", "no size", "cut", "no quantities", "another network", "one less"],
 )
-def test_a_config_that_the_library_cannot_build_is_a_user_error(
-    model: str, config: dict[str, Any], reason: str
+def test_a_damaged_model_is_one_line_that_says_what_to_do(
+    name: str, damage: Callable[[Path], object], tmp_path: Path
 ) -> None:
-    knobs = model_knobs(model, config=config, pretrained=False)
-    text = f"{knobs.library} cannot build {knobs.name} with this model's name, config and"
+    save_classifier(random_classifier(NETWORKS[name]), NETWORKS[name], tmp_path)
+    damage(tmp_path)
 
-    with pytest.raises(UserError, match=rf"(?s)^{text} resize\.size: .*{reason}") as error:
-        random_classifier(knobs)
-
-    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=rf"{tmp_path}\S* is damaged \(.*\): remove it.*`dvc pull`"):
+        load_classifier(tmp_path)
 
 
-def test_a_network_that_fails_only_in_training_is_a_user_error() -> None:
-    # Its second head has no room left in images of this size.
-    knobs = model_knobs(
-        "resnet34", name="inception_v3", config={"init_weights": False}, pretrained=False
-    )
+def test_code_that_a_models_config_names_is_not_run(tmp_path: Path) -> None:
+    folder, trace = tmp_path / "model", tmp_path / "trace"
+    save_classifier(random_classifier(VIT), VIT, folder)
+    code = f"import pathlib; pathlib.Path({str(trace)!r}).touch()\nclass Trap: pass\n"
+    (folder / "trap.py").write_text(code)
+    names = {"AutoConfig": "trap.Trap", "AutoModelForImageClassification": "trap.Trap"}
+    change_json(folder / "config.json", auto_map=names)
 
-    with pytest.raises(UserError, match="cannot build inception_v3"):
-        build_classifier(knobs, Path("nowhere"), LABELS, 80)
+    load_classifier(folder)
 
-
-def test_trying_a_network_leaves_it_as_it_was_made(tmp_path: Path) -> None:
-    pretrained = pretrained_mobilenet(tmp_path)
-
-    network = build_classifier(PRETRAINED_MOBILENET, tmp_path, LABELS, SIZE).network
-
-    # In training its statistics would have changed.
-    statistics = {name for name in pretrained if "running" in name or "num_batches" in name}
-    assert len(statistics) > 30
-    weights = weights_of(network)
-    assert all(torch.equal(weights[name], pretrained[name]) for name in statistics)
+    assert not trace.exists()
 
 
-def test_a_name_that_torchvision_lacks_is_a_user_error() -> None:
-    with pytest.raises(UserError, match="torchvision cannot build resnet3400"):
-        random_classifier(model_knobs("resnet34", name="resnet3400", pretrained=False))
-
-
-def test_pretrained_weights_for_another_size_are_a_user_error(tmp_path: Path) -> None:
-    pretrained_vit(tmp_path)
-
-    with pytest.raises(UserError, match=rf"resize\.size: .*64.*{SIZE}"):
-        build_classifier(model_knobs("vit"), tmp_path, LABELS, 64)
-
-
-def test_pretrained_weights_for_any_size_are_taken(tmp_path: Path) -> None:
-    config = transformers.ConvNextConfig(**TINY_CONVNEXT, image_size=224)
-    transformers.ConvNextForImageClassification(config).save_pretrained(tmp_path)
-    record_source(tmp_path, "here")
-
-    knobs = model_knobs("vit", config={"model_type": "convnext"})
-
-    assert logits(build_classifier(knobs, tmp_path, LABELS, SIZE)).shape == (2, len(LABELS))
+@pytest.mark.slow
+def test_a_library_is_imported_only_by_its_own_module() -> None:
+    code = """
+import sys
+import stages.networks.release
+assert not {"torchvision", "transformers"} & set(sys.modules)
+import stages.networks.transformers_models
+assert "torchvision" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)

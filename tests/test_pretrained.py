@@ -4,11 +4,8 @@ import hashlib
 import io
 import json
 import logging
-import os
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,21 +20,22 @@ from torch import Tensor
 
 from stages import pretrained
 from stages.runtime.command import run_stage
-from stages.runtime.errors import UserError
-from tests.made import REPOSITORY, TINY_VIT, write_params
+from tests.made import TINY_VIT, write_params
 
 REPO = "someone/tiny-vit"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 FILES = ["config.json", "model.safetensors"]
-SIGNATURE = "signature-that-opens-the-file-to-everybody"
+OF_REPO = f"/{REPO}/resolve/{REVISION}"
+SIGNATURE = "signature-that-opens-the-file-to-anybody"
 ELSEWHERE = f"/elsewhere?X-Signature={SIGNATURE}"
+TOKEN = "hf_token_of_mine"  # noqa: S105 - made up
 
 
 class Hub(ThreadingHTTPServer):
     """Serves `files` by path, as the Hugging Face hub does; of those in `cut` only a half.
 
     Those in `signed` are elsewhere, under a URL with a signature. Those in `refused` it does not
-    give, with such a status, and repeats the credentials.
+    give, and answers with such a status, repeating the credentials.
     """
 
     def __init__(self) -> None:
@@ -46,7 +44,6 @@ class Hub(ThreadingHTTPServer):
         self.cut: set[str] = set()
         self.signed: set[str] = set()
         self.refused: dict[str, int] = {}
-        self.asked: list[str] = []
 
     @property
     def url(self) -> str:
@@ -64,7 +61,6 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data[: len(data) // 2] if self.path in self.server.cut else data)
 
     def _head(self) -> bytes:
-        self.server.asked.append(f"{self.command} {self.path}")
         data = self.server.files.get(self.path)
         if self.path in self.server.signed:
             self.send_response(302)
@@ -76,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(200 if data is not None else 404)
         self.send_header("X-Repo-Commit", REVISION)
         if data is None:
-            known = self.path.startswith(f"/{REPO}/resolve/{REVISION}/")
+            known = self.path.startswith(OF_REPO)
             self.send_header("X-Error-Code", "EntryNotFound" if known else "RevisionNotFound")
         else:
             self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
@@ -106,33 +102,26 @@ def vit_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in FILES}
 
 
-@pytest.fixture(scope="module")
-def resnet_state() -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    state: dict[str, Tensor] = torchvision.models.resnet34().state_dict()
-    return state
-
-
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to work in, where the hubs' own caches are too."""
+    """A folder to work in."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    # A hub that does not answer is asked again for half a minute.
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     return tmp_path
 
 
 @pytest.fixture
-def vit_project(
+def vit_hub(
     project: Path, hub: Hub, vit_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> Path:
-    """A project whose ViT is the hub's."""
-    hub.files = {f"/{REPO}/resolve/{REVISION}/{name}": data for name, data in vit_files.items()}
+) -> Hub:
+    """That of the ViT of params.yaml."""
+    hub.files = {f"{OF_REPO}/{name}": data for name, data in vit_files.items()}
     use_endpoint(monkeypatch, hub.url)
-    # A hub that does not answer is asked again for half a minute.
-    monkeypatch.setattr("time.sleep", lambda _seconds: None)
     write_params(project, {"train.vit.name": REPO, "train.vit.revision": REVISION})
-    return project
+    return hub
 
 
 def use_endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
@@ -142,281 +131,82 @@ def use_endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
-def serve_resnet(hub: Hub, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> str:
-    """Serve the weights under a name with the start of their SHA-256, as PyTorch does."""
+@pytest.fixture
+def resnet_state() -> dict[str, Tensor]:
+    return {"conv1.weight": torch.rand(4, 3, 7, 7), "fc.bias": torch.zeros(1000)}
+
+
+@pytest.fixture
+def resnet_path(
+    project: Path, hub: Hub, resnet_state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """Where the hub serves the weights of params.yaml's ResNet34, under a name as PyTorch's."""
     buffer = io.BytesIO()
-    torch.save(state, buffer)
-    data = buffer.getvalue()
-    path = f"/resnet34-{hashlib.sha256(data).hexdigest()[:8]}.pth"
-    hub.files = {path: data}
+    torch.save(resnet_state, buffer)
+    path = f"/resnet34-{sha256(buffer.getvalue())[:8]}.pth"
+    hub.files = {path: buffer.getvalue()}
     weights = torchvision.models.ResNet34_Weights.IMAGENET1K_V1
     monkeypatch.setattr(weights.value, "url", hub.url + path)
+    write_params(project, {})
     return path
-
-
-def run_command(folder: Path, hub_url: str, model: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
-        "PYTHONPATH": str(REPOSITORY),
-        "HF_ENDPOINT": hub_url,
-        "HF_HOME": str(folder / "hf"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
-    return subprocess.run(
-        [sys.executable, "-m", "stages.pretrained", model],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def error_line(monkeypatch: pytest.MonkeyPatch, model: str) -> str:
-    """What the command prints when it fails, checked to be one line."""
-    monkeypatch.setattr("sys.argv", ["pretrained", model])
-    with pytest.raises(SystemExit) as stopped:
-        run_stage("pretrained", pretrained.main, model="")
-    # A text as exit code goes to stderr, and the process ends with 1.
-    assert isinstance(stopped.value.code, str)
-    assert "\n" not in stopped.value.code
-    return stopped.value.code
 
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def test_the_command_keeps_the_hubs_files_byte_for_byte(
-    project: Path, hub: Hub, vit_files: dict[str, bytes]
-) -> None:
-    write_params(project, {"train.vit.name": REPO, "train.vit.revision": REVISION})
-    hub.files = {f"/{REPO}/resolve/{REVISION}/{name}": data for name, data in vit_files.items()}
-
-    done = run_command(project, hub.url, "vit")
-
-    assert done.returncode == 0, done.stderr
-    folder = project / "models/pretrained/vit"
-    assert {name: (folder / name).read_bytes() for name in FILES} == vit_files
-    assert json.loads((folder / "source.json").read_text()) == {
-        "pretrained": True,
-        "source": f"{hub.url}/{REPO}/tree/{REVISION}",
-        "sha256": {name: sha256(data) for name, data in vit_files.items()},
-    }
+def contents(model: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path("models/pretrained", model).iterdir()}
 
 
-def test_the_command_fails_with_one_line_and_exit_1(project: Path, hub: Hub) -> None:
-    write_params(project, {"train.vit.name": REPO, "train.vit.revision": REVISION})
-
-    done = run_command(project, hub.url, "vit")
-
-    assert done.returncode == 1
-    assert done.stderr.count("error: config.json of") == 1
-    assert "Traceback" not in done.stderr
-    assert not (project / "models/pretrained/vit").exists()
-
-
-@pytest.mark.usefixtures("vit_project")
-def test_nothing_but_the_named_files_is_kept() -> None:
-    pretrained.main("vit")
-
-    files = {path.name for path in Path("models/pretrained/vit").rglob("*")}
-    assert files == {*FILES, "source.json"}
+def error_line(monkeypatch: pytest.MonkeyPatch, model: str) -> str:
+    """What the command prints when it fails, which is one line, and no output is there."""
+    monkeypatch.setattr("sys.argv", ["pretrained", model])
+    with pytest.raises(SystemExit) as stopped:
+        run_stage("pretrained", pretrained.main, model="")
+    # A text as exit code goes to stderr, and the process ends with 1.
+    assert isinstance(stopped.value.code, str)
+    assert "\n" not in stopped.value.code
+    assert not Path("models/pretrained", model).exists()
+    return stopped.value.code
 
 
-@pytest.mark.usefixtures("vit_project")
-def test_a_second_download_gives_the_same_bytes() -> None:
-    def outputs() -> dict[Path, bytes]:
-        pretrained.main("vit")
-        folder = Path("models/pretrained/vit")
-        return {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+def test_the_hubs_files_are_kept_byte_for_byte(vit_hub: Hub, vit_files: dict[str, bytes]) -> None:
+    for _ in range(2):
+        assert pretrained.main("vit") == f"weights from {vit_hub.url}/{REPO}/tree/{REVISION}"
 
-    assert outputs() == outputs()
-
-
-@pytest.mark.parametrize("missing", FILES)
-@pytest.mark.usefixtures("vit_project")
-def test_a_file_that_the_hub_lacks_is_named(
-    missing: str, hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    del hub.files[f"/{REPO}/resolve/{REVISION}/{missing}"]
-
-    line = error_line(monkeypatch, "vit")
-
-    assert f"error: {missing} of {REPO} at {REVISION} cannot be had" in line
-    assert not Path("models/pretrained/vit").exists()
-
-
-def test_a_revision_that_the_hub_lacks_is_named(
-    vit_project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_params(vit_project, {"train.vit.name": REPO, "train.vit.revision": "v9"})
-
-    line = error_line(monkeypatch, "vit")
-
-    assert f"{REPO} at v9 cannot be had" in line
-    assert not Path("models/pretrained/vit").exists()
-
-
-def test_a_name_that_the_hub_does_not_allow_is_one_line(
-    vit_project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_params(vit_project, {"train.vit.name": "some--one/vit"})
-
-    assert "some--one/vit" in error_line(monkeypatch, "vit")
-
-
-@pytest.mark.usefixtures("vit_project")
-def test_a_hub_that_cannot_be_reached_is_one_line(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use_endpoint(monkeypatch, closed_url())
-
-    line = error_line(monkeypatch, "vit")
-
-    assert f"config.json of {REPO} at {REVISION} cannot be had" in line
-    assert hub.asked == []
-    assert not Path("models/pretrained/vit").exists()
-
-
-def closed_url() -> str:
-    """Of a port that was free a moment ago, where nobody listens."""
-    with Hub() as server:
-        return server.url
-
-
-@pytest.mark.usefixtures("vit_project")
-def test_a_download_that_breaks_off_is_one_line_and_the_next_run_gets_it(
-    hub: Hub, vit_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hub.cut = {f"/{REPO}/resolve/{REVISION}/model.safetensors"}
-
-    line = error_line(monkeypatch, "vit")
-
-    assert f"model.safetensors of {REPO} at {REVISION} cannot be had" in line
-    assert not Path("models/pretrained/vit").exists()
-    hub.cut = set()
-    pretrained.main("vit")
-    weights = Path("models/pretrained/vit/model.safetensors").read_bytes()
-    assert weights == vit_files["model.safetensors"]
-
-
-@pytest.mark.usefixtures("vit_project")
-@pytest.mark.parametrize("cut", [False, True], ids=["refused", "cut"])
-def test_the_signature_of_a_file_is_not_printed(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch, *, cut: bool
-) -> None:
-    hub.signed = {f"/{REPO}/resolve/{REVISION}/model.safetensors"}
-    hub.files[ELSEWHERE] = b"whole"
-    if cut:
-        hub.cut = {ELSEWHERE}
-    else:
-        hub.refused = {ELSEWHERE: 410}
-    logged: list[str] = []
-    log = logging.Handler()
-    monkeypatch.setattr(log, "emit", lambda record: logged.append(record.getMessage()))
-    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "handlers", [log])
-
-    line = error_line(monkeypatch, "vit")
-
-    assert f"GET {ELSEWHERE}" in hub.asked
-    assert f"model.safetensors of {REPO} at {REVISION} cannot be had: " in line
-    assert cut or f"{hub.url}/elsewhere'" in line
-    assert SIGNATURE not in line + " ".join(logged)
-
-
-@pytest.mark.usefixtures("vit_project")
-def test_a_token_that_a_server_repeats_is_not_printed(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_token_of_mine")
-    hub.refused = {f"/{REPO}/resolve/{REVISION}/config.json": 403}
-
-    line = error_line(monkeypatch, "vit")
-
-    assert "config.json of someone/tiny-vit" in line
-    assert "403 Forbidden: not for Bearer ***" in line
-    assert "hf_token_of_mine" not in line
+        found = contents("vit")
+        assert json.loads(found.pop("source.json")) == {
+            "pretrained": True,
+            "source": f"{vit_hub.url}/{REPO}/tree/{REVISION}",
+            "sha256": {name: sha256(data) for name, data in vit_files.items()},
+        }
+        assert found == vit_files
+        assert list(Path(".cache").iterdir()) == []
 
 
 def test_torchvisions_weights_are_kept_as_safetensors(
-    project: Path, hub: Hub, resnet_state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+    hub: Hub, resnet_path: str, resnet_state: dict[str, Tensor]
 ) -> None:
-    write_params(project, {})
-    path = serve_resnet(hub, resnet_state, monkeypatch)
-
     pretrained.main("resnet34")
 
     folder = Path("models/pretrained/resnet34")
     kept = load_file(folder / "model.safetensors")
     assert kept.keys() == resnet_state.keys()
-    for name, weight in resnet_state.items():
-        assert kept[name].dtype == weight.dtype
-        assert torch.equal(kept[name], weight), name
-    assert sorted(file.name for file in folder.iterdir()) == [*FILES, "source.json"]
-    assert json.loads((folder / "config.json").read_text()) == {
+    assert all(torch.equal(kept[name], weight) for name, weight in resnet_state.items())
+    found = contents("resnet34")
+    assert json.loads(found["config.json"]) == {
         "library": "torchvision",
         "name": "resnet34",
         "num_classes": 1000,
         "config": {},
     }
-    assert json.loads((folder / "source.json").read_text()) == {
+    assert json.loads(found.pop("source.json")) == {
         "pretrained": True,
-        "source": hub.url + path,
-        "sha256": {name: sha256((folder / name).read_bytes()) for name in FILES},
+        "source": hub.url + resnet_path,
+        "sha256": {name: sha256(found[name]) for name in FILES},
     }
-
-
-def test_torchvision_weights_with_another_hash_are_refused(
-    project: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_params(project, {})
-    path = serve_resnet(hub, {"fc.bias": torch.zeros(1000)}, monkeypatch)
-    hub.files[path] = hub.files[path][:-1] + b"!"
-
-    line = error_line(monkeypatch, "resnet34")
-
-    assert f"{hub.url}{path} cannot be had: invalid hash value" in line
-    assert not Path("models/pretrained/resnet34").exists()
-
-
-def test_a_copy_that_torch_kept_and_that_was_changed_is_refused(
-    project: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_params(project, {})
-    path = serve_resnet(hub, {"fc.bias": torch.zeros(1000)}, monkeypatch)
-    pretrained.main("resnet34")
-    kept = project / "torch/hub/checkpoints" / path.lstrip("/")
-    torch.save({"fc.bias": torch.ones(1000)}, kept)
-
-    line = error_line(monkeypatch, "resnet34")
-
-    assert f"error: {kept} is not the file of {hub.url}{path}: remove it, and run again" in line
-    kept.unlink()
-    pretrained.main("resnet34")
-
-
-def test_torchvision_weights_that_are_not_there_are_one_line(
-    project: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_params(project, {})
-    path = serve_resnet(hub, {}, monkeypatch)
-    hub.files = {}
-
-    assert f"{hub.url}{path} cannot be had: HTTP Error 404" in error_line(monkeypatch, "resnet34")
-    assert not Path("models/pretrained/resnet34").exists()
-
-
-@pytest.mark.parametrize(("name", "revision"), [("resnet34", "V9"), ("resnet34000", "DEFAULT")])
-def test_weights_that_torchvision_does_not_know_are_a_user_error(
-    project: Path, name: str, revision: str
-) -> None:
-    write_params(project, {"train.resnet34.name": name, "train.resnet34.revision": revision})
-
-    with pytest.raises(UserError, match=f"no weights {revision} of {name}:"):
-        pretrained.main("resnet34")
-    assert not Path("models/pretrained/resnet34").exists()
+    assert sorted(found) == FILES
 
 
 @pytest.mark.parametrize("model", ["resnet34", "vit"])
@@ -425,21 +215,134 @@ def test_a_random_start_is_only_marked(project: Path, model: str) -> None:
 
     pretrained.main(model)
 
-    (marker,) = Path("models/pretrained", model).iterdir()
-    assert marker.name == "source.json"
-    assert json.loads(marker.read_text()) == {"pretrained": False}
+    assert {name: json.loads(data) for name, data in contents(model).items()} == {
+        "source.json": {"pretrained": False}
+    }
 
 
-def test_a_model_that_params_lack_is_a_user_error(project: Path) -> None:
-    write_params(project, {})
+@pytest.mark.parametrize(
+    ("disturb", "knobs", "text"),
+    [
+        (lambda hub: hub.files.pop(f"{OF_REPO}/config.json"), {}, f"config.json of {REPO} at "),
+        (
+            lambda hub: hub.files.pop(f"{OF_REPO}/model.safetensors"),
+            {},
+            f"model.safetensors of {REPO}",
+        ),
+        (
+            lambda hub: hub.cut.add(f"{OF_REPO}/model.safetensors"),
+            {},
+            f"model.safetensors of {REPO}",
+        ),
+        (None, {}, f"config.json of {REPO} at {REVISION} could not be downloaded: "),
+        (lambda _hub: None, {"revision": "v9"}, f"config.json of {REPO} at v9 could not be dow"),
+        (lambda _hub: None, {"name": "some--one/vit"}, "some--one/vit"),
+    ],
+    ids=["no config", "no weights", "cut", "unreachable", "revision", "name"],
+)
+def test_what_the_hub_does_not_give_is_one_line_and_the_next_run_gets_it(
+    disturb: Callable[[Hub], object] | None,
+    knobs: dict[str, str],
+    text: str,
+    vit_hub: Hub,
+    vit_files: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = {"name": REPO, "revision": REVISION}
+    write_params(Path(), {f"train.vit.{key}": value for key, value in (known | knobs).items()})
+    whole = dict(vit_hub.files)
+    with monkeypatch.context() as patch:
+        if disturb is not None:
+            disturb(vit_hub)
+        else:
+            # A port that was free a moment ago, where nobody listens.
+            with Hub() as other:
+                use_endpoint(patch, other.url)
 
-    with pytest.raises(UserError, match=r"no train\.alexnet; it has resnet34, vit"):
-        pretrained.main("alexnet")
+        assert text in error_line(monkeypatch, "vit")
 
-
-def test_what_a_run_leaves_behind_is_only_its_output(project: Path) -> None:
-    write_params(project, {"train.vit.pretrained": False})
-
+    vit_hub.files, vit_hub.cut = whole, set()
+    write_params(Path(), {f"train.vit.{key}": value for key, value in known.items()})
     pretrained.main("vit")
+    assert contents("vit")["model.safetensors"] == vit_files["model.safetensors"]
 
-    assert list((project / ".cache").iterdir()) == []
+
+@pytest.mark.parametrize("cut", [False, True], ids=["refused", "cut"])
+def test_the_signature_of_a_file_is_not_printed(
+    vit_hub: Hub, monkeypatch: pytest.MonkeyPatch, *, cut: bool
+) -> None:
+    vit_hub.signed = {f"{OF_REPO}/model.safetensors"}
+    vit_hub.files[ELSEWHERE] = b"whole"
+    if cut:
+        vit_hub.cut = {ELSEWHERE}
+    else:
+        vit_hub.refused = {ELSEWHERE: 410}
+    logged: list[str] = []
+    log = logging.Handler()
+    monkeypatch.setattr(log, "emit", lambda record: logged.append(record.getMessage()))
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "handlers", [log])
+
+    line = error_line(monkeypatch, "vit")
+
+    assert f"model.safetensors of {REPO} at {REVISION} could not be downloaded: " in line
+    assert cut or f"{vit_hub.url}/elsewhere'" in line
+    assert SIGNATURE not in line + " ".join(logged)
+
+
+def test_a_token_that_a_server_repeats_is_not_printed(
+    vit_hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vit_hub.refused = {f"{OF_REPO}/config.json": 403}
+
+    line = error_line(monkeypatch, "vit")
+
+    assert "403 Forbidden: not for Bearer ***" in line
+    assert TOKEN not in line
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(lambda data: data[:-1] + b"!", "invalid hash value"), (lambda _: None, "HTTP Error 404")],
+    ids=["changed", "missing"],
+)
+def test_torchvision_weights_that_are_not_those_are_one_line(
+    change: Callable[[bytes], bytes | None],
+    reason: str,
+    hub: Hub,
+    resnet_path: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = change(hub.files.pop(resnet_path))
+    hub.files |= {} if data is None else {resnet_path: data}
+
+    line = error_line(monkeypatch, "resnet34")
+
+    assert f"error: {hub.url}{resnet_path} could not be downloaded: {reason}" in line
+
+
+@pytest.mark.parametrize(
+    ("model", "knobs", "text"),
+    [
+        ("resnet34", {"revision": "V9"}, "torchvision has no weights V9 of resnet34: check"),
+        ("resnet34", {"name": "resnet340"}, "no weights IMAGENET1K_V1 of resnet340: check"),
+        ("alexnet", {}, "no train.alexnet; it has resnet34, vit"),
+    ],
+)
+def test_a_wrong_name_is_one_line(
+    model: str, knobs: dict[str, str], text: str, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_params(project, {f"train.{model}.{key}": value for key, value in knobs.items()})
+
+    assert text in error_line(monkeypatch, model)
+
+
+def test_a_full_disk_is_not_taken_for_a_fault_of_the_hub(
+    vit_hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device", "model.safetensors")
+
+    assert vit_hub.files
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
+
+    assert "no room for model.safetensors: the disk of " in error_line(monkeypatch, "vit")

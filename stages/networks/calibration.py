@@ -42,3 +42,8 @@ def negative_log_likelihood(probabilities: NDArray[np.floating], targets: Counts
     chosen = probabilities[np.arange(len(targets)), targets].astype(np.float64)
     likelihood: Floats = -np.log(np.maximum(chosen, TINY))
     return likelihood
+
+
+def probability_columns(labels: list[int]) -> list[str]:
+    """The names of the columns with the probabilities of the labels."""
+    return [f"p{label}" for label in labels]

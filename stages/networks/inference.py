@@ -15,8 +15,6 @@ from tqdm import tqdm
 from stages.imaging.loader import Bins, load_batches
 from stages.networks.classifier import Classifier
 from stages.runtime.errors import UserError
-from stages.training.augmentation import normalize
-from stages.training.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -66,31 +64,51 @@ def normalizer(classifier: Classifier) -> Callable[[Tensor], Tensor]:
     return lambda images: normalize(images, mean, std)
 
 
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Images of values from 0 to 1 to mean 0 and deviation 1 per channel; mean and std are [3]."""
+    return (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+
+
 @torch.inference_mode()
-def evaluate(
+def predict(
     classifier: Classifier,
     bins: Bins,
     batch_size: int,
-    processes: Processes | None = None,
+    rows: NDArray[np.int64] | None = None,
     before_batch: Callable[[], None] = lambda: None,
-) -> Scores:
-    """Score every bin once, each process a share of them; all of them get the same scores."""
-    processes = processes or Processes()
+    threads: int | None = None,
+) -> Tensor:
+    """The logits of the bins at `rows`, or of all: float32 [rows, labels], on the network's device.
+
+    `before_batch` is called before each batch is scored. `threads` decode, by default one per core.
+    """
     device = classifier.device
-    targets = class_numbers(bins, classifier.labels)
+    rows = np.arange(len(bins)) if rows is None else rows
+    starts = range(0, len(rows), batch_size)
+    batches = [rows[start : start + batch_size] for start in starts]
+    logits = torch.empty(len(rows), len(classifier.labels), device=device)
     normalized = normalizer(classifier)
-    rows = processes.share(np.arange(len(bins)))
-    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    logits = torch.zeros(len(bins), len(classifier.labels), device=device)
     classifier.network.eval()
-    with progress_bar(len(rows), "evaluate", processes) as progress:
-        for batch in load_batches(bins, batches, device, processes.loader_threads):
+    with progress_bar(len(rows), "evaluate") as progress:
+        loaded = load_batches(bins, batches, device, threads)
+        for start, batch in zip(starts, loaded, strict=True):
             before_batch()
             with autocast(device):
                 scores = classifier.logits(normalized(batch.images / 255))
-            logits[batch.rows[0] : batch.rows[-1] + 1] = scores.float()
-            progress.update(len(batch.rows))
-    logits = processes.gather(logits).sum(0).cpu()
+            logits[start : start + len(scores)] = scores
+            progress.update(len(scores))
+    return logits
+
+
+def evaluate(classifier: Classifier, bins: Bins, batch_size: int) -> Scores:
+    """Score every bin once."""
+    return scores_of(predict(classifier, bins, batch_size), bins, classifier.labels)
+
+
+def scores_of(logits: Tensor, bins: Bins, labels: list[int]) -> Scores:
+    """Of the logits [bins, labels] of all bins, in their order, on any device."""
+    logits = logits.cpu()
+    targets = class_numbers(bins, labels)
     return Scores(
         loss=cross_entropy(logits, targets).item(),
         accuracy=(logits.argmax(1) == targets).double().mean().item(),
@@ -98,13 +116,16 @@ def evaluate(
     )
 
 
-def progress_bar(images: int, description: str, processes: Processes) -> "tqdm[Never]":
-    """Of the first process, on a terminal only: a log has a line per epoch."""
+def progress_bar(images: int, description: str) -> "tqdm[Never]":
+    """On a terminal only, since a log has a line per epoch; of several processes, the first one's.
+
+    torchrun numbers them in RANK.
+    """
     return tqdm(
         total=images,
         desc=description,
         unit=" images",
-        disable=None if processes.is_first else True,
+        disable=None if os.environ.get("RANK", "0") == "0" else True,
         leave=False,
     )
 

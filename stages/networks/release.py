@@ -1,4 +1,4 @@
-"""A trained model as it is used: network, preparation of photographs, and calibration."""
+"""A trained model's folder: the network, how photographs are prepared for it, its calibration."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,11 +6,18 @@ from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import AfterValidator, Field, ValidationError
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
 
 from stages.formats.tables import read_csv, write_csv, write_json
-from stages.networks.calibration import HIGHEST, LOWEST, Floats, with_temperature
-from stages.networks.classifier import Classifier, load_classifier
+from stages.networks.calibration import (
+    Counts,
+    Floats,
+    fit_temperature,
+    probability_columns,
+    with_temperature,
+)
+from stages.networks.classifier import Classifier, load_classifier, save_classifier
 from stages.networks.model_files import (
     CONFIG,
     PREPROCESSOR,
@@ -19,100 +26,99 @@ from stages.networks.model_files import (
     damaged,
     digests,
     read_json,
-    reason_of,
 )
-from stages.runtime.params import Block
-from stages.runtime.paths import REPORTS
+from stages.runtime.params import Block, Model, Resize
 
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-#: Of a trained model.
 FILES = (CONFIG, PREPROCESSOR, WEIGHTS)
 SETTINGS = "inference.json"
 VALIDATION = "validation.csv"
 
 
-def _of_each_file(found: dict[str, str]) -> dict[str, str]:
-    if found.keys() != set(FILES):
-        raise ValueError(f"is not of {', '.join(FILES)}")
-    return found
-
-
 class Settings(Block):
-    """What turns a photograph into calibrated probabilities, beside the network.
+    """inference.json: what the network's own files lack to give calibrated probabilities.
 
-    `fit` and `quality` are those of the resize stage, which the network's own size goes with.
-    `sha256` is of each file of the model, as it was evaluated.
+    `fit` and `quality` are those of the resize stage; `sha256` is of each of FILES.
     """
 
-    temperature: Annotated[float, Field(ge=LOWEST, le=HIGHEST)]
+    temperature: Annotated[float, Field(gt=0)]
     fit: Literal["squeeze", "pad"]
-    quality: Annotated[int, Field(ge=1, le=100)]
-    sha256: Annotated[dict[str, Sha256], AfterValidator(_of_each_file)]
+    quality: int
+    sha256: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Release:
-    """`validation`: id, actual, and the calibrated p<label> of each label, of the bins that
-    chose its thresholds."""
+    """A trained model with its calibration.
+
+    `validation` has a row for each bin that calibrated it: id, actual, predicted, and the
+    calibrated probability p<label> of each label.
+    """
 
     classifier: Classifier
     settings: Settings
     validation: pd.DataFrame
 
-    def calibrated(self, probabilities: Floats) -> Floats:
+    def calibrated(self, probabilities: NDArray[np.floating]) -> Floats:
+        """[images, labels], of a softmax of the network's scores of the same shape."""
         return with_temperature(probabilities, self.settings.temperature)
 
 
-def digests_of(model: Path) -> dict[str, str]:
-    """The SHA-256 of each file of the model in this folder."""
-    return digests(model, FILES)
+def save_release(
+    folder: Path,
+    classifier: Classifier,
+    model: Model,
+    resize: Resize,
+    ids: list[str],
+    actual: Counts,
+    probabilities: NDArray[np.floating],
+) -> None:
+    """Calibrate a model on the validation bins, and write all that is needed to use it.
 
-
-def write_settings(reports: Path, settings: Settings, validation: pd.DataFrame) -> None:
-    """Put into a model's folder of reports/ what load_release wants beside the network."""
-    write_json(reports / SETTINGS, settings.model_dump())
-    write_csv(reports / VALIDATION, validation)
-
-
-def load_release(model: Path) -> Release:
-    """The model in the folder models/<model>, with what its evaluation put in reports/<model>.
-
-    Raises FileNotFoundError where either is missing, and UserError where a file is damaged, or is
-    not the one that was evaluated.
+    `actual` [bins] are their quantities, and `probabilities` [bins, labels] the softmax of the
+    network's scores of them. The network is moved to the CPU.
     """
-    reports = model.absolute().parent.parent / REPORTS / model.name
-    settings = read_settings(reports / SETTINGS)
-    check_digests(model, settings.sha256, "evaluated", reports / SETTINGS)
-    classifier = load_classifier(model)
-    return Release(classifier, settings, read_validation(reports / VALIDATION, classifier.labels))
+    save_classifier(classifier, model, folder)
+    labels = np.array(classifier.labels)
+    targets = (actual[:, None] == labels).argmax(axis=1)
+    temperature = fit_temperature(probabilities, targets)
+    settings = Settings(
+        temperature=temperature,
+        fit=resize.fit,
+        quality=resize.quality,
+        sha256=digests(folder, FILES),
+    )
+    write_json(folder / SETTINGS, settings.model_dump())
+    calibrated = with_temperature(probabilities, temperature)
+    predicted = labels[calibrated.argmax(axis=1)]
+    table = pd.DataFrame({"id": ids, "actual": actual, "predicted": predicted})
+    table[probability_columns(classifier.labels)] = calibrated
+    # All digits: thresholds are chosen among them, and a sure model's differ in the last ones only.
+    write_csv(folder / VALIDATION, table, digits=17)
 
 
-def read_settings(path: Path) -> Settings:
-    """Raises UserError where the file is not as write_settings writes it."""
-    found = read_json(path)
+def load_release(folder: Path) -> Release:
+    """What save_release wrote.
+
+    Raises FileNotFoundError where a file is missing, and UserError where one is damaged, or is not
+    the one that was saved.
+    """
+    settings = _read_settings(folder / SETTINGS)
+    check_digests(folder, FILES, settings.sha256, folder / SETTINGS)
+    classifier = load_classifier(folder)
+    return Release(classifier, settings, _read_validation(folder / VALIDATION, classifier.labels))
+
+
+def _read_settings(path: Path) -> Settings:
     try:
-        return Settings.model_validate(found)
+        return Settings.model_validate(read_json(path))
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise damaged(path, f"{key}: {first['msg']}") from None
+        raise damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def read_validation(path: Path, labels: list[int]) -> pd.DataFrame:
-    """Raises UserError where the table is not as write_settings writes it for these labels."""
-    try:
-        table = read_csv(path)
-        numbers = table[probability_columns(labels)].to_numpy(np.float64)
-        right = len(table) and table["actual"].isin(labels).all() and table["id"].is_unique
-    # What is no text or no number is a ValueError, as is what is no table.
-    except (ValueError, KeyError) as error:
-        raise damaged(path, reason_of(error)) from None
-    if not right or not ((numbers >= 0) & (numbers <= 1)).all():
-        raise damaged(path, "it has no row of probabilities for each bin that validated the model")
+def _read_validation(path: Path, labels: list[int]) -> pd.DataFrame:
+    table = read_csv(path)
+    wanted = {"id", "actual", "predicted", *probability_columns(labels)}
+    if missing := sorted(wanted - set(table.columns)):
+        raise damaged(path, f"it has no {missing[0]}")
     return table
-
-
-def probability_columns(labels: list[int]) -> list[str]:
-    """The names of the columns with the probabilities of the labels."""
-    return [f"p{label}" for label in labels]

@@ -1,0 +1,124 @@
+"""Networks of transformers. The only module that imports it, and the client of its hub."""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from torch import nn
+
+from stages.networks.model_files import CONFIG, WEIGHTS, read_json, refuse_random_layers
+from stages.runtime.errors import UserError
+from stages.runtime.params import Model
+
+# One file, loaded and saved in no time; and layers that start at random are judged here.
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+# Its warnings, about what it tries again, repeat URLs whose signature opens a file to anybody.
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+# What this project sets in every configuration.
+_OURS = {"id2label", "label2id", "num_labels", "dtype"}
+
+
+def download(model: Model, folder: Path) -> str:
+    """The files of the hub's repository `name` at `revision`, byte for byte.
+
+    The client keeps a hidden folder beside them, with which a download that broke off continues.
+    """
+    for name in (CONFIG, WEIGHTS):
+        try:
+            huggingface_hub.hf_hub_download(
+                model.name, name, revision=model.revision, local_dir=folder
+            )
+        # The client raises its own errors, those of its HTTP library and those of the system.
+        except Exception as error:  # noqa: BLE001
+            reason = _without_secrets(str(error).strip().partition("\n")[0])
+            raise UserError(
+                f"{name} of {model.name} at {model.revision} could not be downloaded: {reason}"
+            ) from None
+    return f"{huggingface_hub.constants.ENDPOINT}/{model.name}/tree/{model.revision}"
+
+
+def _without_secrets(text: str) -> str:
+    """Without the signatures in URLs, and without the user's token, which a server may repeat."""
+    text = re.sub(r"(https?://[^\s?]*)\?[^\s'\"]*", r"\1", text)
+    token = huggingface_hub.get_token()
+    return text.replace(token, "***") if token else text
+
+
+def build(model: Model, pretrained: Path, labels: list[int], size: int) -> nn.Module:
+    config = _config(model, pretrained, labels, size)
+    if not model.pretrained:
+        network: nn.Module = transformers.AutoModelForImageClassification.from_config(
+            config, trust_remote_code=False
+        )
+        return network
+    network, loading = _from_pretrained(pretrained, config)
+    mismatched = [name for name, *_ in loading["mismatched_keys"]]
+    refuse_random_layers([*loading["missing_keys"], *mismatched], network, labels)
+    return network
+
+
+def save(network: nn.Module, model: Model, labels: list[int], folder: Path) -> None:  # noqa: ARG001 - its own config has them
+    """For AutoModelForImageClassification.from_pretrained(folder)."""
+    saved: Any = network
+    saved.save_pretrained(folder)
+
+
+def load(folder: Path, labels: list[int]) -> nn.Module:  # noqa: ARG001 - its own config has them
+    network, loading = _from_pretrained(folder, None)
+    wrong = [name for name, *_ in loading["mismatched_keys"]]
+    wrong += [*loading["missing_keys"], *loading["unexpected_keys"]]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is missing or of another shape in {CONFIG} or {WEIGHTS}")
+    return network
+
+
+def _from_pretrained(folder: Path, config: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """The network with a folder's weights, and which of them fitted."""
+    network, loading = transformers.AutoModelForImageClassification.from_pretrained(
+        folder,
+        config=config,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        local_files_only=True,
+        output_loading_info=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    return network, loading
+
+
+def _config(model: Model, pretrained: Path, labels: list[int], size: int) -> Any:
+    """The configuration of the weights, or of a random start, with the model's changes to it."""
+    model_type = model.config["model_type"]
+    default = transformers.AutoConfig.for_model(model_type)
+    known = default.to_dict()
+    changes = {key: value for key, value in model.config.items() if key != "model_type"}
+    if unknown := sorted(_unknown(changes, known)):
+        # transformers would keep them and say nothing.
+        raise ValueError(f"its config has no {', '.join(unknown)} to set")
+    if model.pretrained:
+        values = read_json(pretrained / CONFIG)
+        if values.get("model_type") != model_type:
+            raise ValueError(f"its weights are of the model_type {values.get('model_type')}")
+    else:
+        # Where a type has several networks for images, transformers looks for their names here.
+        values = {"architectures": []} | ({"image_size": size} if "image_size" in known else {})
+    names = {number: str(label) for number, label in enumerate(labels)}
+    of_labels = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+    return type(default).from_dict(values | changes | of_labels)
+
+
+def _unknown(values: Mapping[str, Any], known: Mapping[str, Any], place: str = "") -> Iterator[str]:
+    """The keys in `values`, at any depth, that `known` lacks or that this project sets."""
+    for key, value in values.items():
+        if key not in known or key in _OURS:
+            yield place + key
+        elif isinstance(value, dict) and isinstance(known[key], dict):
+            yield from _unknown(value, known[key], f"{place}{key}.")

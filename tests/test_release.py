@@ -1,0 +1,120 @@
+"""A trained model's folder, which is all that is needed to use it."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stages.networks.calibration import fit_temperature, with_temperature
+from stages.networks.release import load_release, save_release
+from stages.runtime.errors import UserError
+from stages.runtime.params import Resize
+from tests.made import TINY_VIT, logits, model_knobs, one_torch_thread, random_classifier
+
+LABELS = [1, 3, 10]
+KNOBS = model_knobs("vit", config=TINY_VIT, pretrained=False)
+RESIZE = Resize(size=32, fit="pad", quality=85, max_rejects=0.0)
+IDS = ["00100", "100", "00007", "12345"]
+ACTUAL = np.array([1, 10, 3, 3])
+PROBABILITIES = np.array(
+    [[0.75, 0.125, 0.125], [0.25, 0.25, 0.5], [0.5, 0.25, 0.25], [0.125, 0.75, 0.125]], np.float32
+)
+FILES = ["config.json", "preprocessor_config.json", "model.safetensors"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    with one_torch_thread():
+        yield
+
+
+def save(folder: Path) -> Path:
+    classifier = random_classifier(KNOBS, LABELS)
+    save_release(folder, classifier, KNOBS, RESIZE, IDS, ACTUAL, PROBABILITIES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("models") / "vit")
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy of it in another place, as `dvc get` makes one."""
+    return Path(shutil.copytree(saved, tmp_path / "somewhere"))
+
+
+def test_a_folder_alone_gives_calibrated_probabilities(folder: Path) -> None:
+    release = load_release(folder)
+
+    temperature = fit_temperature(PROBABILITIES, np.array([0, 2, 1, 1]))
+    assert release.settings.temperature == temperature
+    assert (release.settings.fit, release.settings.quality) == ("pad", 85)
+    assert torch.equal(logits(release.classifier), logits(random_classifier(KNOBS, LABELS)))
+    expected = with_temperature(PROBABILITIES, temperature)
+    np.testing.assert_array_equal(release.calibrated(PROBABILITIES), expected)
+    table = release.validation
+    assert list(table.columns) == ["id", "actual", "predicted", "p1", "p3", "p10"]
+    assert table["id"].tolist() == IDS
+    assert table["actual"].tolist() == ACTUAL.tolist()
+    assert table["predicted"].tolist() == [1, 10, 1, 3]
+    np.testing.assert_allclose(table[["p1", "p3", "p10"]], expected, rtol=1e-5)
+
+
+def test_the_same_model_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:
+    again = save(tmp_path / "again")
+
+    files = {path.name: path.read_bytes() for path in again.iterdir()}
+    assert files == {path.name: path.read_bytes() for path in saved.iterdir()}
+    assert files.keys() == {*FILES, "inference.json", "validation.csv"}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_that_was_changed_is_named(file: str, folder: Path) -> None:
+    data = bytearray((folder / file).read_bytes())
+    data[-1] ^= 1
+    (folder / file).write_bytes(data)
+
+    with pytest.raises(UserError) as error:
+        load_release(folder)
+
+    assert str(error.value) == (
+        f"{folder / file} is damaged (its SHA-256 is not the one in {folder}/inference.json):"
+        " remove it, and get it back with `dvc checkout`, `dvc pull` or `dvc repro`"
+    )
+
+
+@pytest.mark.parametrize("file", [*FILES, "inference.json", "validation.csv"])
+def test_a_file_that_is_missing_is_named(file: str, folder: Path) -> None:
+    (folder / file).unlink()
+
+    with pytest.raises(FileNotFoundError, match=str(folder / file)):
+        load_release(folder)
+
+
+def without(path: Path, key: str) -> None:
+    values = json.loads(path.read_text())
+    del values[key]
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "reason"),
+    [
+        ("inference.json", lambda path: path.write_text("{"), "not JSON"),
+        ("inference.json", lambda path: without(path, "temperature"), "temperature: Field req"),
+        ("validation.csv", lambda path: path.write_text("id,actual\n1,1\n"), "it has no p1"),
+    ],
+)
+def test_what_is_damaged_beside_the_network_is_named(
+    file: str, damage: Callable[[Path], object], reason: str, folder: Path
+) -> None:
+    damage(folder / file)
+
+    with pytest.raises(UserError, match=rf"{folder / file} is damaged \({reason}.*`dvc pull`"):
+        load_release(folder)
