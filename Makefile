@@ -1,8 +1,12 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# uv doesn't read pip's settings: where pip has an index of its own, uv is given the same one.
+UV = UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(PIP_INDEX))}}" uv
+PIP_INDEX = python -m pip config get global.index-url 2> /dev/null
+INSTALL = $(UV) pip install --quiet --require-hashes
 
-.PHONY: help setup demo demo-clean s3 doctor test check audit-lock check-sky soak bench-train bench-data bench-dvc bench-gpu format lock
+.PHONY: help setup demo demo-clean s3 doctor test test-slow test-all check audit-lock check-sky soak bench-train bench-data bench-dvc bench-gpu format lock
 
 help:  ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## /\1\t/p' Makefile | expand -t 12
@@ -13,9 +17,12 @@ $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make $@ PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
+	@# pip takes minutes for all of them, so it installs uv only, as the lock has it, and uv the rest.
+	@sed -n '/^uv==/,/# via/p' requirements.txt > $(VENV)/uv.txt
+	python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(VENV)/uv.txt
+	@$(INSTALL) --python $(VENV) -r requirements.txt
 	@# For the commands of pyproject.toml; what builds it is in the lock, as is what it needs.
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@$(UV) pip install --quiet --python $(VENV) --no-build-isolation --no-deps --editable .
 	@touch $@
 
 .dvc/plots.html: $(VENV)/.installed tools/plots_page.py tools/plots_page.html
@@ -33,28 +40,31 @@ demo-clean:  ## stop the demo's S3 server, remove demo/
 s3: setup  ## an S3 server with two buckets in s3/, to try it all by hand; PORT=9000
 	@python -m tools.s3 $(if $(PORT),--port $(PORT))
 
-doctor:  ## what would fail on this machine, and how to mend it
+doctor:  ## what would fail on this machine, and how to fix it
 	@# Without setup, which may be what fails.
 	@$$(command -v python || command -v python3) -m tools.doctor
 
-test: setup  ## all tests
-	python -m pytest
+test: setup  ## the tests that take seconds each; 5 minutes on 2 cores
+	python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow"
 
-check: setup  ## lint, format, types, and the lock against a database of vulnerabilities
+test-slow: setup  ## kills, several processes, browsers, Ray, SageMaker, fuzzing; 15 minutes
+	python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m slow
+
+test-all: test test-slow  ## all tests
+
+check: setup  ## lint, format, types
 	ruff check .
 	ruff format --check .
 	mypy
-	@# What it finds is printed, and no reason to stop: it comes from outside, at any time.
-	@python -m tools.vulnerabilities || true
 
-audit-lock: setup  ## the lock against a database of vulnerabilities; fails where an update mends one
-	python -m tools.vulnerabilities
+audit-lock: setup  ## known vulnerabilities of the packages in requirements.txt; needs the internet
+	pip-audit --require-hashes --disable-pip --progress-spinner off -r requirements.txt
 
 check-sky: setup .venv-sky/.installed  ## cloud/*.yaml against SkyPilot's own schema
 	python -m pytest tests/test_sky.py
 
-soak: setup  ## dvc repro under random faults and kills, each a round; an hour at most
-	python -m tests.soak
+soak: setup  ## each stage and dvc repro killed and disturbed at random, bytes compared; an hour
+	python -m tests.kills
 
 bench-train: setup $(VENV)/.bench-installed  ## loading and training against peers on this CPU; 15 minutes, undisturbed
 	python -m benchmarks.loader
@@ -73,27 +83,27 @@ bench-gpu:  ## training on this GPU; 9 minutes
 	@$$(command -v python || command -v python3) -m benchmarks.gpu
 
 $(VENV)/.bench-installed: benchmarks/requirements.txt $(VENV)/.installed
-	python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@$(INSTALL) --python $(VENV) -r $<
 	@touch $@
 
-.venv-img2dataset/.installed: benchmarks/requirements-img2dataset.txt
+.venv-img2dataset/.installed: benchmarks/requirements-img2dataset.txt $(VENV)/.installed
 	$(PYTHON) -m venv .venv-img2dataset
-	@# What it needs is locked, but for a package of Python 3.6 that it names and nobody can have.
-	.venv-img2dataset/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r $<
+	@# All that it needs is locked, except a backport for Python 3.6 that it names and that is gone.
+	@$(INSTALL) --python .venv-img2dataset --no-deps -r $<
 	@touch $@
 
-.venv-sky/.installed: cloud/requirements.txt
+.venv-sky/.installed: cloud/requirements.txt $(VENV)/.installed
 	$(PYTHON) -m venv .venv-sky
-	.venv-sky/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@$(INSTALL) --python .venv-sky -r $<
 	@touch $@
 
-format: setup  ## what of `check` can be mended by itself
+format: setup  ## fixes what it can of what `check` finds
 	ruff check --fix .
 	ruff format .
 
-COMPILE := uv pip compile --universal --generate-hashes --no-emit-index-url --no-header --quiet
+COMPILE = $(UV) pip compile --universal --generate-hashes --no-emit-index-url --no-header --quiet
 
 lock: setup  ## the requirements.txt files anew, from the ranges in pyproject.toml
-	$(COMPILE) pyproject.toml --extra ray --group dev -o requirements.txt
-	$(COMPILE) --group bench -c requirements.txt -o benchmarks/requirements.txt
-	$(COMPILE) --group sky -o cloud/requirements.txt
+	@$(COMPILE) pyproject.toml --extra ray --group dev -o requirements.txt
+	@$(COMPILE) --group bench -c requirements.txt -o benchmarks/requirements.txt
+	@$(COMPILE) --group sky -o cloud/requirements.txt

@@ -11,24 +11,14 @@ import json
 import re
 import sys
 import time
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import boto3
 from boto3.exceptions import Boto3Error
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+from botocore.exceptions import BotoCoreError, ClientError
 
-from cloud.sagemaker_files import (
-    CURVES,
-    ENTRY,
-    MODELS,
-    REPORTS,
-    Inputs,
-    collect_inputs,
-    fetch,
-    one_line,
-    upload,
-)
+from cloud.sagemaker_files import CURVES, ENTRY, Inputs, collect_inputs, fetch, upload
+from stages.runtime import paths
 from stages.runtime.errors import UserError
 from stages.runtime.params import load_params
 
@@ -39,44 +29,25 @@ if TYPE_CHECKING:
 
 #: The published experiment's: one A10G, and 8 cores.
 INSTANCE = "ml.g5.2xlarge"
-#: AWS's image with this project's torch, and the regions where this account has it, by
+#: AWS's image with this project's torch, in the account of most regions, by
 #: image_uri_config/pytorch-amzn2023.json of sagemaker-core 2.27.
 IMAGE = "763104351884.dkr.ecr.{region}.amazonaws.com/pytorch:2.14-cu133-amzn2023-sagemaker"
-IMAGE_REGIONS = (
-    "ap-northeast-1 ap-northeast-2 ap-south-1 ap-southeast-1 ap-southeast-2 ca-central-1"
-    " eu-central-1 eu-north-1 eu-west-1 eu-west-2 eu-west-3 sa-east-1 us-east-1 us-east-2"
-    " us-west-1 us-west-2"
-)
 #: For what the image lacks, the inputs, the photographs once more, and checkpoints.
 VOLUME_GB = 50
-#: What SageMaker finds in the lines that stages/train.py prints.
-METRICS = {"epoch": r" epoch (\d+)/"} | {
-    f"{name}:{metric}": pattern.format(name)
-    for name in ("train", "validation", "test")
-    for metric, pattern in {
-        "loss": r"\b{} loss (\d+\.\d+)",
-        "accuracy": r"\b{} loss \S+ accuracy (\d+\.\d+)",
-    }.items()
-}
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 ENDED = ("Completed", "Failed", "Stopped")
 #: Between two looks at a job, and from its end to its last lines, which CloudWatch delays.
 POLL_SECONDS = 10
+#: What has nothing to do with a bug of ours.
+OUTSIDE = (OSError, Boto3Error, BotoCoreError, ClientError)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     try:
         print(run(options))
-    except UserError as error:
-        sys.exit(f"sagemaker: error: {error}")
-    except NoCredentialsError:
-        sys.exit(
-            "sagemaker: error: there are no AWS credentials: set AWS_ACCESS_KEY_ID and"
-            " AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-        )
-    except (OSError, Boto3Error, BotoCoreError, ClientError) as error:
-        sys.exit(f"sagemaker: error: {one_line(error)}")
+    except (UserError, *OUTSIDE) as error:
+        sys.exit(f"sagemaker: error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         print("sagemaker: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -88,8 +59,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--bucket", required=True, help="s3://bucket/folder, for inputs and models")
     parser.add_argument("--role", help="ARN of a role that SageMaker may assume")
     parser.add_argument("--instance-type", default=INSTANCE, help=INSTANCE)
-    parser.add_argument("--image", help="of PyTorch; AWS's own, by region")
-    parser.add_argument("--spot", action="store_true", help="cheaper; if killed, it goes on later")
+    parser.add_argument("--image", default=IMAGE, help="with PyTorch; AWS's own")
+    parser.add_argument("--spot", action="store_true", help="cheaper; if killed, resumed later")
     parser.add_argument("--hours", type=int, default=24, help="after which it is stopped: 24")
     parser.add_argument("--dry-run", action="store_true", help="print the request, send nothing")
     parser.add_argument("--attach", metavar="JOB", help="follow this job, and start none")
@@ -104,47 +75,44 @@ def run(options: argparse.Namespace) -> str:
     model = options.model
     load_params().model(model)
     session = boto3.Session()
-    if session.region_name is None:
-        raise UserError("there is no AWS region: set AWS_DEFAULT_REGION")
+    sagemaker = session.client("sagemaker")
     inputs = collect_inputs(model, options.bucket)
     job = options.attach
     if not job:
-        request = training_request(options, inputs, session.region_name)
+        request = training_request(options, inputs, sagemaker.meta.region_name)
         if options.dry_run:
             return json.dumps(request, indent=2)
-        upload(inputs, session.client("s3"))
-        session.client("sagemaker").create_training_job(**request)
+        upload(inputs, session.resource("s3"))
+        sagemaker.create_training_job(**request)
         job = request["TrainingJobName"]
     try:
-        description = follow(job, session.client("sagemaker"), session.client("logs"))
+        description = follow(job, sagemaker, session.client("logs"))
         check_outcome(description, inputs)
-        fetch(description["ModelArtifacts"]["S3ModelArtifacts"], model, session.client("s3"))
-    except (KeyboardInterrupt, OSError, Boto3Error, BotoCoreError, ClientError):
-        print(how_to_go_on(job, options), file=sys.stderr)
+        fetch(description["ModelArtifacts"]["S3ModelArtifacts"], model, session.resource("s3"))
+    except (KeyboardInterrupt, *OUTSIDE):
+        print(how_to_continue(job, options), file=sys.stderr)
         raise
     return (
-        f"sagemaker: {MODELS / model} and {REPORTS / model / CURVES} are what {job} made:"
-        f" `dvc commit --force train@{model}`, then `dvc repro`"
+        f"sagemaker: {paths.MODELS / model} and {paths.REPORTS / model / CURVES} are what {job}"
+        f" made: `dvc commit --force train@{model}`, then `dvc repro`"
     )
 
 
 def training_request(options: argparse.Namespace, inputs: Inputs, region: str) -> dict[str, Any]:
     """What SageMaker's CreateTrainingJob is asked."""
-    seconds = options.hours * 3600
-    stopping = {"MaxRuntimeInSeconds": seconds}
+    stopping = {"MaxRuntimeInSeconds": options.hours * 3600}
     if options.spot:
         # For the job and its waits for an instance together.
-        stopping["MaxWaitTimeInSeconds"] = 2 * seconds
+        stopping["MaxWaitTimeInSeconds"] = 2 * options.hours * 3600
     name = re.sub("[^a-z0-9]+", "-", options.model.lower())[:30]
     return {
         "TrainingJobName": f"bins-{name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}",
         "RoleArn": options.role,
         "AlgorithmSpecification": {
-            "TrainingImage": options.image or default_image(region),
+            "TrainingImage": options.image.replace("{region}", region),
             "TrainingInputMode": "File",
-            "ContainerEntrypoint": ["python3", f"/opt/ml/input/data/code/{ENTRY.name}"],
+            "ContainerEntrypoint": ["python3", f"/opt/ml/input/data/code/{ENTRY.as_posix()}"],
             "ContainerArguments": [options.model],
-            "MetricDefinitions": [{"Name": key, "Regex": METRICS[key]} for key in METRICS],
         },
         "InputDataConfig": [channel("code", inputs.code), channel("data", inputs.data)],
         "OutputDataConfig": {"S3OutputPath": f"{options.bucket.rstrip('/')}/jobs"},
@@ -163,12 +131,6 @@ def channel(name: str, url: str) -> dict[str, Any]:
     # With its slash it is a folder, and not whatever else begins so.
     source = {"S3DataType": "S3Prefix", "S3Uri": f"{url}/"}
     return {"ChannelName": name, "DataSource": {"S3DataSource": source}}
-
-
-def default_image(region: str) -> str:
-    if region not in IMAGE_REGIONS.split():
-        raise UserError(f"where AWS keeps its images for {region} is not known here: add --image")
-    return IMAGE.format(region=region)
 
 
 def follow(
@@ -196,47 +158,43 @@ def print_new_lines(job: str, logs: "CloudWatchLogsClient", tokens: dict[str, st
     try:
         streams = logs.describe_log_streams(logGroupName=LOG_GROUP, logStreamNamePrefix=f"{job}/")
     except logs.exceptions.ResourceNotFoundException:
-        # The first job of an account makes it.
+        # The first job of an account creates it.
         return
     for stream in [found["logStreamName"] for found in streams["logStreams"]]:
-        read = partial(
-            logs.get_log_events, logGroupName=LOG_GROUP, logStreamName=stream, startFromHead=True
-        )
         while True:
-            token = tokens.get(stream)
-            page = read(nextToken=token) if token else read()
+            where: Any = {"nextToken": tokens[stream]} if stream in tokens else {}
+            page = logs.get_log_events(
+                logGroupName=LOG_GROUP, logStreamName=stream, startFromHead=True, **where
+            )
             for event in page["events"]:
                 print(event["message"], flush=True)
-            tokens[stream] = page["nextForwardToken"]
-            # The same one again is CloudWatch's way to say that there is no more.
-            if tokens[stream] == token:
+            # CloudWatch repeats the token when there is no more.
+            if page["nextForwardToken"] == tokens.get(stream):
                 break
+            tokens[stream] = page["nextForwardToken"]
 
 
 def check_outcome(description: "DescribeTrainingJobResponseTypeDef", inputs: Inputs) -> None:
-    """Raise UserError where the job failed, or trained on something else than is here."""
+    """Raise UserError if the job failed, or trained on something other than what is here."""
     job, status = description["TrainingJobName"], description["TrainingJobStatus"]
     if status != "Completed":
         # It may have run out of its time, for one.
         reason = description.get("FailureReason") or description["SecondaryStatus"]
         raise UserError(
-            f"{job} has {status.lower()} ({' '.join(reason.split())}); a job with the same inputs"
-            " goes on from its last checkpoint"
+            f"{job} has {status.lower()} ({reason}); a job with the same inputs continues from its"
+            " last checkpoint"
         )
-    had = {
-        each["ChannelName"]: each["DataSource"]["S3DataSource"]["S3Uri"]
-        for each in description["InputDataConfig"]
-    }
-    if had != {"code": f"{inputs.code}/", "data": f"{inputs.data}/"}:
+    had = [each["DataSource"]["S3DataSource"]["S3Uri"] for each in description["InputDataConfig"]]
+    if sorted(had) != [f"{inputs.code}/", f"{inputs.data}/"]:
         raise UserError(
             f"{job} trained on other code, params or data than are here: bring back what it had,"
-            " like `git checkout` and `dvc checkout`, and --attach it again"
+            " for example with `git checkout` and `dvc checkout`, and --attach it again"
         )
 
 
-def how_to_go_on(job: str, options: argparse.Namespace) -> str:
+def how_to_continue(job: str, options: argparse.Namespace) -> str:
     return (
-        f"\nsagemaker: {job} goes on by itself. To follow it again, and to fetch its model:\n"
+        f"\nsagemaker: {job} runs on by itself. To follow it again, and to fetch its model:\n"
         f"  python -m cloud.sagemaker {options.model} --bucket {options.bucket} --attach {job}\n"
         f"To stop it:\n"
         f"  aws sagemaker stop-training-job --training-job-name {job}"

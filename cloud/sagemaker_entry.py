@@ -1,7 +1,7 @@
-"""What runs in a SageMaker job: the train stage, on what cloud/sagemaker.py has sent.
+"""What runs in a SageMaker job: the train stage, on what cloud/sagemaker.py sent.
 
-Only Python's standard library, since the image has torch but not the project's other packages.
-SageMaker restores the checkpoints before it starts this, and saves them while it runs.
+It uses only Python's standard library, since the image has torch, but not the project's other
+packages. SageMaker restores the checkpoints before it starts this, and saves them meanwhile.
 """
 
 import os
@@ -10,18 +10,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 from importlib import metadata
 from pathlib import Path
 
 # Where SageMaker puts everything.
 ML = Path(os.environ.get("SAGEMAKER_BASE_DIR", "/opt/ml"))
-CODE = ML / "input/data/code/code.tar.gz"
-DATA = ML / "input/data/data"
-CHECKPOINTS = ML / "checkpoints"
+INPUT = ML / "input/data"
 REPOSITORY = ML / "repository"
 SITE = ML / "site"
-# What training imports, but for torch and torchvision, which are the image's.
+# What training imports, except torch and torchvision, which the image has for its GPU.
 PACKAGES = {
     "filelock",
     "huggingface-hub",
@@ -32,6 +29,7 @@ PACKAGES = {
     "pydantic",
     "ruamel-yaml",
     "safetensors",
+    "scipy",
     "simplejpeg",
     "tqdm",
     "transformers",
@@ -39,33 +37,26 @@ PACKAGES = {
 
 
 def main(model: str) -> None:
-    unpack_code()
-    for path in ("data/resized", "data/split.csv", f"models/pretrained/{model}"):
-        link(REPOSITORY / path, DATA / path)
-    # Where the stage keeps its checkpoints.
-    CHECKPOINTS.mkdir(exist_ok=True)
-    link(REPOSITORY / ".cache", CHECKPOINTS)
+    shutil.copytree(INPUT / "code", REPOSITORY)
+    (ML / "checkpoints").mkdir(exist_ok=True)
+    (REPOSITORY / "models").mkdir()
+    for path, target in {
+        "data": INPUT / "data/data",
+        "models/pretrained": INPUT / "data/models/pretrained",
+        # Where the stage keeps its checkpoints.
+        ".cache": ML / "checkpoints",
+    }.items():
+        (REPOSITORY / path).symlink_to(target)
     install_missing((REPOSITORY / "requirements.txt").read_text("utf-8"))
     code, last_line = train(model)
     if code:
-        # It becomes the job's FailureReason.
+        # This becomes the job's FailureReason.
         (ML / "output").mkdir(exist_ok=True)
         (ML / "output/failure").write_text(last_line, "utf-8")
         sys.exit(code)
     # SageMaker makes model.tar.gz of it.
     shutil.copytree(REPOSITORY / "models" / model, ML / "model", dirs_exist_ok=True)
     shutil.copy(REPOSITORY / "reports" / model / "curves.csv", ML / "model")
-
-
-def unpack_code() -> None:
-    shutil.rmtree(REPOSITORY, ignore_errors=True)
-    with tarfile.open(CODE) as archive:
-        archive.extractall(REPOSITORY, filter="data")
-
-
-def link(path: Path, target: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.symlink_to(target)
 
 
 def install_missing(lock: str) -> None:
@@ -81,15 +72,13 @@ def install_missing(lock: str) -> None:
 
 
 def needed_packages(lock: str) -> list[tuple[str, str, str]]:
-    """Name, version and text in requirements.txt of PACKAGES, and of all that these need there."""
+    """Name, version and text in requirements.txt of PACKAGES, and of all that they need."""
     blocks = re.findall(r"^[^\s#].*\n(?:\s.*\n?)*", lock, re.MULTILINE)
-    needed = set(PACKAGES)
-    while True:
-        # Each says for which others it is there: "# via transformers".
-        more = {name_of(text) for text in blocks if needed & set(re.findall(r"[\w.-]+", via(text)))}
-        if more <= needed:
-            break
-        needed |= more
+    needed, before = set(PACKAGES), set[str]()
+    while needed != before:
+        before = set(needed)
+        # Each says which others need it: "# via transformers".
+        needed |= {name_of(text) for text in blocks if before & set(words_of_via(text))}
     chosen = [text for text in blocks if name_of(text) in needed]
     return [(name_of(text), re.findall(r"==([^\s;]+)", text)[0], text) for text in chosen]
 
@@ -98,8 +87,8 @@ def name_of(block: str) -> str:
     return re.split(r"[=\[]", block)[0]
 
 
-def via(block: str) -> str:
-    return block.partition("# via")[2]
+def words_of_via(block: str) -> list[str]:
+    return re.findall(r"[\w.-]+", block.partition("# via")[2])
 
 
 def installed(name: str) -> str | None:
@@ -120,7 +109,7 @@ def train(model: str) -> tuple[int, str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    # With which SageMaker stops a job, or takes a spot instance away, two minutes before the end.
+    # SageMaker sends it to stop a job, and two minutes before it takes a spot instance away.
     signal.signal(signal.SIGTERM, lambda number, _frame: process.send_signal(number))
     line = ""
     for line in process.stdout or ():

@@ -46,6 +46,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_it_serves_two_buckets_until_it_is_stopped(tmp_path: Path, number: signal.Signals) -> None:
     folder, port = tmp_path / "s3", free_port()

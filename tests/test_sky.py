@@ -1,4 +1,4 @@
-"""The tasks for SkyPilot: what they run, as their machines would, and SkyPilot's own opinion."""
+"""SkyPilot's tasks: SkyPilot accepts them, and what they run works as on their machines."""
 
 import base64
 import json
@@ -27,9 +27,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")
 
 TASKS = ["sky.yaml", "sky-nodes.yaml"]
 TOKEN = "a-secret-token"  # noqa: S105 - of the server below
-#: Where `make check-sky` puts SkyPilot, whose dependencies are too many for the project's lock.
+#: Where `make check-sky` installs SkyPilot, which has too many dependencies for the project's lock.
 SKY = ROOT / ".venv-sky/bin/python"
-needs_sky = pytest.mark.skipif(not SKY.exists(), reason="SkyPilot is not here: make check-sky")
+needs_sky = pytest.mark.skipif(not SKY.exists(), reason="SkyPilot isn't installed: make check-sky")
 CHECK = """
 import json, sys, sky
 from sky.data.storage_utils import get_excluded_files
@@ -78,7 +78,7 @@ def git_server(repository: Path) -> Iterator[str]:
 
 
 class Machine(Clone):
-    """What SkyPilot makes of a working tree elsewhere: no settings of DVC's, no git identity."""
+    """A working tree as SkyPilot copies it: without DVC's local settings and a git identity."""
 
     def __init__(self, project: Clone, folder: Path, endpoint: str, url: str) -> None:
         project.run("git", "clone", "--quiet", str(project.folder), str(folder))
@@ -113,7 +113,8 @@ class Machine(Clone):
         )
 
 
-# It needs no SkyPilot, but two minutes.
+# It doesn't need SkyPilot, but two minutes.
+@pytest.mark.slow
 @needs_sky
 def test_two_machines_train_a_model_and_share_the_experiment(
     project: Project, endpoint: str, tmp_path: Path
@@ -127,7 +128,7 @@ def test_two_machines_train_a_model_and_share_the_experiment(
         running = []
         for rank in range(2):
             machine = Machine(project, tmp_path / f"machine-{rank}", endpoint, url)
-            # Not committed, as whoever tries it has it.
+            # Not committed, as when somebody tries a value.
             set_learning_rate(machine)
             running.append(machine.start(script, SKYPILOT_NODE_RANK=str(rank), **both))
         outputs = [process.communicate()[0] for process in running]
@@ -155,7 +156,7 @@ def set_learning_rate(machine: Machine) -> None:
     yaml.dump(params, path)
 
 
-def test_one_machine_does_what_the_first_of_two_does_but_for_their_training() -> None:
+def test_one_machine_does_what_the_first_of_two_does_except_their_training() -> None:
     one, two = (read_task(name)["run"].splitlines() for name in TASKS)
 
     assert [line for line in two if line in one] == one
@@ -173,17 +174,18 @@ def test_both_set_up_a_machine_alike() -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_task_names_all_that_it_uses_and_holds_no_secret(name: str) -> None:
+def test_a_task_declares_everything_it_uses_and_holds_no_secret(name: str) -> None:
     task = read_task(name)
 
     used = set(re.findall(r"\$\{?([A-Z_]+)", task["setup"] + task["run"]))
     given = {*task["envs"], *task["secrets"]}
-    # The keys are the AWS SDK's.
+    # The AWS SDK reads the keys.
     assert used - given <= {"HOME"} | {name for name in used if name.startswith("SKYPILOT_")}
     assert given - used == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
     assert set(task["secrets"].values()) == {None}
 
 
+@pytest.mark.slow
 @needs_sky
 @pytest.mark.parametrize(("name", "nodes", "gpus"), [("sky.yaml", 1, 1), ("sky-nodes.yaml", 2, 4)])
 def test_skypilot_takes_a_task(name: str, nodes: int, gpus: int, tmp_path: Path) -> None:
@@ -202,5 +204,5 @@ def test_skypilot_takes_a_task(name: str, nodes: int, gpus: int, tmp_path: Path)
     found_nodes, found_gpus, left_out = json.loads(done.stdout)
     assert found_nodes == nodes
     assert sorted(found_gpus) == [["A10G", gpus], ["L4", gpus]]
-    # What would be sent has no settings of DVC's, which may hold keys.
+    # DVC's local settings, which may hold keys, would not be sent.
     assert left_out == [".dvc/config.local"]

@@ -1,156 +1,327 @@
-"""What would fail here and how to mend it, one line for each thing that the pipeline needs.
+"""Say what would fail on this machine, and how to fix it, one line for each thing that is needed.
 
-A problem stops a stage, an experiment, or `dvc push` and `dvc pull`; a warning only limits
-something. The exit code is 0 where there is no problem, and 1 where there is one. No secret is
-printed, and nothing is changed, but for a small object that comes and goes in the DVC remote.
+A problem stops a stage, an experiment, `dvc push` or `dvc pull`; a warning only limits something.
+The exit code is 1 if there is a problem. No secret is printed, and nothing is changed, except that
+a small object is written to the DVC remote and deleted again.
 """
 
-# Only the standard library up here, and nothing that old Pythons do not understand: what is
-# missing or too old is for the checks to find.
+# Only the standard library up here, and nothing that an old Python doesn't understand: finding out
+# what is missing or too old is up to the checks. A check returns what is fine, or raises Finding.
 from __future__ import annotations
 
 import argparse
+import getpass
 import importlib.metadata
 import logging
 import os
+import re
 import shutil
+import subprocess
 import sys
-import threading
+import uuid
 import warnings
 from pathlib import Path
-from typing import Callable  # noqa: UP035 - not in collections.abc of old Pythons
+from typing import Any, Callable  # noqa: UP035 - not in collections.abc of old Pythons
 
-from tools.results import Result, first_line, first_three, ok, output, problem, succeeds, warning
+from stages.runtime.errors import UserError
 
-Check = Callable[[], Result]
+REQUEST_SECONDS = 4
+PHOTOGRAPH_BYTES = 60_000
+JPEG_BYTES = 12_000  # at 224 pixels
+MODEL_BYTES = 2 * 10**9  # weights and checkpoints
 
-# A check that hangs is given up. Its requests end sooner by themselves.
-CHECK_SECONDS = 20
+
+class Finding(Exception):  # noqa: N818 - it may be a mere warning
+    """What a check found, and a command or what else to do about it."""
+
+    def __init__(self, text: str, fix: str = "", state: str = "problem") -> None:
+        super().__init__(text)
+        self.fix = fix
+        self.state = state
 
 
 def main() -> None:
     argparse.ArgumentParser(prog="python -m tools.doctor", description=__doc__).parse_args()
-    # What libraries say meanwhile is in the results, in plainer words.
+    # What libraries say meanwhile is in the findings, in plainer words.
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    # Botocore's default is to try five times.
+    # Botocore tries five times otherwise.
     os.environ.setdefault("AWS_MAX_ATTEMPTS", "1")
     try:
-        count = run_checks()
+        problems = sum(is_problem(name, check) for name, check in FIRST_CHECKS.items())
+        if not problems:
+            problems = sum(is_problem(name, check) for name, check in CHECKS.items())
     except KeyboardInterrupt:
         print("doctor: interrupted", file=sys.stderr)
         sys.exit(130)
-    print(f"{count} problem{'s' if count > 1 else ''}" if count else "nothing would fail")
-    sys.exit(count > 0)
+    print(f"{problems} problem{'s' * (problems > 1)}" if problems else "nothing would fail")
+    sys.exit(problems > 0)
 
 
-def run_checks() -> int:
-    """Print what each finds; the number of problems."""
-    states = [show(name, check) for name, check in FIRST_CHECKS.items()]
-    if "problem" not in states:
-        from tools.doctor_checks import CHECKS  # noqa: PLC0415 - it needs the packages
-
-        states += [show(name, check) for name, check in CHECKS.items()]
-    return states.count("problem")
-
-
-def show(name: str, check: Check) -> str:
-    result = in_time(check)
-    print(f"{result.state:8} {name:12} {result.text}", flush=True)
-    if result.mend:
-        print(f"{'':21} -> {result.mend}", flush=True)
-    return result.state
+def is_problem(name: str, check: Callable[[], str]) -> bool:
+    """Whether the check finds one; prints what it finds."""
+    try:
+        found = Finding(check(), state="ok")
+    except Exception as error:  # noqa: BLE001 - whatever is broken, the others are checked
+        found = finding_of(error)
+    print(f"{found.state:8} {name:12} {found}", flush=True)
+    if found.fix:
+        print(f"{'':21} -> {found.fix}", flush=True)
+    return found.state == "problem"
 
 
-def in_time(check: Check) -> Result:
-    """The check's result; a problem where it fails itself, or hangs."""
-    results: list[Result] = []
-
-    def work() -> None:
-        try:
-            results.append(check())
-        except Exception as error:  # noqa: BLE001 - whatever is broken, the others are checked
-            text = f"not checked: {type(error).__name__}: {first_line(error)}"
-            results.append(problem(text, "mend that, and try again"))
-
-    # A daemon: one that hangs does not keep the program from ending.
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(CHECK_SECONDS)
-    hangs = problem(f"no answer in {CHECK_SECONDS} s", "check the network, proxies and disks")
-    return results[0] if results else hangs
+def finding_of(error: Exception) -> Finding:
+    if isinstance(error, Finding):
+        return error
+    if isinstance(error, UserError):
+        return Finding(str(error))
+    if isinstance(error, ModuleNotFoundError):
+        return Finding(f"not checked, since {error.name} is not installed", "make setup")
+    if isinstance(error, PermissionError) and isinstance(error.filename, str):
+        return not_ours(Path(error.filename).absolute())
+    return Finding(f"not checked: {described(error)}")
 
 
-def check_python() -> Result:
+def not_ours(path: Path) -> Finding:
+    while not os.path.exists(path):  # noqa: PTH110 - Path.exists raises where it may not look
+        path = path.parent
+    try:
+        owner = path.owner()
+    except KeyError:
+        owner = f"user id {path.stat().st_uid}"
+    fix = f"sudo chown -R {os.getuid()} {path}; or, if it is shared, sudo chmod -R g+rwX {path}"
+    return Finding(f"{path} belongs to {owner}, and you may not use it", fix)
+
+
+def described(error: Exception) -> str:
+    """One line, without a URL's user and password."""
+    line = (str(error).strip().splitlines() or [""])[0][:200]
+    return f"{type(error).__name__}: {without_user(line)}"
+
+
+def without_user(text: str) -> str:
+    return re.sub("//[^/@]*@", "//", text)
+
+
+def first_three(words: list[str]) -> str:
+    return "; ".join(words[:3]) + (f"; and {len(words) - 3} more" if len(words) > 3 else "")
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB"
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def check_python() -> str:
     version = ".".join(map(str, sys.version_info[:3]))
     if sys.version_info < (3, 11):  # noqa: UP036 - whichever Python was found runs this
-        return problem(f"{version}; 3.11 is needed", "make setup PYTHON=/path/to/python3.11")
-    return ok(f"{version}, {sys.executable}")
+        fix = "make setup PYTHON=/path/to/python3.11"
+        raise Finding(f"{version}; 3.11 or newer is needed", fix)
+    return f"{version}, {sys.executable}"
 
 
-def check_packages() -> Result:
-    """Those installed, against requirements.txt."""
-    try:
-        wanted = locked_versions(Path("requirements.txt").read_text("utf-8"))
-    except ModuleNotFoundError:
-        return problem("those of requirements.txt are not installed", "make setup")
-    missing, different = [], []
-    for name, version in wanted.items():
-        try:
-            installed = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(name)
-            continue
-        # torch 2.14.0+cu130 is torch 2.14.0.
-        if installed.partition("+")[0] != version.partition("+")[0]:
-            different.append(f"{name} {installed}, not {version}")
-    if missing:
-        return problem(f"{len(missing)} are missing: {first_three(missing)}", "make setup")
-    if different:
-        return warning(f"not those of requirements.txt: {first_three(different)}", "make setup")
-    return ok(f"the {len(wanted)} of requirements.txt")
+def check_packages() -> str:
+    """Compare the installed packages with requirements.txt."""
+    wanted = locked_versions(Path("requirements.txt").read_text("utf-8"))
+    # Of two with one name, Python takes the first. torch 2.14.0+cu130 is torch 2.14.0.
+    found = {
+        re.sub("[._]", "-", package.name).lower(): package.version.partition("+")[0]
+        for package in reversed(list(importlib.metadata.distributions()))
+    }
+    if missing := [name for name in wanted if name not in found]:
+        raise Finding(f"{len(missing)} are missing: {first_three(missing)}", "make setup")
+    if other := [f"{name} {found[name]}" for name in wanted if found[name] != wanted[name]]:
+        raise Finding(f"not as in requirements.txt: {first_three(other)}", "make setup", "warning")
+    return f"the {len(wanted)} of requirements.txt"
 
 
 def locked_versions(requirements: str) -> dict[str, str]:
     """Names and versions of a lock, from the lines that are for this machine."""
-    from packaging.requirements import Requirement  # noqa: PLC0415 - it may be missing
+    from packaging.requirements import Requirement
 
-    lines = [line.rstrip(" \\") for line in requirements.splitlines()]
-    found = [Requirement(line) for line in lines if "==" in line and line[0].isalnum()]
+    lines = re.findall(r"^\w.*==[^\\\n]*", requirements, re.MULTILINE)
     return {
-        requirement.name: str(requirement.specifier).replace("==", "")
-        for requirement in found
-        if requirement.marker is None or requirement.marker.evaluate()
+        found.name: str(found.specifier).replace("==", "")
+        for found in map(Requirement, map(str.strip, lines))
+        if found.marker is None or found.marker.evaluate()
     }
 
 
-def check_git() -> Result:
+def check_user() -> str:
+    try:
+        return getpass.getuser()
+    # The first up to Python 3.12.
+    except (KeyError, OSError):
+        text = f"user id {os.getuid()} has no name on this machine, and DVC and torch ask for one"
+        raise Finding(text, "export USER=<any name>") from None
+
+
+def check_git() -> str:
     if not shutil.which("git"):
-        return problem("git is not installed", "install it with the system's package manager")
-    if not succeeds("git", "rev-parse", "--git-dir"):
-        return problem("this is no git repository, and DVC needs one", "clone it with git")
-    changes = output("git", "status", "--porcelain").splitlines()
-    new = [line[3:] for line in changes if line.startswith("??")]
-    if new:
-        return warning(f"experiments of a queue will lack {first_three(new)}", "git add")
-    if changes:
-        return ok(f"changes in {len(changes)} of its files, which experiments take along")
-    return ok("all committed")
+        raise Finding("git is not installed", "install it with the system's package manager")
+    status = run("git", "status", "--porcelain")
+    if "safe.directory" in status.stderr:
+        fix = status.stderr.strip().splitlines()[-1].strip()
+        raise Finding("git refuses this repository, since another user owns it", fix)
+    if status.returncode:
+        raise Finding("this is not a git repository, and DVC needs one", "clone it with git")
+    # DVC doesn't take a name that git guesses from the machine.
+    if run("git", "-c", "user.useConfigOnly=true", "var", "GIT_COMMITTER_IDENT").returncode:
+        fix = "git config user.name '<name>'; git config user.email '<address>'"
+        raise Finding("git knows no name for you, and `dvc exp run --queue` commits", fix)
+    if new := [line[3:] for line in status.stdout.splitlines() if line.startswith("??")]:
+        raise Finding(f"queued experiments will lack {first_three(new)}", "git add", "warning")
+    return "a repository without untracked files, and a name for commits"
 
 
-def check_identity() -> Result:
-    # DVC takes no name that git guesses from the machine.
-    if succeeds("git", "-c", "user.useConfigOnly=true", "var", "GIT_COMMITTER_IDENT"):
-        return ok("set, for commits and experiments")
-    mend = "git config user.name '<name>'; git config user.email '<address>'"
-    return problem("git has none, and `dvc exp run --queue` commits", mend)
+def check_params() -> str:
+    from stages.runtime.params import load_params
+
+    params = load_params()
+    return f"valid: {params.subset.bins} bins, {' and '.join(params.train)}"
 
 
-FIRST_CHECKS: dict[str, Check] = {
+def check_gpu() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        numbers = range(torch.cuda.device_count())
+        gpus = [torch.cuda.get_device_properties(number) for number in numbers]
+        return first_three([f"{gpu.name}, {gigabytes(gpu.total_memory)}" for gpu in gpus])
+    if shutil.which("nvidia-smi") and run("nvidia-smi", "-L").stdout.startswith("GPU"):
+        fix = f"install a driver for CUDA {torch.version.cuda} or newer"
+        raise Finding(f"torch {torch.__version__} cannot use the one that nvidia-smi lists", fix)
+    raise Finding("none; enough for `make demo`", "train on a machine with one", "warning")
+
+
+def check_bucket() -> str:
+    """That of the photographs: both folders are there, and an object of each can be read."""
+    import obstore
+
+    from stages.collecting.bucket import PHOTOGRAPHS, RECORDS, explained, open_bucket
+    from stages.runtime.params import load_params
+
+    bucket = load_params().bucket
+    store = open_bucket(bucket)
+    with explained(bucket):
+        for folder in (RECORDS, PHOTOGRAPHS):
+            pages = obstore.list(store, folder)
+            # Without the empty objects that stand for folders in Amazon's console.
+            key = next((one["path"] for page in pages for one in page if one["size"]), None)
+            if key is None:
+                fix = "set bucket.url in params.yaml, or fill the bucket"
+                raise Finding(f"{bucket.url} has nothing in {folder}", fix)
+            obstore.head(store, key)
+    how = "anonymously" if bucket.anonymous else "with your credentials"
+    return f"{bucket.url}: {RECORDS} and {PHOTOGRAPHS} can be read {how}"
+
+
+def check_remote() -> str:
+    """DVC's remote: a small object can be written, read and deleted."""
+    from dvc.repo import Repo
+
+    with Repo(".") as repo:
+        name = repo.config["core"].get("remote")
+        settings = repo.config["remote"].get(name)
+        if settings is None:
+            fix = "dvc remote add --default storage s3://<bucket>/<folder>"
+            raise Finding("DVC has none", fix)
+        change = f"dvc remote modify --local {name}"
+        if "//your-bucket/" in settings["url"]:
+            text = "not set yet: `dvc push` and `dvc pull` need a bucket of yours"
+            raise Finding(text, f"{change} url s3://<bucket>/<folder>", "warning")
+        if settings["url"].startswith("s3://"):
+            settings |= {"connect_timeout": REQUEST_SECONDS, "read_timeout": REQUEST_SECONDS}
+        place = " at ".join(filter(None, [settings["url"], settings.get("endpointurl")]))
+        try:
+            remote = repo.cloud.get_remote(name)
+            # s3fs tries five times if there is no answer, besides botocore.
+            remote.fs.fs.retries = 1
+            try_remote(remote.fs, remote.path)
+        except Exception as error:  # noqa: BLE001 - each kind of remote has errors of its own
+            fix = f"{change} <key> <value>, of url, endpointurl, region, access_key_id and others"
+            raise Finding(f"{without_user(place)}: {described(error)}", fix) from None
+    return f"{without_user(place)}: an object was written, read and deleted"
+
+
+def try_remote(fs: Any, path: str) -> None:
+    folder = fs.join(path, ".doctor")
+    probe = fs.join(folder, uuid.uuid4().hex)
+    # First, since writing waits forever for a server that accepts connections and says nothing.
+    list(fs.find(folder))
+    try:
+        fs.makedirs(folder)
+        fs.pipe_file(probe, b"doctor")
+    except PermissionError:
+        raise PermissionError("it can be read, but not written") from None
+    fs.cat_file(probe)
+    fs.rm_file(probe)
+
+
+def check_cache() -> str:
+    """How DVC puts files of its cache into place."""
+    from dvc.repo import Repo
+    from dvc_objects.fs.generic import test_links
+    from dvc_objects.fs.local import LocalFileSystem
+
+    with Repo(".") as repo:
+        kinds = [kind for kind in repo.cache.local.cache_types if kind != "copy"]
+        cache = Path(repo.cache.local_cache_dir)
+    folder = next(path for path in [cache, *cache.parents] if path.is_dir())
+    disk = LocalFileSystem()  # type: ignore[no-untyped-call]
+    if links := test_links(kinds, disk, str(folder), disk, f"{Path.cwd()}/x"):
+        return f"{links[0]}s, so data takes its space once"
+    fix = "dvc cache dir --local <a folder on this disk>, if it can do hard links"
+    raise Finding("copies, so data takes its space twice", fix, "warning")
+
+
+def check_disk() -> str:
+    """Free space, against what the params need beyond what is in data/ and models/ already.
+
+    That is each photograph as it is, as a JPEG (in proportion to the area), and packed once more
+    for training's processes; and the models.
+    """
+    from stages.runtime.params import load_params
+
+    params = load_params()
+    jpeg = JPEG_BYTES * (params.resize.size / 224) ** 2
+    needed = params.subset.bins * (PHOTOGRAPH_BYTES + 2 * jpeg) + MODEL_BYTES
+    needed = max(needed - size_of(Path("data")) - size_of(Path("models")), 0)
+    free = shutil.disk_usage(".").free
+    text = f"{gigabytes(free)} free, {gigabytes(needed)} needed"
+    if free < needed:
+        raise Finding(text, "free some, or set a smaller subset.bins in params.yaml")
+    return text
+
+
+def check_unfinished() -> str:
+    """What interrupted runs left for the next one with the same inputs."""
+    folders = [path for path in sorted(Path(".cache").glob("*")) if path.is_dir()]
+    words = [f"{folder}, {gigabytes(size_of(folder))}" for folder in folders]
+    return f"{first_three(words)}, for the next run with the same inputs" if words else "none"
+
+
+FIRST_CHECKS: dict[str, Callable[[], str]] = {
     "Python": check_python,
     "packages": check_packages,
+    "user": check_user,
     "git": check_git,
-    "git identity": check_identity,
+    "params.yaml": check_params,
+}
+CHECKS: dict[str, Callable[[], str]] = {
+    "GPU": check_gpu,
+    "bucket": check_bucket,
+    "DVC remote": check_remote,
+    "DVC cache": check_cache,
+    "disk": check_disk,
+    "unfinished": check_unfinished,
 }
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class DrawnBin(NamedTuple):
 
 @dataclass(frozen=True)
 class Item:
-    """A thing in the bin: its place as shares of the bin's width and height, and its looks."""
+    """A thing in the bin: its place, as shares of the bin's width and height, and its looks."""
 
     asin: str
     x: float
@@ -79,7 +79,7 @@ def _fill(quantity: int, chance: random.Random) -> list[Item]:
 
 
 def _place(chance: random.Random, others: list[Item]) -> Item:
-    """An item at the place, of a few tried, where it hides the others least."""
+    """An item at whichever of a few random places hides the others least."""
     width, height = chance.uniform(0.17, 0.24), chance.uniform(0.24, 0.34)
     item = Item(
         asin=f"B{chance.randrange(10**9):09d}",

@@ -18,11 +18,12 @@ import psutil
 
 START_SECONDS = 20
 RCLONE = Path(sys.executable).with_name("rclone")
-# What its clients need. It answers a read of a range, as DVC reads files above 50 MB, with the
-# whole object's checksum, which botocore then holds against the range; so none may be uploaded.
+# Its clients need this. DVC reads a file above 50 MB in ranges, and the server answers each with
+# the checksum of the whole object, which botocore then compares with that of the range; so no
+# checksum may be uploaded.
 CLIENT_ENVIRONMENT = {
     "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
-    # A proxy cannot reach this machine's loopback. Some clients obey the one name, some the other.
+    # A proxy cannot reach this machine's loopback. Some clients read the one name, some the other.
     "NO_PROXY": "127.0.0.1",
     "no_proxy": "127.0.0.1",
 }
@@ -57,7 +58,7 @@ def serve_until_stopped(folder: Path, port: int) -> None:
         (folder / bucket).mkdir(parents=True, exist_ok=True)
     log, pid_file = folder / ".server.log", folder / ".server.pid"
     try:
-        # A file that is copied into the folder, not uploaded, shows as soon as a listing expires.
+        # Files that are copied into the folder, rather than uploaded, appear within this time.
         url = start_server(folder, port, log, pid_file, "--dir-cache-time", "1s")
         print(instructions(folder, url), flush=True)
         psutil.Process(int(pid_file.read_text())).wait()
@@ -89,8 +90,8 @@ Ctrl-C stops it, and the data stays."""
 def start_server(folder: Path, port: int, log: Path, pid_file: Path, *options: str) -> str:
     """Serve each folder in `folder` as a bucket, until stop_server; the server's URL.
 
-    It listens on loopback only and takes anonymous requests as well as any credentials, if
-    `options`, more arguments for rclone, do not change that.
+    It listens on loopback only, and takes anonymous requests as well as any credentials, unless
+    `options`, more arguments for rclone, change that.
     Raises RuntimeError with the log's text if it does not answer.
     """
     with log.open("wb") as output:
@@ -99,7 +100,7 @@ def start_server(folder: Path, port: int, log: Path, pid_file: Path, *options: s
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            # It outlives the terminal's Ctrl-C, and sees no configuration of the user's rclone.
+            # It survives the terminal's Ctrl-C, and doesn't read the user's rclone configuration.
             start_new_session=True,
             env={"PATH": os.environ["PATH"], "RCLONE_CONFIG": os.devnull},
         )
