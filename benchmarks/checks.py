@@ -1,30 +1,26 @@
 """What benchmarks/gpu.py checks of training where it matters: that it goes on after a stop, that
 it says what to do when memory is short, and what it reaches on real data."""
 
-from __future__ import annotations
-
 import re
 import signal
 import time
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import common
 from benchmarks.training import Task
 from stages.networks.classifier import build_classifier
 from stages.networks.inference import default_device, place
 from stages.runtime.errors import Stopped, UserError
+from stages.runtime.params import Model
 from stages.training.checkpoint import NAME, TrainingState, Watch, restore_checkpoint
 from stages.training.engine import Trainer
 from stages.training.processes import Processes
-
-if TYPE_CHECKING:
-    from stages.runtime.params import Model
 
 
 class _StoppingWatch(Watch):
@@ -66,9 +62,13 @@ def compare_stopped_training(task: Task) -> list[str]:
 
 
 def differing_tensors(one: Trainer, other: Trainer) -> int:
-    """Of the weights and of the optimizer."""
-    others = other.state.tensors()
-    return sum(not value.equal(others[name]) for name, value in one.state.tensors().items())
+    """Of the weights, their average and the optimizer."""
+    states = (tree_leaves(trainer.state.state_dict()) for trainer in (one, other))
+    return sum(
+        not value.equal(other_value)
+        for value, other_value in zip(*states, strict=True)
+        if isinstance(value, torch.Tensor)
+    )
 
 
 def too_large_batch(task: Task, memory: int) -> str:

@@ -1,9 +1,7 @@
 """What the benchmarks share: drawn data, rounds, the machine's description, tables.
 
-Imports nothing that a GPU machine may lack: no pydantic, ruamel.yaml, obstore or DVC.
+Imports neither obstore nor DVC, which a GPU machine may lack.
 """
-
-from __future__ import annotations
 
 import importlib.metadata
 import multiprocessing
@@ -22,26 +20,24 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
-import yaml
+from ruamel.yaml import YAML
 
-from stages.formats.shards import IMAGES, Row, shard_name, write_table
+from stages.formats.shards import IMAGES, Row, shard_name, shard_paths, write_table
 from stages.formats.tables import write_csv
 from stages.imaging import jpeg
-from stages.imaging.loader import Bins, Images, load_sets
+from stages.imaging.loader import Bins, Images, open_bins, pack_bins
 from stages.networks.inference import autocast
+from stages.runtime import params
 from stages.runtime.machine import usable_cores
-from stages.training.processes import Processes
+from stages.runtime.params import Model
 from tools.drawing import DrawnBin, drawn_bins
-
-if TYPE_CHECKING:
-    from stages.runtime.params import Model
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -63,35 +59,26 @@ BINS_DRAWN_AT_ONCE = 32
 BINS_IN_A_SHARD = 256
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """Takes 1e-3 for a number, as YAML 1.2 and DVC do."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
-)
-
-
 def parse_yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    return YAML(typ="safe", pure=True).load(text)
 
 
 def load_params() -> dict[str, Any]:
-    """params.yaml, unchecked: what checks it (pydantic) may be absent where a GPU is."""
-    params: dict[str, Any] = parse_yaml((ROOT / "params.yaml").read_text("utf-8"))
-    return params
+    """The values of params.yaml, to be changed and written."""
+    values: dict[str, Any] = parse_yaml((ROOT / "params.yaml").read_text("utf-8"))
+    return values
 
 
 def model_knobs(model: str, **changes: Any) -> Model:
     """The train block of that model in params.yaml, with some of its knobs changed."""
-    return changed(cast("Model", SimpleNamespace(**load_params()["train"][model])), **changes)
+    return changed(params.load_params(ROOT / "params.yaml").model(model), **changes)
 
 
 def changed(knobs: Model, **changes: Any) -> Model:
-    """A copy with other values. Raises AttributeError for a knob that there is not."""
+    """A copy with other values. Raises AttributeError for an unknown knob."""
     for name in changes:
         getattr(knobs, name)
-    return cast("Model", SimpleNamespace(**vars(knobs) | changes))
+    return knobs.model_copy(update=changes)
 
 
 def fresh_processes(count: int = 1) -> ProcessPoolExecutor:
@@ -135,8 +122,8 @@ def made_data(train: int, test: int, size: int) -> Iterator[Path]:
 
 
 def _draw_rows(count: int, size: int) -> list[Row]:
-    params = load_params()
-    draw = partial(_draw_some, size, params["resize"]["quality"], params["subset"]["quantities"])
+    values = load_params()
+    draw = partial(_draw_some, size, values["resize"]["quality"], values["subset"]["quantities"])
     seeds = range(-(-count // BINS_DRAWN_AT_ONCE))
     with fresh_processes(usable_cores()) as pool:
         rows = list(chain.from_iterable(pool.map(draw, seeds)))[:count]
@@ -163,8 +150,11 @@ def mean_file_size(folder: Path) -> float:
 
 def load_data(folder: Path, *sets: str) -> list[Bins]:
     """These sets of made_data, or of the pipeline's data folder."""
+    first = pq.read_table(shard_paths(folder / "resized")[0])["image"][0].as_py()
+    size = jpeg.decode(first).shape[0]
     with TemporaryDirectory(prefix="bench-") as work:
-        return load_sets(folder / "resized", folder / "split.csv", sets, Path(work), Processes())
+        pack_bins(folder / "resized", folder / "split.csv", sets, size, Path(work))
+        return [open_bins(Path(work), name, size) for name in sets]
 
 
 class _RepeatedImages(Images):

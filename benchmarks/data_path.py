@@ -22,7 +22,7 @@ from benchmarks.dvc_operations import in_bytes
 from benchmarks.measured import COUNTS, MEASURES, Measure
 from benchmarks.true_bins import PADDED
 from benchmarks.true_bucket import COUNTS_PATH, serving_true_bucket
-from stages.training.processes import CPU
+from stages.imaging.loader import CPU
 from tests.project import Project
 
 PACKAGES = ["dvc", "obstore", "pyarrow", "simplejpeg", "torch", "uvloop"]

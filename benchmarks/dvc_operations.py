@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from benchmarks import common
-from stages.training.processes import CPU
+from stages.imaging.loader import CPU
 from tests.project import SETTINGS, Clone, Project, fill_buckets
 from tools.s3 import serving
 
@@ -140,8 +140,6 @@ def served_folder() -> Iterator[tuple[Path, str]]:
 def two_stage_project(folder: Path, endpoint: str) -> Project:
     """This project's settings of DVC and its remote, with another pipeline."""
     project = Project(folder, endpoint)
-    # Its index of the files, which would stay in /var/tmp.
-    project.environment["DVC_SITE_CACHE_DIR"] = str(folder.with_name("site-cache"))
     (folder / "dvc.yaml").write_text(TWO_STAGES, "utf-8")
     (folder / "params.yaml").write_text("knob: 0\n", "utf-8")
     commit(project)

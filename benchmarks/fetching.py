@@ -25,10 +25,11 @@ from ruamel.yaml import YAML
 from benchmarks import common
 from benchmarks.measured import Measure
 from benchmarks.true_bucket import BUCKET, serving_true_bucket
-from stages.collecting.bucket import list_objects, open_bucket
+from stages.collecting.bucket import open_bucket
+from stages.collecting.listing import list_objects
 from stages.formats.shards import write_table
+from stages.imaging.loader import CPU
 from stages.runtime import params
-from stages.training.processes import CPU
 
 PACKAGES = ["obstore", "boto3", "s5cmd", "uvloop", "simplejpeg", "torch"]
 IMG2DATASET = common.ROOT / ".venv-img2dataset"

@@ -30,7 +30,7 @@ from stages.imaging.loader import load_batches
 from stages.networks.classifier import logits_of
 from stages.networks.inference import default_device
 from stages.runtime.machine import usable_cores
-from stages.training.engine import split_into_batches
+from stages.training.epochs import split_into_batches
 
 PACKAGES = ["torch", "torchvision", "transformers", "accelerate", "simplejpeg", "pillow"]
 # Of both kinds, but small: for what is no matter of speed.

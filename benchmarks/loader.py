@@ -25,10 +25,9 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from benchmarks import common
-from stages.imaging.loader import load_batches
+from stages.imaging.loader import CPU, load_batches
 from stages.runtime.machine import usable_cores
-from stages.training.engine import split_into_batches
-from stages.training.processes import CPU
+from stages.training.epochs import split_into_batches
 
 PACKAGES = ["torch", "torchvision", "pillow", "simplejpeg", "webdataset", "datasets", "pyarrow"]
 BATCH = 128

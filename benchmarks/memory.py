@@ -23,7 +23,7 @@ from benchmarks.dvc_operations import in_bytes
 from benchmarks.measured import MEASURES, Measure
 from benchmarks.true_bins import PADDED
 from benchmarks.true_bucket import serving_true_bucket
-from stages.training.processes import CPU
+from stages.imaging.loader import CPU
 from tools.s3 import CLIENT_ENVIRONMENT
 
 PACKAGES = ["obstore", "pyarrow", "pandas", "torch", "transformers", "simplejpeg", "uvloop"]

@@ -17,8 +17,8 @@ import torch
 
 from benchmarks import common, training
 from benchmarks.training import Stopwatch, Task
+from stages.imaging.loader import CPU
 from stages.runtime.machine import usable_cores
-from stages.training.processes import CPU
 
 PACKAGES = ["torch", "torchvision", "transformers", "accelerate", "simplejpeg", "pillow"]
 # Steps of an epoch: more than are ever reached.

@@ -4,15 +4,13 @@ Each way of training is a function that trains until its stopwatch has seen enou
 the same weights, flip half of the images, and use AdamW without weight decay.
 """
 
-from __future__ import annotations
-
 import itertools
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -26,12 +24,11 @@ from benchmarks import common
 from stages.imaging.loader import load_batches
 from stages.networks.classifier import Classifier, build_classifier, logits_of
 from stages.networks.inference import place
+from stages.runtime.params import Model
 from stages.training.checkpoint import TrainingState, Watch
-from stages.training.engine import Trainer, plan_epoch
+from stages.training.engine import Trainer
+from stages.training.epochs import plan_epoch
 from stages.training.processes import Processes
-
-if TYPE_CHECKING:
-    from stages.runtime.params import Model
 
 TINY = "tiny network"
 # The weights are random, so that none are needed.

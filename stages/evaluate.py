@@ -1,69 +1,65 @@
-"""Score one model on the test bins: metrics with intervals, predictions, tables of the plots.
+"""Score one model on the test bins: metrics with intervals, tables for the plots, a model card.
 
-Validation calibrates its probabilities and chooses the threshold of its alarms; test only measures.
+Validation has calibrated the model's probabilities, and chooses the threshold of its alarms; test
+only measures.
 """
 
 import numpy as np
 import pandas as pd
 
-from stages.formats.tables import read_csv, write_csv, write_json
-from stages.imaging.loader import load_bins
-from stages.networks.classifier import load_classifier
+from stages.formats.tables import read_csv
+from stages.imaging.loader import Bins, load_bins
+from stages.networks.classifier import Classifier
 from stages.networks.inference import default_device, evaluate, place
-from stages.networks.release import Settings, digests_of, write_settings
+from stages.networks.release import load_release
 from stages.runtime import paths
 from stages.runtime.command import run_stage
 from stages.runtime.files import write_text
 from stages.runtime.params import load_params
 from stages.scoring.card import model_card
 from stages.scoring.evaluation import Scored, evaluate_scores
+from stages.scoring.results import write_results
 
 
 def main(model: str) -> str:
     params = load_params()
     sets = read_csv(paths.SPLIT)
-    digests = digests_of(paths.MODELS / model)
-    validation, test = score(model, sets, params.evaluate.batch_size)
-    seen_groups = set(sets.loc[sets["set"] != "test", "group"])
-    evaluation = evaluate_scores(validation, test, params.evaluate.false_alarm, seen_groups)
+    release = load_release(paths.MODELS / model)
+    (bins,) = load_bins(
+        paths.RESIZED, paths.SPLIT, "test", size=params.resize.size, stage=f"evaluate {model}"
+    )
+    test = score(release.classifier, bins, sets, params.evaluate.batch_size)
+    evaluation = evaluate_scores(
+        release.validation,
+        test,
+        release.settings.temperature,
+        params.evaluate.false_alarm,
+        seen_groups=set(sets.loc[sets["set"] != "test", "group"]),
+    )
     metrics = evaluation.metrics | {
         "majority_accuracy": float((test.actual == majority_quantity(sets)).mean()),
         "test_bins": len(test.ids),
     }
-    for name, table in evaluation.tables.items():
-        write_csv(paths.REPORTS / model / f"{name}.csv", table)
-    write_json(paths.REPORTS / model / "metrics.json", metrics)
-    settings = Settings(
-        temperature=evaluation.temperature,
-        fit=params.resize.fit,
-        quality=params.resize.quality,
-        sha256=digests,
-    )
-    write_settings(paths.REPORTS / model, settings, evaluation.validation)
+    write_results(paths.REPORTS / model, metrics, evaluation.tables)
     write_text(paths.MODELS / f"{model}.md", model_card(model, params, sets, evaluation.tables))
     return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 
 
-def score(model: str, sets: pd.DataFrame, batch_size: int) -> list[Scored]:
-    """The model's scores of validation and of test, as they come out of the network."""
-    classifier = load_classifier(paths.MODELS / model)
-    loaded = load_bins(paths.RESIZED, paths.SPLIT, "validation", "test", stage=f"evaluate {model}")
+def score(classifier: Classifier, bins: Bins, sets: pd.DataFrame, batch_size: int) -> Scored:
+    """The model's scores of the bins, as they come out of the network."""
     place(classifier, default_device())
-    groups = sets.set_index("id")["group"]
-    return [
-        Scored(
-            bins.ids,
-            groups[bins.ids].tolist(),
-            bins.quantities,
-            evaluate(classifier, bins, batch_size).probabilities.astype(np.float64),
-            classifier.labels,
-        )
-        for bins in loaded
-    ]
+    probabilities = evaluate(classifier, bins, batch_size).probabilities
+    return Scored(
+        ids=bins.ids,
+        groups=sets.set_index("id")["group"][bins.ids].tolist(),
+        actual=bins.quantities,
+        probabilities=probabilities.astype(np.float64),
+        labels=classifier.labels,
+    )
 
 
 def majority_quantity(sets: pd.DataFrame) -> int:
-    """The most frequent quantity in train, the smaller of equals."""
+    """The most frequent quantity in train; the smaller one of equally frequent ones."""
     bins = pd.read_parquet(paths.RESIZED, columns=["id", "quantity"])
     train = bins[bins["id"].isin(sets.loc[sets["set"] == "train", "id"])]
     return int(train["quantity"].mode().iloc[0])

@@ -1,89 +1,54 @@
 """Draw the figures and write the page that shows the run: reports/figures, reports/index.html.
 
 The same inputs give the same bytes. So the page has no times, which differ from run to run, and no
-commit, which a run precedes; it has MD5s as dvc.lock records them, by which git finds the commit.
+commit, which is made after the run; its MD5s are those of dvc.lock, by which git finds the commit.
 """
 
 import hashlib
-import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stages.formats.shards import read_rejects, shard_paths, whole_parquet
-from stages.formats.tables import read_csv, write_csv
-from stages.reporting import plots
-from stages.reporting.figures import Tables, draw_figures
-from stages.reporting.page import embedded, render
+from stages.formats.tables import read_csv, read_json, write_csv
+from stages.reporting.content import by_metric, doubtful, majority_metrics, sample, training_knobs
+from stages.reporting.figures import Picture, Tables, draw_figures
+from stages.reporting.page import PUBLISHED, REPORT, embedded, render
 from stages.runtime import paths
 from stages.runtime.command import run_stage
 from stages.runtime.errors import UserError
-from stages.runtime.files import write_text
-from stages.runtime.params import Params, load_params
+from stages.runtime.files import write_bytes, write_text
+from stages.runtime.params import load_params
 from stages.runtime.work import publish_folder, scratch
-from stages.sampling.order import shuffled
 from stages.scoring.comparison import compare_models
-from stages.scoring.metrics import counting_metrics
+from stages.scoring.results import METRICS, read_metrics, read_tables
 
 COMPARISON = paths.REPORTS / "comparison.csv"
 FIGURES = paths.REPORTS / "figures"
-OUT = paths.REPORTS / "index.html"
-TEMPLATE = Path(plots.__file__).with_name("report.html")
-PUBLISHED = Path(plots.__file__).with_name("published.csv")
-TABLES = [
-    "alarms",
-    "calibration",
-    "confusion",
-    "curves",
-    "intervals",
-    "per_quantity",
-    "precision",
-    "predictions",
-    "reliability",
-    "reliability_uncalibrated",
-    "roc",
-    "siblings",
-    "validation",
-]
-DOUBTFUL, SAMPLE = 24, 24
-
-Metrics = Mapping[str, Any]
-Rows = list[dict[Hashable, Any]]
+PAGE = paths.REPORTS / "index.html"
 
 
 def main() -> str:
     params = load_params()
-    models = [model for model in params.train if (paths.REPORTS / model / "metrics.json").exists()]
-    if not models:
-        raise UserError("no model was evaluated: make reports/<model> with `dvc repro`")
-    results = {model: read_json(paths.REPORTS / model / "metrics.json") for model in models}
-    tables = {
-        name: {model: read_csv(paths.REPORTS / model / f"{name}.csv") for model in models}
-        for name in TABLES
-    }
-    with whole_parquet(paths.SUBSET):
-        subset = pd.read_parquet(paths.SUBSET, columns=["id", "quantity"])
-    bins = subset.merge(read_csv(paths.SPLIT), on="id")
+    results = {m: read_metrics(paths.REPORTS / m) for m in params.train if is_evaluated(m)}
+    if not results:
+        raise UserError("no model has been evaluated: make reports/<model> with `dvc repro`")
+    tables = tables_by_name(list(results))
+    bins = read_bins()
     comparison = compare_models(tables["predictions"], bins.set_index("id")["group"])
     write_csv(COMPARISON, comparison)
     majority = int(bins.loc[bins["set"] == "train", "quantity"].mode().iloc[0])
     by_majority = majority_metrics(tables["predictions"], majority)
     figures = draw_figures(bins, by_majority["accuracy"], tables)
-    with scratch("report") as folder:
-        for name, (figure, _) in figures.items():
-            plots.save_figure(figure, folder / f"{name}.png")
-        publish_folder(folder, FIGURES)
-    doubted = doubtful(tables)
-    some = sample(tables["predictions"], params.split.seed)
+    write_figures(figures)
+    doubted, some = doubtful(tables), sample(tables["predictions"], params.split.seed)
     page = render(
-        TEMPLATE,
+        REPORT,
         params=params,
-        # Test measures, and chooses nothing.
+        # Not on test, which measures and chooses nothing.
         best=max(results, key=lambda model: results[model]["validation_accuracy"]),
         results=results,
         majority=majority,
@@ -92,67 +57,48 @@ def main() -> str:
         comparison=comparison.to_dict("records"),
         leaks=read_json(paths.LEAKS),
         published=read_csv(PUBLISHED).to_dict("records"),
-        figures={name: picture(FIGURES / f"{name}.png", alt) for name, (_, alt) in figures.items()},
+        figures=figures,
         tables=tables,
         doubtful=doubted,
         sample=some,
         photographs=read_photographs(sorted({row["id"] for row in [*some, *doubted]})),
         index=read_json(paths.INDEX_COUNTS),
-        drawn=len(subset),
+        drawn=pq.read_metadata(paths.SUBSET).num_rows,
         unusable=len(read_rejects(paths.QUARANTINE)),
         sets=bins["set"].value_counts().to_dict(),
-        training=training_knobs(params, models),
-        digests={path.as_posix(): md5(path) for path in identifying_files(models)},
+        training=training_knobs(params, list(results)),
+        digests={path.as_posix(): md5(path) for path in identifying_files(results)},
     )
-    write_text(OUT, page)
-    return f"open {OUT} in a browser"
+    write_text(PAGE, page)
+    return f"open {PAGE} in a browser"
 
 
-def by_metric(intervals: Mapping[str, pd.DataFrame]) -> dict[str, dict[Hashable, Any]]:
-    """Each model's rows of intervals.csv by the metric's name."""
-    return {model: table.set_index("metric").to_dict("index") for model, table in intervals.items()}
+def is_evaluated(model: str) -> bool:
+    return (paths.REPORTS / model / METRICS).exists()
 
 
-def majority_metrics(predictions: Mapping[str, pd.DataFrame], majority: int) -> Metrics:
-    """The metrics of always answering `majority`."""
-    actual = next(iter(predictions.values()))["actual"].to_numpy()
-    labels = sorted({majority, *actual.tolist()})
-    return counting_metrics(actual, np.full_like(actual, majority), labels)
+def tables_by_name(models: Sequence[str]) -> Tables:
+    of_model = {model: read_tables(paths.REPORTS / model) for model in models}
+    return {name: {m: of_model[m][name] for m in models} for name in of_model[models[0]]}
 
 
-def doubtful(tables: Tables) -> Rows:
-    """The held-out bins whose records the models together contradict most surely, first.
-
-    Those of test and validation, on which no model was trained. `belief` is the mean of the models'
-    calibrated probabilities of the record's count, `seen` the count they find most probable.
-    """
-    held_out = [
-        pd.concat([tables["predictions"][model], tables["validation"][model]])
-        for model in tables["predictions"]
-    ]
-    both = pd.concat(held_out).groupby(["id", "actual"]).mean(numeric_only=True)
-    probabilities = both.filter(regex=r"^p\d+$")
-    labels = probabilities.columns.str.removeprefix("p").astype(int)
-    bins = both.index.to_frame(index=False)
-    places = labels.get_indexer(pd.Index(bins["actual"]))
-    bins["belief"] = probabilities.to_numpy()[np.arange(len(bins)), places]
-    bins["seen"] = labels[probabilities.to_numpy().argmax(axis=1)]
-    bins = bins[bins["seen"] != bins["actual"]].sort_values(["belief", "id"])
-    return bins[:DOUBTFUL].to_dict("records")
+def read_bins() -> pd.DataFrame:
+    """The bins of all sets: id, quantity, set and group."""
+    with whole_parquet(paths.SUBSET):
+        subset = pd.read_parquet(paths.SUBSET, columns=["id", "quantity"])
+    return subset.merge(read_csv(paths.SPLIT), on="id")
 
 
-def sample(predictions: Mapping[str, pd.DataFrame], seed: int) -> Rows:
-    """Some test bins, drawn by seed, with the record's count and each model's."""
-    bins = next(iter(predictions.values())).set_index("id")["actual"]
-    counts = {model: table.set_index("id")["predicted"] for model, table in predictions.items()}
-    return [
-        {"id": name, "actual": bins[name], "predicted": {m: counts[m][name] for m in counts}}
-        for name in sorted(shuffled(bins.index, "sheet", seed)[:SAMPLE])
-    ]
+def write_figures(figures: Mapping[str, Picture]) -> None:
+    """Write the folder of figures, whole or not at all."""
+    with scratch("report") as folder:
+        for name, picture in figures.items():
+            write_bytes(folder / f"{name}.png", picture.png)
+        publish_folder(folder, FIGURES)
 
 
 def read_photographs(ids: Sequence[str]) -> dict[str, str]:
-    """The resized photographs of these bins by id, as URLs that hold them."""
+    """The resized photographs of these bins by id, each as a URL that holds it."""
     photographs: dict[str, str] = {}
     for path in shard_paths(paths.RESIZED):
         with whole_parquet(path):
@@ -162,37 +108,14 @@ def read_photographs(ids: Sequence[str]) -> dict[str, str]:
     return photographs
 
 
-def training_knobs(params: Params, models: Sequence[str]) -> dict[str, list[str]]:
-    """Each knob of a model with its value for each, as params.yaml has it."""
-    blocks = [params.model(model).model_dump() for model in models]
-    return {knob: [as_text(block[knob]) for block in blocks] for knob in blocks[0]}
-
-
-def as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def identifying_files(models: Sequence[str]) -> list[Path]:
-    """Inputs that no other run has."""
-    return [
-        paths.SUBSET,
-        paths.SPLIT,
-        *(paths.REPORTS / model / "predictions.csv" for model in models),
-    ]
+def identifying_files(models: Mapping[str, object]) -> list[Path]:
+    """Inputs that dvc.lock has the MD5s of, and that no other run has."""
+    return [paths.SUBSET, paths.SPLIT, *(paths.REPORTS / model / METRICS for model in models)]
 
 
 def md5(path: Path) -> str:
     """As dvc.lock records it."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text("utf-8"))
-
-
-def picture(path: Path, alt: str) -> dict[str, str]:
-    return {"src": embedded("image/png", path.read_bytes()), "alt": alt}
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def write_table(path: Path, table: pa.Table) -> None:
     compressed already, and readers get at them fastest so.
     """
     images = "image" in table.schema.names
-    with atomic_write(path, table.nbytes) as temporary:
+    with atomic_write(path) as temporary:
         pq.write_table(
             table,
             temporary,

@@ -13,9 +13,9 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_csv(path: Path, table: pd.DataFrame) -> None:
-    """Six significant digits: enough for shares and losses, and the same on every machine."""
-    write_text(path, table.to_csv(index=False, lineterminator="\n", float_format="%.6g"))
+def write_csv(path: Path, table: pd.DataFrame, digits: int = 6) -> None:
+    """Six significant digits are enough for shares and losses, and the same on every machine."""
+    write_text(path, table.to_csv(index=False, lineterminator="\n", float_format=f"%.{digits}g"))
 
 
 def read_csv(path: Path) -> pd.DataFrame:

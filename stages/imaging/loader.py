@@ -1,7 +1,6 @@
 """Photographs from the shards to batches of pixels, decoded by a pool of threads."""
 
 import os
-import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,11 +21,10 @@ from stages.formats.tables import read_csv
 from stages.imaging import jpeg
 from stages.runtime.errors import UserError
 from stages.runtime.machine import usable_cores
-from stages.runtime.space import require_space, space_for
 from stages.runtime.work import scratch
-from stages.training.processes import CPU, Processes
 
-# Batches decoded ahead of the one in use.
+CPU = torch.device("cpu")
+# Batches that are decoded ahead of the one in use.
 PREFETCH = 2
 # The two files of pack_bins.
 IMAGES = "images"
@@ -34,10 +32,10 @@ TABLE = "bins.parquet"
 
 
 class Images:
-    """JPEG files that lie one after another in a file, of which no process holds more than it uses.
+    """JPEG files, one after another in a single file, each of which is read when it is asked for.
 
     The operating system keeps them in its page cache, once for all processes of a machine. They
-    are read, not mapped: mapped pages would count as each process's memory.
+    are read, not mapped: mapped pages would count as memory of each process.
     """
 
     def __init__(self, path: Path, offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
@@ -49,7 +47,7 @@ class Images:
         return len(self._offsets)
 
     def __getitem__(self, row: int) -> bytes:
-        # No IndexError would end a loop over them otherwise.
+        # Without an IndexError, a loop over them would never end.
         if row >= len(self):
             raise IndexError(row)
         return os.pread(self._file.fileno(), int(self._lengths[row]), int(self._offsets[row]))
@@ -78,37 +76,26 @@ class Batch(NamedTuple):
     rows: NDArray[np.int64]
 
 
-def load_bins(resized: Path, split: Path, *set_names: str, stage: str = "bins") -> list[Bins]:
-    """The bins that `split` (a CSV of id and set) puts in each set. Raises UserError if none.
+def load_bins(
+    resized: Path, split: Path, *set_names: str, size: int, stage: str = "bins"
+) -> list[Bins]:
+    """The bins that `split` (a CSV of id and set) puts in each set, for one process.
 
-    They are packed in the scratch folder of `stage`.
+    Their photographs are packed in the scratch folder of `stage`. Raises what pack_bins raises.
     """
     with scratch(stage) as folder:
-        return load_sets(resized, split, set_names, folder, Processes())
+        pack_bins(resized, split, set_names, size, folder)
+        # The packed file goes with its name, but stays readable as long as it is open.
+        return [open_bins(folder, name, size) for name in set_names]
 
 
-def load_sets(
-    resized: Path, split: Path, set_names: Sequence[str], folder: Path, processes: Processes
-) -> list[Bins]:
-    """The bins of several sets, their photographs held once for all `processes` of a machine."""
-    # By the rank of its first process: two machines may share the folder, and even have one name.
-    folder = folder / f"bins-{processes.rank - processes.local_rank}"
-    if processes.local_rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        pack_bins(resized, split, set_names, folder)
-    processes.wait_for_all()
-    found = [open_bins(folder, name) for name in set_names]
-    processes.wait_for_all()
-    if processes.local_rank == 0:
-        # The file goes with its name as soon as no process has it open, killed or not.
-        shutil.rmtree(folder)
-    return found
+def pack_bins(
+    resized: Path, split: Path, set_names: Sequence[str], size: int, folder: Path
+) -> None:
+    """Write the sets' photographs one after another into a file in `folder`, and a table of them.
 
-
-def pack_bins(resized: Path, split: Path, set_names: Sequence[str], folder: Path) -> None:
-    """Put the sets' photographs into one file in `folder`, and what is known of each beside it.
-
-    Raises UserError where a set has no bin, or the shards lack one, and DiskFullError.
+    Raises UserError where a set is empty, a bin is missing from the shards, or their photographs
+    are not `size` pixels wide and high.
     """
     sets = pa.Table.from_pandas(read_csv(split)[["id", "set"]], preserve_index=False)
     sets = sets.filter(pc.is_in(sets["set"], pa.array(set_names)))
@@ -116,12 +103,11 @@ def pack_bins(resized: Path, split: Path, set_names: Sequence[str], folder: Path
         if name not in sets["set"].unique().to_pylist():
             raise UserError(f"{split} has no bin in the set {name}: check split.{name}")
     packed = []
-    needed = packed_bytes(resized, len(sets))
-    require_space(folder, needed, "the photographs, one after another for all processes")
-    with space_for(folder / IMAGES, needed), (folder / IMAGES).open("wb") as file:
+    with (folder / IMAGES).open("wb") as file:
         for path in shard_paths(resized):
             with whole_parquet(path):
                 shard = pq.read_table(path)
+            _check_size(resized, shard, size)
             rows = pc.index_in(shard["id"], sets["id"])
             shard = shard.append_column("row", rows).filter(pc.is_valid(rows))
             for image in shard["image"]:
@@ -138,25 +124,26 @@ def pack_bins(resized: Path, split: Path, set_names: Sequence[str], folder: Path
     write_table(folder / TABLE, bins.drop_columns("row"))
 
 
-def packed_bytes(resized: Path, bins: int) -> int:
-    """About what so many of the shards' photographs take."""
-    paths = shard_paths(resized)
-    rows = 0
-    for path in paths:
-        with whole_parquet(path):
-            rows += pq.read_metadata(path).num_rows
-    return sum(path.stat().st_size for path in paths) * bins // max(1, rows)
+def _check_size(resized: Path, shard: pa.Table, size: int) -> None:
+    """Of the shard's first photograph: the resize stage makes all of them alike."""
+    for image in shard["image"][:1]:
+        height, width, _ = jpeg.decode(image.as_py()).shape
+        if (height, width) != (size, size):
+            raise UserError(
+                f"{resized} has photographs of {width} x {height} pixels, but resize.size is"
+                f" {size}: make them again with `dvc repro --force resize`"
+            )
 
 
-def open_bins(folder: Path, set_name: str) -> Bins:
-    """A set that pack_bins put there."""
+def open_bins(folder: Path, set_name: str, size: int) -> Bins:
+    """A set that pack_bins wrote to `folder`, of photographs of that size."""
     table = pq.read_table(folder / TABLE, filters=pc.field("set") == set_name)
     images = Images(folder / IMAGES, table["offset"].to_numpy(), table["length"].to_numpy())
     return Bins(
         ids=table["id"].to_pylist(),
         quantities=table["quantity"].to_numpy().astype(np.int64),
         images=images,
-        size=jpeg.decode(images[0]).shape[0],
+        size=size,
     )
 
 
@@ -166,10 +153,10 @@ def load_batches(
     device: torch.device = CPU,
     threads: int | None = None,
 ) -> Iterator[Batch]:
-    """The bins at the rows of each of `batches`, decoded ahead into a few reused buffers.
+    """The bins at the rows of each of `batches`, decoded ahead into a few buffers that are reused.
 
-    Every core (or `threads` of them) decodes a piece of each batch; the decoder releases Python's
-    lock. Empty batches stay empty batches.
+    Each core (or `threads` of them) decodes a piece of each batch, since the decoder releases
+    Python's lock. Empty batches stay empty.
     """
     threads = threads or usable_cores()
     shape = (max(map(len, batches), default=0), bins.size, bins.size, 3)
@@ -184,7 +171,7 @@ def load_batches(
     def decode_ahead(number: int) -> None:
         rows = batches[number]
         if on_gpu:
-            # Its last content may still be on its way to the GPU.
+            # Its previous content may still be on its way to the GPU.
             copied[number % len(buffers)].synchronize()
         pixels = buffers[number % len(buffers)].numpy()
         pieces = np.array_split(np.arange(len(rows)), threads)

@@ -1,20 +1,32 @@
-"""The report's figures by name, each with a text for those who do not see it."""
+"""The report's figures by name, each with a text for people who cannot see it."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from stages.reporting import plots
+from stages.reporting.page import embedded
 
 # By name of the file in reports/<model>, and by model.
 Tables = Mapping[str, Mapping[str, pd.DataFrame]]
 
 
+class Picture(NamedTuple):
+    """A figure as PNG, with the text that says what it shows."""
+
+    png: bytes
+    text: str
+
+    @property
+    def url(self) -> str:
+        return embedded("image/png", self.png)
+
+
 def draw_figures(
     bins: pd.DataFrame, majority_accuracy: float, tables: Tables
-) -> dict[str, tuple[Figure, str]]:
-    """Each figure by its file's name; `bins` has the quantity and set of each."""
+) -> dict[str, Picture]:
+    """Each figure by the name of its file; `bins` has the quantity and set of each bin."""
     quantities = pd.crosstab(bins["quantity"], bins["set"])
     figures = {"quantities": (plots.quantities_figure(quantities), quantities_text(quantities))}
     for model, curves in tables["curves"].items():
@@ -25,14 +37,14 @@ def draw_figures(
         )
         figure = plots.confusion_figure(model, confusion.to_numpy(), confusion.index.tolist())
         figures[f"confusion_{model}"] = figure, confusion_text(model, confusion)
-    text = "Recall per quantity, in the tables below."
+    text = "Recall per quantity; the tables below have the numbers."
     figures["recall"] = plots.recall_figure(tables["per_quantity"]), text
     figure = plots.reliability_figure(tables["reliability_uncalibrated"], tables["reliability"])
     figures["reliability"] = figure, reliability_text(tables["calibration"])
     figures["roc"] = plots.roc_figure(tables["roc"]), roc_text(tables["alarms"])
-    text = "Precision by wrong records found, of which the tables have some points."
+    text = "Precision by wrong records found; the tables below have some of its points."
     figures["precision"] = plots.precision_figure(tables["roc"]), text
-    return figures
+    return {name: Picture(plots.as_png(figure), text) for name, (figure, text) in figures.items()}
 
 
 def quantities_text(quantities: pd.DataFrame) -> str:

@@ -1,4 +1,4 @@
-"""Pages that hold all they show, and escape what goes into them."""
+"""Pages that hold everything they show, and escape what goes into them."""
 
 import base64
 from pathlib import Path
@@ -6,9 +6,12 @@ from typing import Any
 
 import jinja2
 
+REPORT = Path(__file__).with_name("report.html")
+PUBLISHED = Path(__file__).with_name("published.csv")
+
 
 def render(template: Path, **values: Any) -> str:
-    """The page that a Jinja template makes of the values; each is escaped."""
+    """The page that a Jinja template makes of the values, each of them escaped."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -18,5 +21,5 @@ def render(template: Path, **values: Any) -> str:
 
 
 def embedded(media_type: str, data: bytes) -> str:
-    """The URL of a file that the page itself holds."""
+    """A URL that holds the file itself."""
     return f"data:{media_type};base64,{base64.b64encode(data).decode()}"

@@ -1,12 +1,11 @@
 """The report's figures, drawn with matplotlib: same data, same bytes.
 
-Each is narrow enough to be read on a phone.
+Each is narrow enough to read on a phone.
 """
 
 import io
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,7 +16,6 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from stages.runtime.files import write_bytes
 from stages.scoring.verification import PREVALENCES, precision
 
 SETS = {"train": "#5b7690", "validation": "#d9a13b", "test": "#c8385a"}
@@ -47,7 +45,7 @@ def curves_figure(model: str, curves: pd.DataFrame, majority_accuracy: float) ->
     for name, color in SETS.items():
         for panel, value in ((loss, "loss"), (accuracy, "accuracy")):
             values = curves[f"{name}_{value}"]
-            # With a marker, since a line of one epoch shows nothing.
+            # With a marker, since a line through one epoch shows nothing.
             panel.plot(curves["epoch"], values, "o-", color=color, markersize=4, label=name)
     accuracy.axhline(majority_accuracy, color=REFERENCE, linestyle="--", label="majority class")
     loss.set(title=f"Training of {model}", ylabel="cross-entropy")
@@ -62,7 +60,7 @@ def curves_figure(model: str, curves: pd.DataFrame, majority_accuracy: float) ->
 
 
 def confusion_figure(model: str, confusion: NDArray[np.int64], labels: Sequence[int]) -> Figure:
-    """The share of each row's bins, with their number."""
+    """The share and number of each row's bins."""
     figure, (panel,) = _figure(height=WIDTH)
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -98,7 +96,7 @@ def recall_figure(per_quantity: Mapping[str, pd.DataFrame]) -> Figure:
 def reliability_figure(
     before: Mapping[str, pd.DataFrame], after: Mapping[str, pd.DataFrame]
 ) -> Figure:
-    """Accuracy by confidence, a point as large as its bins, and a thin line before calibration.
+    """Accuracy by confidence, each point sized by its bins, and a thin line before calibration.
 
     `before` and `after`: rows of reliability_uncalibrated.csv and reliability.csv, by model.
     """
@@ -135,7 +133,7 @@ def roc_figure(roc: Mapping[str, pd.DataFrame]) -> Figure:
 def precision_figure(roc: Mapping[str, pd.DataFrame]) -> Figure:
     """Precision by wrong records found, where PREVALENCES of the records are wrong.
 
-    `roc`: rows of roc.csv, by model. Precision has a logarithmic axis: it differs tenfold.
+    `roc`: rows of roc.csv, by model. The axis of precision is logarithmic, since it spans decades.
     """
     figure, (axes,) = _figure(height=WIDTH)
     for (model, table), color in zip(roc.items(), cycle(MODELS), strict=False):
@@ -154,12 +152,11 @@ def precision_figure(roc: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """As PNG."""
+def as_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     # Without the version of matplotlib, which would change the bytes.
     figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
-    write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _make_unit_square(axes: Axes) -> None:

@@ -2,10 +2,10 @@
 
 
 class UserError(Exception):
-    """Something a user can mend. The text names the key, file or object, and what to do.
+    """Something a user can fix. The text names the key, file or object, and what to do.
 
-    It may repeat what a stranger wrote, like an object's key: what a terminal would obey in it is
-    shown as its escape.
+    It may repeat text of a stranger, like an object's key: characters that a terminal would obey
+    are replaced by their escapes.
     """
 
     def __init__(self, text: str) -> None:
@@ -17,8 +17,8 @@ class UserError(Exception):
         )
 
 
-class Stopped(Exception):  # noqa: N818 - no error, like KeyboardInterrupt
-    """A signal ended the work, which the next run goes on with from `where`."""
+class Stopped(Exception):  # noqa: N818 - not an error, like KeyboardInterrupt
+    """A signal ended the work; the next run continues from `where`."""
 
     def __init__(self, number: int, where: str) -> None:
         super().__init__(number, where)

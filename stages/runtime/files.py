@@ -1,5 +1,6 @@
 """Outputs that are whole or absent, and digests of inputs."""
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
@@ -7,30 +8,33 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from stages.runtime.space import space_for
+from stages.runtime.space import disk_full
 
 
 @contextmanager
-def atomic_write(path: Path, size: int = 0) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary path to write; when the block ends well, flush it and rename it to `path`.
 
-    `path` itself is never opened: it may be a hard link into DVC's cache. Raises DiskFullError
-    where the file, of about `size` bytes if that is known, does not fit on its disk.
+    `path` itself is never opened: it may be a hard link into DVC's cache. On a full disk, the
+    OSError names `path` even if the library that wrote doesn't.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
-    with space_for(path, size):
-        try:
-            yield temporary
-            flush(temporary)
-            temporary.replace(path)
-            flush(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+    try:
+        yield temporary
+        flush(temporary)
+        temporary.replace(path)
+        flush(path.parent)
+    except Exception as error:
+        if disk_full(error) is None:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    with atomic_write(path, len(data)) as temporary:
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(data)
 
 

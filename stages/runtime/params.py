@@ -1,98 +1,74 @@
 """params.yaml as typed, checked values. The only reader of params.yaml."""
 
-import json
 import re
 import reprlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import unquote
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    JsonValue,
     ValidationError,
-    ValidationInfo,
-    field_validator,
     model_validator,
 )
 from ruamel.yaml import YAML
-from ruamel.yaml.constructor import DuplicateKeyError
-from ruamel.yaml.nodes import MappingNode, Node
 
 from stages.runtime.errors import UserError
 
 PARAMS_FILE = Path("params.yaml")
-# As many problems are named at once.
-MOST_PROBLEMS = 20
-_MAY_BE_SECRET = re.compile("@|://")
+
+
+def _like(pattern: str, example: str) -> AfterValidator:
+    """Text of this form. The message doesn't repeat the text, which may hold a password."""
+
+    def check(text: str) -> str:
+        if re.fullmatch(pattern, text) is None:
+            raise ValueError(f"should be like {example}")
+        return text
+
+    return AfterValidator(check)
+
+
+def _compared(value: Any) -> Any:
+    """Refuse the keys that DVC's run cache drops, at any depth, before it compares params."""
+    if isinstance(value, dict):
+        for key in sorted({"size", "nfiles"} & value.keys()):
+            raise ValueError(
+                f"has the key {key}, which DVC ignores when it looks for an earlier run"
+                " (treeverse/dvc#10296): after a change of it you could get the outputs of its"
+                " old value; remove this key"
+            )
+    inner = value.values() if isinstance(value, dict) else value
+    for one in inner if isinstance(value, dict | list) else []:
+        _compared(one)
+    return value
+
 
 Share = Annotated[float, Field(ge=0, le=1)]
-# Counts are int32 in the data.
-Count = Annotated[int, Field(ge=1, lt=2**31)]
-# A seed goes into numpy's and torch's generators, which take 32 and 64 bits.
+ProperShare = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+# numpy's and torch's generators take 32 and 64 bits.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-# Beyond these a number is 0 or infinite in the float32 of a network's weights.
-SMALLEST, LARGEST = 1.2e-38, 3.4e38
-Positive = Annotated[float, Field(ge=SMALLEST, le=LARGEST)]
-
-# A part of a bucket's name between dots, and what no part of a path may be.
-_LABEL = "[a-z0-9]([a-z0-9-]*[a-z0-9])?"
-_NO_DOTS = r"(?!\.\.?(/|$))"
-_BUCKET_URL = re.compile(
-    rf"s3://(?=[^/]{{3,63}}(/|$)){_LABEL}(\.{_LABEL})*(/{_NO_DOTS}[^/?#]+)*/?|file:///[^?#]*"
-)
-_ENDPOINT = re.compile(
-    r"https?://([A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*|\[[0-9A-Fa-f:.]+\])(:(?P<port>[0-9]{1,5}))?"
-    rf"(/{_NO_DOTS}[A-Za-z0-9._~-]+)*/?"
-)
-
-
-def _bucket_url(url: str) -> str:
-    controls = re.search(r"[\x00-\x1f\x7f]", unquote(url))
-    if _BUCKET_URL.fullmatch(url) is None or controls is not None:
-        raise ValueError("should be like s3://bucket, s3://bucket/prefix or file:///folder")
-    return url
-
-
-def _endpoint(url: str) -> str:
-    form = _ENDPOINT.fullmatch(url)
-    if form is None or not 1 <= int(form["port"] or 443) <= 65535:
-        raise ValueError(
-            "should be like http://127.0.0.1:9000 or https://host, without name and password"
-        )
-    return url
-
-
-def _unique(values: list[int]) -> list[int]:
-    if len(set(values)) < len(values):
-        raise ValueError("names a value twice")
-    return values
-
-
-def _json(config: dict[str, Any]) -> dict[str, Any]:
-    # It goes into the network's config.json. YAML has dates, sets and other keys too.
-    try:
-        text = json.dumps(config, allow_nan=False, ensure_ascii=False).encode()
-        same = json.loads(text) == config
-    except (TypeError, ValueError, RecursionError):
-        same = False
-    if not same:
-        raise ValueError("holds what JSON cannot")
-    return config
-
-
-def _model_name(name: str) -> str:
-    # models/pretrained and reports/figures are other stages' folders.
-    if name in {"pretrained", "figures"}:
-        raise ValueError("a model cannot be called so")
-    return name
+BucketUrl = Annotated[
+    str,
+    _like("s3://[^@?#/][^@?#]*|file:///[^?#]*", "s3://bucket, s3://bucket/prefix, file:///folder"),
+]
+Endpoint = Annotated[
+    str,
+    _like(r"https?://[^@?#\s]+", "http://127.0.0.1:9000 or https://host, without a password"),
+]
+#: The key of a model in the train block, which is also the name of its folders.
+ModelName = Annotated[str, _like("[a-z0-9][a-z0-9_-]*", "vit or my-net2")]
+_PART = "[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
 class Block(BaseModel):
-    """Unknown keys are refused, and nothing is converted: "5" and true are no integers."""
+    """Unknown keys are refused, and nothing is converted: "5" and true aren't integers."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -100,10 +76,9 @@ class Block(BaseModel):
 class Bucket(Block):
     """Where the photographs and records are."""
 
-    # A path has up to 4096 bytes, each of which may be three characters of a URL.
-    url: Annotated[str, Field(max_length=3 * 4096), AfterValidator(_bucket_url)]
-    region: Annotated[str, Field(max_length=63, pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
-    endpoint: Annotated[str, Field(max_length=1024), AfterValidator(_endpoint)] | None
+    url: BucketUrl
+    region: Annotated[str, _like("[a-z0-9-]+", "us-east-1")]
+    endpoint: Endpoint | None
     anonymous: bool
 
 
@@ -112,9 +87,7 @@ class Index(Block):
 
 
 class Subset(Block):
-    quantities: Annotated[
-        list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=2), AfterValidator(_unique)
-    ]
+    quantities: Annotated[list[Natural], Field(min_length=2)]
     bins: Count
     seed: Seed
 
@@ -135,7 +108,7 @@ class Resize(Block):
 class Split(Block):
     train: Count
     test: Count
-    validation: Annotated[float, Field(gt=0, lt=1)]
+    validation: ProperShare
     by: Literal["group", "image"]
     seed: Seed
 
@@ -144,72 +117,54 @@ class Model(Block):
     """One entry of the train block: a network, where its weights start, and how it is trained."""
 
     library: Literal["torchvision", "transformers"]
-    name: Annotated[
-        str,
-        Field(max_length=96, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$"),
-    ]
-    revision: Annotated[str, Field(max_length=96, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, _like(f"{_PART}(/{_PART})?", "resnet34 or google/vit-base-patch16-224")]
+    revision: Annotated[str, _like(_PART, "IMAGENET1K_V1 or a commit of the hub")]
     pretrained: bool
-    config: Annotated[dict[str, Any], AfterValidator(_json)]
+    config: Annotated[dict[str, JsonValue], AfterValidator(_compared)]
     freeze_backbone: bool
     loss: Literal["cross_entropy", "ordinal"]
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     optimizer: Literal["adam", "adamw"]
     learning_rate: Positive
-    weight_decay: Annotated[float, Field(ge=0, le=LARGEST)]
+    weight_decay: Annotated[float, Field(ge=0)]
     schedule: Literal["constant", "linear", "cosine"]
-    warmup_steps: Annotated[int, Field(ge=0, lt=2**31)]
+    warmup_steps: Natural
     clip_norm: Positive | None
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None
+    ema_decay: ProperShare | None
     batch_size: Count
     accumulation: Count
-    # Each has a row in the checkpoint from the start.
-    epochs: Annotated[int, Field(ge=1, le=100_000)]
+    epochs: Count
+    # Of pixel values from 0 to 1.
     mean: Annotated[list[Share], Field(min_length=3, max_length=3)]
-    # Of values from 0 to 1: above 0.001, so that no image becomes huge numbers.
-    std: Annotated[list[Annotated[float, Field(ge=0.001, le=1)]], Field(min_length=3, max_length=3)]
+    std: Annotated[list[Annotated[Share, Field(gt=0)]], Field(min_length=3, max_length=3)]
     horizontal_flip: bool
     color_jitter: Share
     compile: Literal["auto"] | bool
     seed: Seed
 
-    @field_validator("accumulation")
-    @classmethod
-    def _check_accumulation(cls, accumulation: int, info: ValidationInfo) -> int:
-        batch_size = info.data.get("batch_size", accumulation)
-        if accumulation > batch_size:
-            raise ValueError(f"is more than batch_size ({batch_size})")
-        return accumulation
-
-    @field_validator("config")
-    @classmethod
-    def _check_model_type(cls, config: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        if info.data.get("library") == "transformers":
-            if "model_type" not in config:
-                raise ValueError("model_type is missing, like vit")
-            if not isinstance(config["model_type"], str):
-                raise ValueError("model_type should be text, like vit")
-        return config
-
-
-#: The key of a model in the train block, which is the name of its folders.
-ModelName = Annotated[
-    str, Field(max_length=64, pattern=r"^[a-z0-9][a-z0-9_-]*$"), AfterValidator(_model_name)
-]
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.accumulation > self.batch_size:
+            raise ValueError(
+                f"accumulation ({self.accumulation}) is more than batch_size ({self.batch_size})"
+            )
+        if self.library == "transformers" and not isinstance(self.config.get("model_type"), str):
+            raise ValueError("config.model_type should be the type of the network, like vit")
+        return self
 
 
 class Run(Block):
     """How stages run."""
 
     executor: Literal["local", "ray"]
-    processes: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)]
+    processes: Literal["auto"] | Count
     checkpoint_minutes: Positive
     deterministic: bool
 
 
 class Evaluate(Block):
     batch_size: Count
-    false_alarm: Annotated[float, Field(gt=0, lt=1)]
+    false_alarm: ProperShare
 
 
 class Params(Block):
@@ -232,7 +187,10 @@ class Params(Block):
         return self.train[name]
 
     @model_validator(mode="after")
-    def _check_sizes(self) -> Self:
+    def _check_together(self) -> Self:
+        # models/pretrained and reports/figures are folders of other stages.
+        for name in {"pretrained", "figures"} & self.train.keys():
+            raise ValueError(f"train.{name} has the name of another stage's folder: rename it")
         wanted = self.split.train + self.split.test
         if wanted > self.subset.bins:
             raise ValueError(
@@ -243,94 +201,61 @@ class Params(Block):
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
-    """Read and check the whole file. Raises UserError naming every key at fault, or the first 20.
-
-    The message repeats no URL that is refused: it may hold a password.
-    """
+    """Read and check the whole file. Raises one UserError that names every key at fault."""
     values = _read_yaml(path)
     try:
         return Params.model_validate(values)
     except ValidationError as error:
-        problems = [_describe(problem, values) for problem in error.errors()[:MOST_PROBLEMS]]
+        problems = [_describe(problem, values) for problem in error.errors()]
         raise UserError(f"{path}: " + "; ".join(problems)) from None
 
 
 def _read_yaml(path: Path) -> Any:
-    # YAML 1.2 as DVC reads it: in YAML 1.1 (PyYAML) 1e-3 is a string and `off` a boolean.
-    yaml = YAML(typ="safe", pure=True)
     try:
-        return yaml.load(path)
+        data = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run from the repository's root") from None
-    except (OSError, MemoryError):
-        raise
-    except DuplicateKeyError:
-        keys = _repeated_keys(YAML(typ="safe", pure=True).compose(path), "", set())
-        raise UserError(
-            f"{path} is not YAML: {', '.join(keys) or 'a key'} is there twice"
-        ) from None
+    try:
+        # YAML 1.2, as DVC reads it: in YAML 1.1 (PyYAML) 1e-3 is a string and `off` a boolean.
+        return YAML(typ="safe", pure=True).load(data)
     # For broken bytes ruamel raises nearly anything: YAMLError, ValueError, KeyError, ...
     except Exception as error:  # noqa: BLE001
-        raise UserError(f"{path} is not YAML: {_yaml_problem(error)}") from None
-
-
-def _repeated_keys(node: Node, place: str, seen: set[int]) -> Iterator[str]:
-    """The dotted names of keys that their mapping has twice. An alias is a node seen before."""
-    if not isinstance(node, MappingNode) or id(node) in seen:
-        return
-    seen.add(id(node))
-    names = set()
-    for key, value in node.value:
-        name = place + _name(key.value)
-        if name in names:
-            yield name
-        names.add(name)
-        yield from _repeated_keys(value, f"{name}.", seen)
-
-
-def _yaml_problem(error: Exception) -> str:
-    text = getattr(error, "problem", None) or str(error) or type(error).__name__
-    # Some repeat the value that they stumble over.
-    words = ("..." if _MAY_BE_SECRET.search(word) else word for word in text.split())
-    text = " ".join(words)[:300]
-    mark = getattr(error, "problem_mark", None)
-    return text if mark is None else f"{text} (line {mark.line + 1}, column {mark.column + 1})"
+        problem = getattr(error, "problem", None) or str(error)
+        mark = getattr(error, "problem_mark", None)
+        line = f" (line {mark.line + 1})" if mark else ""
+        # Some messages quote the value, which may hold a password.
+        words = ("..." if _may_be_secret(word) else word for word in problem.split())
+        raise UserError(f"{path} is not valid YAML: {' '.join(words)}{line}") from None
 
 
 def _describe(problem: Any, values: Any) -> str:
-    key = ".".join(map(_name, _keys(problem, values)))
-    if problem["type"] == "extra_forbidden":
-        return f"{key}: there is no such key"
-    if problem["type"] == "missing":
-        return f"{key} is missing"
-    text = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        # A check of ours, which says it all. Without a key it is of several, and names them.
-        return f"{key}: {text}".removeprefix(": ")
-    return f"{key or 'the file'}: {text}, not {_shown(problem['input'])}"
+    key = ".".join("..." if _may_be_secret(part) else str(part) for part in _keys(problem, values))
+    match problem["type"]:
+        case "missing":
+            return f"{key} is missing"
+        case "extra_forbidden":
+            return f"{key}: there is no such key"
+        case "value_error":
+            # A check of this module, which says it all; without a key if it is about several.
+            return f"{key}: {problem['ctx']['error']}".removeprefix(": ")
+    found = problem["input"]
+    hidden = isinstance(found, dict | list) or _may_be_secret(found)
+    shown = "this" if hidden else reprlib.repr(found)
+    return f"{key or 'the file'}: {problem['msg']}, not {shown}"
 
 
-def _keys(problem: Any, values: Any) -> Iterator[Any]:
-    """The keys of the file in pydantic's place of a problem, which names some of its types too."""
+def _keys(problem: Any, values: Any) -> list[Any]:
+    """The keys of the file in pydantic's location, which also names the types of a union."""
+    keys = []
     for part in problem["loc"]:
         try:
             values = values[part]
         except (LookupError, TypeError):
             if problem["type"] != "missing":
-                return
-        yield part
+                break
+        keys.append(part)
+    return keys
 
 
-def _name(key: Any) -> str:
-    text = str(key)
-    plain = text.isprintable() and len(text) <= 80 and not _MAY_BE_SECRET.search(text)
-    return text if plain else _shown(text)
-
-
-def _shown(value: Any) -> str:
-    """Short, and nothing that may hold a password."""
-    if isinstance(value, dict | list | tuple | set):
-        return "a mapping" if isinstance(value, dict) else "a list"
-    if _MAY_BE_SECRET.search(str(value)):
-        return "this (not repeated, as it may hold a password)"
-    return reprlib.repr(value)
+def _may_be_secret(value: Any) -> bool:
+    return re.search("@|://", str(value)) is not None

@@ -2,58 +2,49 @@
 
 import errno
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from stages.runtime.errors import UserError
 
-
-class DiskFullError(UserError):
-    """What is to be written does not fit on its disk."""
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
-    """Raise DiskFullError where the disk of `folder` has fewer than `needed` bytes free."""
-    if shutil.disk_usage(folder).free < needed:
-        raise _no_room(folder, needed, what)
+    """Raise UserError where the disk of `folder` has fewer than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"no room for {what} (about {readable(needed)}): the disk of {folder.absolute()} has"
+            f" {readable(free)} free; free {readable(needed - free)} more, and run again"
+        )
 
 
 def on_one_disk(some: Path, others: Path) -> bool:
     return some.stat().st_dev == others.stat().st_dev
 
 
-@contextmanager
-def space_for(path: Path, needed: int) -> Iterator[None]:
-    """Turn what is raised in the block where the disk is full into a DiskFullError.
+def disk_full(error: BaseException) -> BaseException | None:
+    """The error of a full disk or quota that is or caused this one, whichever library raised it.
 
-    It says that `path`, whose folder exists, takes about `needed` bytes; 0 where nobody knows.
+    Libraries written in Rust have the system's number in their text only; others raise an error of
+    their own while they handle the system's.
     """
-    try:
-        yield
-    except Exception as error:
-        if not is_disk_full(error):
-            raise
-        raise _no_room(path.parent, needed, str(path)) from None
+    seen: BaseException | None = error
+    while seen is not None:
+        number = seen.errno if isinstance(seen, OSError) else None
+        if number in _DISK_FULL or any(f"(os error {one})" in str(seen) for one in _DISK_FULL):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
-def _no_room(folder: Path, needed: int, what: str) -> DiskFullError:
-    free = shutil.disk_usage(folder).free
-    takes = f" (about {readable(needed)})" if needed else ""
-    # What was estimated may fit, and yet not be all.
-    missing = f" for {readable(needed - free)}" if needed > free else ""
-    return DiskFullError(
-        f"no room for {what}{takes}: the disk of {folder.absolute()} has {readable(free)} free;"
-        f" make room{missing}, and run again"
-    )
-
-
-def is_disk_full(error: Exception) -> bool:
-    """Also where a library written in Rust has the system's number in its text only."""
-    numbers = (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, OSError) and error.errno in numbers:
-        return True
-    return any(f"(os error {number})" in str(error) for number in numbers)
+def disk_full_text(error: BaseException) -> str:
+    """Which file has no room, where the error of a full disk names it, and what its disk has."""
+    # Of a copy, the second file is the one that is written.
+    file = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    folder = next(place for place in Path(file or "x").absolute().parents if place.exists())
+    free = readable(shutil.disk_usage(folder).free)
+    return f"no room for {file or 'more'}: the disk of {folder} has {free} free"
 
 
 def readable(count: int) -> str:

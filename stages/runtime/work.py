@@ -1,4 +1,13 @@
-"""Work that outlives a killed run: finished parts wait in .cache until DVC has the outputs."""
+"""Work that outlives a killed run: its finished parts wait in .cache for the next run.
+
+DVC deletes a stage's outputs before it runs the stage, so parts lie outside of them, in
+`.cache/<stage>-<digest>`, where the digest is of the stage's inputs and code. A killed run leaves
+this folder to the next run with the same digest, and a run that ends well removes it, unless DVC
+runs the stage: DVC still has to take the outputs into its cache, maybe gigabytes of them, and may
+be killed meanwhile. Therefore the folder is then marked as finished, and stays until another stage
+starts, or the same stage with other inputs. So nothing is left after a complete `dvc repro`, and
+after one that ends with another stage than `report`, at most the folder of its last stage.
+"""
 
 import os
 import re
@@ -6,108 +15,65 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from stages.runtime.files import digest, digest_files, flush, write_text
-from stages.runtime.space import space_for
+from stages.runtime.files import digest, digest_files, flush
 
 STAGES = Path(__file__).parent.parent
-# How long the work of a killed run waits for a next one with the same inputs.
-DAYS_KEPT = 14
-# Beside a folder of work: the repository that made outputs of it, which DVC may not have yet.
-_FINISHED = ".finished"
-_LOCK = ".lock"
-
-
-def cache_folder() -> Path:
-    """`.cache` of the repository, also for an experiment in a temporary copy of it (DVC_ROOT)."""
-    folder = Path(os.environ.get("DVC_ROOT", ".")) / ".cache"
-    folder.mkdir(exist_ok=True)
-    return folder
+# In a folder of work whose outputs are in place.
+FINISHED = ".finished"
 
 
 @contextmanager
 def unfinished(stage: str, key: str) -> Iterator[Path]:
     """Give the folder of a stage's finished parts, which a killed run leaves for the next one.
 
-    DVC deletes a stage's outs before it runs, so parts live in cache_folder(), in a folder named
-    by `key`, a digest of all the inputs that matter, and by the version of the stage's code. The
-    folder is locked while in use. When the block ends well it is removed or, where DVC runs the
-    stage, kept until DVC has written dvc.lock: a run that is killed while DVC takes gigabytes into
-    its cache has nothing to do again. Then go too the folders that other inputs left behind
-    DAYS_KEPT ago.
+    `key` is a digest of all inputs that matter. The folder is locked while in use, and lies in
+    the original repository (DVC_ROOT) even for an experiment in a temporary copy of it.
     """
-    _remove_committed()
-    folder = cache_folder() / f"{stage}-{digest(key, _code_version())[:16]}"
-    with only_run(stage, "with the same inputs", folder.with_suffix(_LOCK)):
-        finished = folder.with_suffix(_FINISHED)
-        finished.unlink(missing_ok=True)
+    cache = Path(os.environ.get("DVC_ROOT", ".")) / ".cache"
+    cache.mkdir(exist_ok=True)
+    folder = cache / f"{stage}-{digest(key, _code_version())[:16]}"
+    _remove_finished(cache, but=folder.name)
+    with _only_run(stage, "with the same inputs", folder.with_suffix(".lock")):
         folder.mkdir(exist_ok=True)
-        # What a killed run had half written.
-        for leftover in folder.glob(".*.partial"):
+        # What a killed run had half written, or had already finished.
+        for leftover in [*folder.glob(".*.partial"), *folder.glob(FINISHED)]:
             leftover.unlink()
         yield folder
         if "DVC_STAGE" in os.environ:
-            write_text(finished, str(Path.cwd()))
+            (folder / FINISHED).touch()
         else:
             shutil.rmtree(folder, ignore_errors=True)
-        _remove_stale(stage)
-
-
-@contextmanager
-def only_run(stage: str, which: str, lock_file: Path) -> Iterator[None]:
-    """Hold the lock; where another process does, say which one, and wait for its end."""
-    lock = FileLock(lock_file)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        print(f"{stage}: waiting for another run {which}: {_holder(lock_file)}", flush=True)
-        lock.acquire()
-    try:
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        who = f"process {os.getpid()} on {socket.gethostname()}, since {since}"
-        # On a full disk nobody is told; what the stage writes tells what there is no room for.
-        with suppress(OSError):
-            lock_file.write_text(who, "utf-8")
-        yield
-    finally:
-        # While it is held: whoever waits for it notices that this file is gone, and makes another.
-        lock_file.unlink(missing_ok=True)
-        lock.release()
-
-
-def _holder(lock_file: Path) -> str:
-    with suppress(FileNotFoundError):
-        return lock_file.read_text("utf-8") or "just begun"
-    return "just ended"
 
 
 @contextmanager
 def only_run_here(stage: str) -> Iterator[None]:
     """Let one run of a stage at a time write its outputs in the current directory.
 
-    A run of which only DVC was killed goes on; the next one waits for it, and finds its work.
+    A stage whose `dvc` was killed continues; the next run waits for it, and finds its work.
     """
-    _remove_committed()
-    folder = Path(".cache")
-    folder.mkdir(exist_ok=True)
     # Of the processes that torchrun starts together, the first.
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    with only_run(stage, "of this stage", folder / f"{_file_name(stage)}.run.lock"):
+    cache = Path(".cache")
+    cache.mkdir(exist_ok=True)
+    name = _file_name(stage)
+    with _only_run(stage, "of this stage", cache / f"{name}.run.lock"):
+        _remove_finished(Path(os.environ.get("DVC_ROOT", "."), ".cache"), but=f"{name}-")
         yield
 
 
 @contextmanager
 def scratch(stage: str) -> Iterator[Path]:
-    """Give an empty folder for the time of the block, which a killed run leaves to the next one.
+    """Give an empty folder for the time of the block, on the disk of the outputs.
 
-    On the disk of the outputs, so that they can be moved into place; only_run_here guards it.
+    What a killed run left in it is removed. only_run_here sees to it that no other run uses it.
     """
     folder = Path(".cache") / f"{_file_name(stage)}.scratch"
     shutil.rmtree(folder, ignore_errors=True)
@@ -118,26 +84,19 @@ def scratch(stage: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _file_name(stage: str) -> str:
-    """Of a stage with its arguments, which nothing has checked yet."""
-    return re.sub(r"[^A-Za-z0-9_-]", "-", stage)
-
-
 def publish_folder(folder: Path, out: Path) -> None:
-    """Make `out` all files of `folder`, by hard links where the disk has them, else by copying.
+    """Replace `out` by all files of `folder`, as hard links where the disk has them, else copies.
 
-    `folder` keeps them: what breaks off here has nothing to do again. Files that begin with a dot
-    are what a killed run had half written. Raises DiskFullError.
+    `folder` keeps them, so a run that is killed here has nothing to repeat. Files whose names
+    begin with a dot are left out.
     """
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    files = list(folder.glob("[!.]*"))
     try:
-        with space_for(out, sum(file.stat().st_size for file in files)):
-            for file in files:
-                _link_or_copy(file, partial / file.name)
-            flush(partial)
+        for file in folder.glob("[!.]*"):
+            _link_or_copy(file, partial / file.name)
+        flush(partial)
         shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)
         flush(out.parent)
@@ -150,57 +109,66 @@ def _link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-    # Libraries that wrote it did not; and some disks say only then that they are full.
+    # The library that wrote it may not have flushed it.
     flush(target)
 
 
-def _remove_committed() -> None:
-    """Remove the folders whose outputs DVC has, of all stages."""
-    for marker in cache_folder().glob(f"*{_FINISHED}"):
-        _remove(marker.with_suffix(""), _is_committed)
+@contextmanager
+def _only_run(stage: str, which: str, lock_file: Path) -> Iterator[None]:
+    """Hold the lock; where another process holds it, say which one, and wait until it ends."""
+    lock = FileLock(lock_file)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        print(f"{stage}: waiting for another run {which}: {_holder(lock_file)}", flush=True)
+        lock.acquire()
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        # On a full disk nobody is told; the stage's own writing will say that it is full.
+        with suppress(OSError):
+            lock_file.write_text(
+                f"process {os.getpid()} on {socket.gethostname()}, since {since}", "utf-8"
+            )
+        yield
+    finally:
+        # While it is held: whoever waits notices that the file is gone, and makes another.
+        lock_file.unlink(missing_ok=True)
+        lock.release()
 
 
-def _is_committed(folder: Path) -> bool:
-    """Whether DVC has written dvc.lock since, or the experiment's copy of the repository is gone.
-
-    DVC writes it after each stage, changed or not, once it has the outputs in its cache.
-    """
-    marker = folder.with_suffix(_FINISHED)
-    repository = Path(marker.read_text("utf-8"))
-    lock = repository / "dvc.lock"
-    if not lock.exists():
-        return not repository.exists()
-    return lock.stat().st_mtime_ns > marker.stat().st_mtime_ns
+def _holder(lock_file: Path) -> str:
+    with suppress(FileNotFoundError):
+        return lock_file.read_text("utf-8") or "it has just begun"
+    return "it has just ended"
 
 
-def _remove_stale(stage: str) -> None:
-    for folder in cache_folder().glob(f"{stage}-*/"):
-        _remove(folder, _is_stale)
-
-
-def _is_stale(folder: Path) -> bool:
-    oldest = time.time() - DAYS_KEPT * 24 * 3600
-    return max(path.stat().st_mtime for path in [folder, *folder.iterdir()]) < oldest
-
-
-def _remove(folder: Path, is_due: Callable[[Path], bool]) -> None:
-    """Remove a folder of work that is due, unless a run works in it."""
-    lock_file = folder.with_suffix(_LOCK)
-    # Where other runs are at work, files come and go.
-    with suppress(FileNotFoundError, Timeout):
-        if not is_due(folder):
-            return
-        with FileLock(lock_file).acquire(blocking=False):
-            try:
-                # Again, since a run may have taken it up, and ended, in between.
-                if is_due(folder):
-                    shutil.rmtree(folder, ignore_errors=True)
-                    folder.with_suffix(_FINISHED).unlink(missing_ok=True)
-            finally:
-                lock_file.unlink(missing_ok=True)
+def _remove_finished(cache: Path, but: str) -> None:
+    """Remove finished folders, unless a run uses them or their names begin with `but`."""
+    for mark in cache.glob(f"*/{FINISHED}"):
+        folder = mark.parent
+        if folder.name.startswith(but):
+            continue
+        lock_file = folder.with_suffix(".lock")
+        with suppress(Timeout), FileLock(lock_file).acquire(blocking=False):
+            # Another run may have taken it up since, and been killed.
+            if mark.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            lock_file.unlink(missing_ok=True)
 
 
 def _code_version() -> str:
-    """Of the modules of this project that the running stage has imported."""
+    """Of the stage and of all packages that it has imported modules of, as dvc.yaml has its deps.
+
+    Some modules are imported later. Except for runtime, which decides no output.
+    """
     loaded = {Path(getattr(module, "__file__", None) or "") for module in sys.modules.values()}
-    return digest_files(sorted(path for path in loaded if path.is_relative_to(STAGES)))
+    ours = {path for path in loaded if path.is_relative_to(STAGES)}
+    packages = {path.parent for path in ours} - {STAGES, STAGES / "runtime"}
+    files = {path for path in ours if path.parent == STAGES}
+    files.update(path for package in packages for path in package.glob("*.py"))
+    return digest_files(sorted(files))
+
+
+def _file_name(stage: str) -> str:
+    """For a stage with its arguments, which are not checked yet."""
+    return re.sub(r"[^A-Za-z0-9_-]", "-", stage)

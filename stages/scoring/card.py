@@ -9,18 +9,18 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from stages.runtime.params import Params
 
 TEMPLATE = Path(__file__).with_name("card.md")
-# What the hub's list of results shows; the card's text has all.
+# What the hub lists as results; the text of the card has every metric.
 LISTED = ["accuracy", "rmse", "mae", "auroc"]
 
 
 def model_card(
     model: str, params: Params, sets: pd.DataFrame, tables: Mapping[str, pd.DataFrame]
 ) -> str:
-    """Markdown with a head in YAML. `tables` are those of the evaluate stage, by name."""
+    """Markdown with YAML front matter. `tables` are those of evaluate_scores, by name."""
     intervals = tables["intervals"].set_index("metric").to_dict("index")
     precision = tables["precision"]
     knobs = params.model(model)
-    head = ModelCardData(
+    front_matter = ModelCardData(
         model_name=model,
         library_name=knobs.library,
         license="cc-by-nc-sa-3.0",
@@ -39,7 +39,7 @@ def model_card(
         ],
     )
     card: ModelCard = ModelCard.from_template(
-        head,
+        front_matter,
         template_str=TEMPLATE.read_text("utf-8"),
         model=model,
         knobs=knobs,

@@ -1,4 +1,4 @@
-"""A model's scores of bins whose counts are known, and all that is computed from them."""
+"""A model's scores of bins whose counts are known, and everything that is computed from them."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -7,8 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from stages.networks.calibration import Counts, Floats, fit_temperature, with_temperature
-from stages.networks.release import probability_columns
+from stages.networks.calibration import Counts, Floats, probability_columns, with_temperature
 from stages.scoring.bootstrap import intervals
 from stages.scoring.metrics import (
     confusion_matrix,
@@ -23,6 +22,7 @@ from stages.scoring.verification import (
     make_claims,
     precision_table,
     rates_at,
+    right_probabilities,
     roc_metrics,
     roc_table,
     threshold_for,
@@ -32,7 +32,7 @@ from stages.scoring.verification import (
 
 @dataclass(frozen=True)
 class Scored:
-    """`actual` [bins] and `probabilities` [bins, labels]; `groups` names each bin's siblings."""
+    """`actual` [bins] and `probabilities` [bins, labels]; `groups` has each bin's sibling group."""
 
     ids: list[str]
     groups: list[str]
@@ -47,20 +47,13 @@ class Scored:
 
     @cached_property
     def targets(self) -> Counts:
-        """Of each bin the place of its count in `labels`."""
+        """The place of each bin's count in `labels`."""
         places: Counts = (self.actual[:, None] == np.array(self.labels)).argmax(axis=1)
         return places
 
     @cached_property
     def claims(self) -> Claims:
         return make_claims(self.probabilities, self.actual, self.labels)
-
-    @property
-    def right_scores(self) -> Floats:
-        return self.claims.scores[self.claims.right]
-
-    def temperature(self) -> float:
-        return fit_temperature(self.probabilities, self.targets)
 
     def calibrated(self, temperature: float) -> "Scored":
         return replace(self, probabilities=with_temperature(self.probabilities, temperature))
@@ -84,31 +77,34 @@ class Scored:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is known of a model: `tables` by name, of test; `validation`: its calibrated scores."""
+    """What is known of a model: `tables` are of test, but for "validation"."""
 
-    temperature: float
     metrics: dict[str, float]
     tables: dict[str, pd.DataFrame]
-    validation: pd.DataFrame
 
 
 def evaluate_scores(
-    validation: Scored, test: Scored, false_alarm: float, seen_groups: set[str]
+    validation: pd.DataFrame,
+    test: Scored,
+    temperature: float,
+    false_alarm: float,
+    seen_groups: set[str],
 ) -> Evaluation:
-    """All that scores as they come out of the network tell.
+    """Everything that a model's scores tell.
 
-    Validation gives the temperature, and the threshold with a share of `false_alarm`; test only
-    measures. `seen_groups` are those with bins in other sets than test.
+    `validation` has its calibrated scores, a row per bin as Scored.table has it; they choose the
+    threshold with a share of `false_alarm`. `test` has scores as they come out of the network,
+    which `temperature` calibrates; they are only measured. `seen_groups` are the sibling groups
+    with bins in other sets than test.
     """
-    temperature = validation.temperature()
-    uncalibrated = test
-    validation, test = (scored.calibrated(temperature) for scored in (validation, test))
+    uncalibrated, test = test, test.calibrated(temperature)
     alarms = alarm_rates(validation, test, false_alarm)
     measured = metrics_with_intervals(test, threshold=alarms["threshold"].iloc[0])
     confusion = test.confusion()
     pairs = zip(measured["metric"], measured["value"], strict=True)
     # Those at round false alarms are in intervals.csv: a table of experiments has room for few.
     metrics = {name: value for name, value in pairs if not name.startswith("found_at_")}
+    right = validation["actual"] == validation["predicted"]
     tables = {
         "alarms": alarms,
         "calibration": calibration_table(uncalibrated, test, temperature),
@@ -121,9 +117,9 @@ def evaluate_scores(
         "reliability_uncalibrated": uncalibrated.reliability(),
         "roc": roc_table(test.claims),
         "siblings": accuracy_by_siblings(test, seen_groups),
+        "validation": validation,
     }
-    of_validation = {"validation_accuracy": validation.metrics()["accuracy"]}
-    return Evaluation(temperature, metrics | of_validation, tables, validation.table())
+    return Evaluation(metrics | {"validation_accuracy": float(right.mean())}, tables)
 
 
 def metrics_with_intervals(test: Scored, threshold: float) -> pd.DataFrame:
@@ -138,11 +134,11 @@ def metrics_with_intervals(test: Scored, threshold: float) -> pd.DataFrame:
 
 
 def accuracy_by_siblings(test: Scored, seen_groups: set[str]) -> pd.DataFrame:
-    """Accuracy with its interval on test bins with a sibling in `seen_groups`, and without.
+    """Accuracy with its interval on the test bins with a sibling in `seen_groups`, and without.
 
     The difference of the two is what the leak is worth. Bins without siblings hold other counts,
-    which are easier or harder by themselves: so each half is weighed to the quantities of all test
-    bins. No row for a half that has no bins.
+    which are easier or harder in themselves, so each half is weighted to the quantities of all
+    test bins. A half without bins has no row.
     """
     seen = np.array([group in seen_groups for group in test.groups])
     halves = {"with": seen, "without": ~seen}
@@ -167,7 +163,7 @@ def standardized_accuracies(
 ) -> list[float]:
     """The accuracy on each of `halves`, if it held the quantities that all bins hold.
 
-    Of those quantities that occur in each of them; 0 where there is none.
+    Only quantities that occur in every half count; without any, the accuracy is 0.
     """
     right, size = test.predicted == test.actual, len(test.labels)
     bins = [np.bincount(test.targets, weights * half, minlength=size) for half in halves]
@@ -180,10 +176,11 @@ def standardized_accuracies(
     ]
 
 
-def alarm_rates(validation: Scored, test: Scored, false_alarm: float) -> pd.DataFrame:
+def alarm_rates(validation: pd.DataFrame, test: Scored, false_alarm: float) -> pd.DataFrame:
     """Rates on test: at the threshold that validation chose, and at those of round false alarms."""
-    chosen = {"chosen": threshold_for(validation.right_scores, false_alarm)}
-    of_test = {f"{share:.0%}": threshold_for(test.right_scores, share) for share in FALSE_ALARMS}
+    chosen = {"chosen": threshold_for(right_probabilities(validation), false_alarm)}
+    right = test.claims.scores[test.claims.right]
+    of_test = {f"{share:.0%}": threshold_for(right, share) for share in FALSE_ALARMS}
     return verification_table(test.claims, chosen | of_test)
 
 
@@ -200,7 +197,7 @@ def calibration_table(before: Scored, after: Scored, temperature: float) -> pd.D
 
 
 def confusion_table(confusion: Floats, labels: list[int]) -> pd.DataFrame:
-    """A row for each pair of counts, also those that did not occur."""
+    """A row for each pair of counts, including pairs that did not occur."""
     pairs = pd.MultiIndex.from_product([labels, labels], names=["actual", "predicted"])
     return pd.DataFrame({"test_bins": confusion.ravel().astype(int)}, index=pairs).reset_index()
 

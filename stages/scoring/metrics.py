@@ -1,23 +1,21 @@
 """How good predicted counts are, and how far their confidence can be trusted.
 
-Every bin counts with a weight, one where none is given: bootstrap resamples by weights.
+Every bin has a weight, 1 where none is given: the bootstrap resamples by weights.
 """
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from stages.networks.calibration import negative_log_likelihood
+from stages.networks.calibration import Counts, Floats, negative_log_likelihood
 
-Counts = NDArray[np.int64]
-Floats = NDArray[np.float64]
 CONFIDENCE_INTERVALS = 10
 
 
 def confusion_matrix(
     actual: Counts, predicted: Counts, labels: list[int], weights: Floats | None = None
 ) -> Floats:
-    """[actual, predicted] in the order of `labels`, which hold every value."""
+    """[actual, predicted] in the order of `labels`, which contain every value."""
     order = np.argsort(labels)
     rows, columns = (
         order[np.searchsorted(labels, counts, sorter=order)] for counts in (actual, predicted)
@@ -33,9 +31,9 @@ def counting_metrics(
     """How far predicted counts are from those of the records.
 
     RMSE and MAE are in items, accuracy and within_one shares of 1. macro_f1 is the mean F1 over the
-    labels that occur; F1 is 0 for one that is never predicted rightly. kappa is Cohen's with
-    quadratic weights (Psychological Bulletin 1968): 1 is perfect, 0 as good as chance, which it is
-    taken for where all records and predictions are one count.
+    labels that occur; F1 is 0 for a label that is never predicted correctly. kappa is Cohen's with
+    quadratic weights (Psychological Bulletin 1968): 1 is perfect and 0 as good as chance; it is 0
+    too where all records and predictions are the same count.
     """
     weights = np.ones(len(actual)) if weights is None else weights
     error = np.abs(predicted - actual)
@@ -66,8 +64,8 @@ def probability_metrics(
 ) -> dict[str, float]:
     """How good `probabilities` [bins, labels] are.
 
-    rmse_of_mean is that of the distribution's expected count, in items, which need not be whole;
-    nll the negative log-likelihood, in nats; ece see expected_calibration_error.
+    rmse_of_mean is the RMSE of the distribution's expected count, which need not be whole, in
+    items; nll is the negative log-likelihood in nats; ece is the expected_calibration_error.
     """
     weights = np.ones(len(actual)) if weights is None else weights
     places = probabilities.argmax(axis=1)
@@ -100,9 +98,9 @@ def reliability_table(
 ) -> pd.DataFrame:
     """How often predictions of about the same confidence are right: ideally as often as it says.
 
-    A row per interval of confidence that has any: their mean confidence, accuracy and number.
-    There are CONFIDENCE_INTERVALS of equal width, closed on the right, as in section 2 of Guo et
-    al., On Calibration of Modern Neural Networks, 2017 (arXiv:1706.04599).
+    A row for each interval of confidence with any predictions: their mean confidence, accuracy and
+    number. There are CONFIDENCE_INTERVALS of equal width, closed on the right, as in section 2 of
+    Guo et al., On Calibration of Modern Neural Networks, 2017 (arXiv:1706.04599).
     """
     weights = np.ones(len(right)) if weights is None else weights
     edges = np.linspace(0, 1, CONFIDENCE_INTERVALS + 1)
@@ -117,6 +115,6 @@ def reliability_table(
 
 
 def expected_calibration_error(reliability: pd.DataFrame) -> float:
-    """The mean distance of confidence and accuracy over all bins (the same paper's ECE, eq. 3)."""
+    """The mean distance between confidence and accuracy over all bins (eq. 3 of the same paper)."""
     distance = (reliability["confidence"] - reliability["accuracy"]).abs()
     return float(np.average(distance, weights=reliability["test_bins"]))

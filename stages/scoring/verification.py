@@ -1,9 +1,9 @@
 """Does a bin hold what its record says? Telling right claims from wrong ones.
 
-About every bin each count is claimed once: its record's, which counts as right, and every other, a
-wrong record; so each error is as frequent as the quantities make it. The score of a claim is the
+For every bin each count is claimed once: its record's, which counts as right, and every other as a
+wrong record, so each error is as frequent as the quantities make it. The score of a claim is the
 calibrated probability of the claimed count. A score below a threshold is an alarm. Records that are
-wrong in the data themselves count as right here, which makes every rate a little worse than it is.
+wrong in the data itself count as right here, which makes every rate look a little worse than it is.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 FALSE_ALARMS = (0.01, 0.05, 0.10)
-#: Shares of wrong records for which the precision of alarms is foretold.
+#: Shares of wrong records for which the precision of alarms is predicted.
 PREVALENCES = (0.001, 0.01, 0.05)
 _POINTS = 200
 
@@ -26,7 +26,7 @@ _POINTS = 200
 class Claims:
     """Claims in the order of their scores, lowest first; an entry each.
 
-    `bins` are the places of the bins they are about, `errors` by how many items they are off.
+    `bins` are the places of the bins they are about, `errors` how many items they are off.
     """
 
     bins: Counts
@@ -57,6 +57,13 @@ def make_claims(probabilities: Floats, actual: Counts, labels: list[int]) -> Cla
     return Claims(bins[order], errors[order], scores[order])
 
 
+def right_probabilities(table: pd.DataFrame) -> Floats:
+    """The probability of each row's actual count; `table` has `actual` and p<label> per label."""
+    columns = table.columns.get_indexer(pd.Index([f"p{count}" for count in table["actual"]]))
+    chosen: Floats = table.to_numpy()[np.arange(len(table)), columns].astype(np.float64)
+    return chosen
+
+
 def threshold_for(right_scores: Floats, false_alarms: float) -> float:
     """The highest threshold below which at most that share (under 1) of right claims score."""
     ordered = np.sort(right_scores)
@@ -66,7 +73,7 @@ def threshold_for(right_scores: Floats, false_alarms: float) -> float:
 
 
 def rates_at(claims: Claims, threshold: float, weights: Floats) -> Rates:
-    """What a threshold comes to where bins count with their weights; 0 where there is no claim."""
+    """The rates at a threshold where bins count with their weights; 0 without such claims."""
     alarms = claims.scores < threshold
     of_claim = weights[claims.bins]
 
@@ -91,8 +98,10 @@ def roc_curve(claims: Claims, weights: Floats) -> tuple[Floats, Floats]:
 
 
 def roc_metrics(claims: Claims, weights: Floats) -> dict[str, float]:
-    """The area under the ROC curve (how often a wrong claim scores below a right one), and the
-    share of wrong claims found at each of FALSE_ALARMS."""
+    """The area under the ROC curve, and the share of wrong claims found at each of FALSE_ALARMS.
+
+    The area is how often a wrong claim scores below a right one.
+    """
     false_alarms, found = roc_curve(claims, weights)
     places = np.searchsorted(false_alarms, FALSE_ALARMS, side="right") - 1
     at = zip(FALSE_ALARMS, found[places], strict=True)
@@ -101,9 +110,9 @@ def roc_metrics(claims: Claims, weights: Floats) -> dict[str, float]:
 
 
 def precision(found: Floats | float, false_alarms: Floats | float, prevalence: float) -> Floats:
-    """The share of alarms that are wrong records, where that share of all records is wrong.
+    """The share of alarms that are wrong records, where a share `prevalence` of records is wrong.
 
-    Bayes' rule. 0 where there is no alarm.
+    By Bayes' rule; 0 where there is no alarm.
     """
     true_alarms = prevalence * np.asarray(found)
     alarms = true_alarms + (1 - prevalence) * np.asarray(false_alarms)
@@ -120,11 +129,11 @@ def verification_table(claims: Claims, thresholds: dict[str, float]) -> pd.DataF
 
 
 def precision_table(verification: pd.DataFrame, right_claims: int) -> pd.DataFrame:
-    """What the rates of each row come to where few records are wrong, by that share.
+    """The precision of each row's alarms for each of PREVALENCES.
 
-    `bins_per_find`: how many alarms a person looks at for each wrong record found; `inf` where
-    none is. Where none of the `right_claims` was an alarm, 3 / right_claims of them may be, the
-    bound of 95% certainty (Hanley and Lippman-Hand, If Nothing Goes Wrong, Is Everything All
+    `bins_per_find` is how many alarms a person looks at for each wrong record found; `inf` where
+    none is found. Where none of the `right_claims` was an alarm, 3 / right_claims of them may still
+    be, the upper 95% bound (Hanley and Lippman-Hand, If Nothing Goes Wrong, Is Everything All
     Right?, JAMA 1983).
     """
     rows = []
@@ -139,10 +148,10 @@ def precision_table(verification: pd.DataFrame, right_claims: int) -> pd.DataFra
 
 
 def roc_table(claims: Claims) -> pd.DataFrame:
-    """Points of the ROC curve for a plot, false_alarms and found: most where few are alarms."""
+    """Points of the ROC curve for a plot, false_alarms and found, densest where few are alarms."""
     false_alarms, found = roc_curve(claims, np.ones(claims.bins.max() + 1))
     grid = np.union1d(np.linspace(0, 1, _POINTS + 1), np.geomspace(1e-4, 1, _POINTS + 1))
-    # The first and the last point at each share of the grid: the curve goes straight up there.
+    # The first and the last point at each share of the grid: the curve rises vertically there.
     lowest, highest = (np.searchsorted(false_alarms, grid, side) for side in ("left", "right"))
     places = np.union1d(lowest, highest - 1)
     return pd.DataFrame({"false_alarms": false_alarms[places], "found": found[places]})

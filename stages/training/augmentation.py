@@ -1,16 +1,11 @@
-"""Changes of a batch of images on its device. None crops: that could take an item out of a bin."""
+"""Changes of a batch of images, on its device. None crops, which could cut an item off."""
 
 import torch
 from torch import Tensor
 
 
-def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Images of values from 0 to 1 to mean 0 and deviation 1 per channel; mean and std are [3]."""
-    return (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-
-
 def flip(images: Tensor, flipped: Tensor) -> Tensor:
-    """Mirror those images [batch, 3, height, width] that `flipped` [batch] says."""
+    """Mirror the images [batch, 3, height, width] for which `flipped` [batch] is true."""
     return torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
 
 
@@ -18,7 +13,7 @@ def jitter_colors(images: Tensor, factors: Tensor) -> Tensor:
     """Change brightness, contrast and saturation of images of values from 0 to 1.
 
     `factors` [batch, 3] multiplies each of them; 1 changes nothing. The arithmetic is that of
-    torchvision's ColorJitter, but each image of the batch has factors of its own.
+    torchvision's ColorJitter, but each image of the batch has its own factors.
     """
     brightness, contrast, saturation = factors.to(images.dtype).view(-1, 3, 1, 1, 1).unbind(1)
     images = (images * brightness).clamp(0, 1)

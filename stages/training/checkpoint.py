@@ -1,6 +1,8 @@
-"""What a training needs to go on after it was killed, and when to write it."""
+"""What a training needs to continue after it was killed, and when to write it."""
 
+import io
 import math
+import pickle
 import signal
 import time
 from collections.abc import Iterator
@@ -8,10 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
@@ -20,10 +21,12 @@ from stages.runtime.errors import Stopped, UserError
 from stages.runtime.files import atomic_write
 from stages.training.processes import Processes
 
-NAME = "checkpoint.safetensors"
+NAME = "checkpoint.pt"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Processes agree this often that all is well; on a GPU, reading the loss waits for its queue.
 SECONDS_BETWEEN_LOOKS = 1.0
+# A terminal, a scheduler and torchrun may each pass the same request on to a process.
+SECONDS_OF_ONE_REQUEST = 1.0
 
 
 class NotFiniteError(Exception):
@@ -38,7 +41,7 @@ class NotFiniteError(Exception):
 class TrainingState:
     """All that changes while a network is trained.
 
-    `epoch` (from 1) is the one under way and `step` the number of its finished steps. `totals`
+    `epoch` (from 1) is the current one and `step` the number of its finished steps. `totals`
     float64 [3] on the device: of the steps of this process in this epoch, the sum of the losses of
     all images, how many it got right, and the first step whose loss was not finite, or infinity.
     `history` float64 [epochs, values]: the rows of the finished epochs.
@@ -52,20 +55,29 @@ class TrainingState:
     epoch: int = 1
     step: int = 0
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Those of the network, its average and the optimizer, by name, to read and to write."""
-        found = {f"network.{name}": value for name, value in self.network.state_dict().items()}
-        if self.average is not None:
-            state = self.average.state_dict()
-            found |= {f"average.{name}": value for name, value in state.items()}
-        for name, parameter in self.network.named_parameters():
-            state = self.optimizer.state.get(parameter, {})
-            found |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
-        return found | {"history": self.history}
-
     def start_epoch(self, epoch: int) -> None:
         self.epoch, self.step = epoch, 0
         self.totals.copy_(torch.tensor([0, 0, math.inf]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the totals, which each process has its own of."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+            "history": self.history,
+            "epoch": self.epoch,
+            "step": self.step,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.network.load_state_dict(saved["network"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(saved["average"])
+        self.history.copy_(saved["history"])
+        self.start_epoch(saved["epoch"])
+        self.step = saved["step"]
 
 
 def save_checkpoint(path: Path, state: TrainingState, totals: tuple[float, float]) -> None:
@@ -73,51 +85,42 @@ def save_checkpoint(path: Path, state: TrainingState, totals: tuple[float, float
 
     Raises UserError, and leaves the checkpoint of before, where a weight is not finite.
     """
-    place = torch.tensor([state.epoch, state.step, *totals], dtype=torch.float64)
-    # Copies: safetensors takes contiguous tensors that share no memory.
-    tensors = {
-        name: value.to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, value in state.tensors().items()
-    }
-    for name, value in tensors.items():
-        if name.startswith("network.") and not value.isfinite().all():
+    for name, value in state.network.state_dict().items():
+        if not value.isfinite().all():
             raise UserError(
-                f"{name.removeprefix('network.')} is no longer finite at step {state.step} of"
-                f" epoch {state.epoch}: lower this model's learning_rate"
+                f"{name} is no longer finite at step {state.step} of epoch {state.epoch}: lower"
+                " this model's learning_rate"
             )
-    with atomic_write(path, sum(value.nbytes for value in tensors.values())) as temporary:
-        save_file(tensors | {"place": place}, temporary)
+    # In memory first: what torch raises on a full disk does not say so.
+    buffer = io.BytesIO()
+    torch.save(state.state_dict() | {"totals": totals}, buffer)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def restore_checkpoint(path: Path, state: TrainingState, processes: Processes) -> bool:
-    """Go on from the first process's checkpoint, in all of them. False where there is none."""
-    place = torch.zeros(4, dtype=torch.float64)
-    targets = state.tensors()
-    if processes.is_first and (saved := _load(path)) is not None:
-        place = saved["place"]
-        for name, target in targets.items():
-            target.copy_(saved[name])
-    processes.broadcast(place)
-    epoch, step, *totals = place.tolist()
-    if not epoch:
+    """Continue from the first process's checkpoint, in all of them. False where there is none."""
+    data = path.read_bytes() if processes.is_first and path.exists() else None
+    saved = _load(path, processes.agree(data))
+    if saved is None:
         return False
-    for target in targets.values():
-        processes.broadcast(target)
-    state.start_epoch(int(epoch))
-    state.step = int(step)
+    state.load_state_dict(saved)
     if processes.is_first:
-        state.totals[:2] = torch.tensor(totals, dtype=torch.float64)
+        state.totals[:2] = torch.tensor(saved["totals"], dtype=torch.float64)
     return True
 
 
-def _load(path: Path) -> dict[str, Tensor] | None:
-    if not path.exists():
+def _load(path: Path, data: bytes | None) -> dict[str, Any] | None:
+    if data is None:
         return None
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        print(f"{path} cannot be read ({error}): starting from the beginning", flush=True)
+        saved: dict[str, Any] = torch.load(io.BytesIO(data), "cpu", weights_only=True)
+    # Of bytes in memory, so it is not the machine's fault.
+    except (RuntimeError, ValueError, EOFError, LookupError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        print(f"{path} is damaged ({reason}): starting from the beginning", flush=True)
         return None
+    return saved
 
 
 @dataclass
@@ -129,29 +132,36 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """While the block runs, SIGTERM and Ctrl-C only ask. A second one is obeyed at once."""
+    """While the block runs, SIGTERM and Ctrl-C only ask. A later one is obeyed at once."""
     request = StopRequest()
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    asked = 0.0
 
     def ask(number: int, _frame: FrameType | None) -> None:
-        request.signal = number
-        for each, handler in handlers.items():
-            signal.signal(each, handler)
+        nonlocal asked
+        if not request.signal:
+            request.signal, asked = number, time.monotonic()
+        elif time.monotonic() - asked > SECONDS_OF_ONE_REQUEST:
+            restore()
+            signal.raise_signal(number)
+
+    def restore() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
     for number in STOP_SIGNALS:
         signal.signal(number, ask)
     try:
         yield request
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        restore()
 
 
 @dataclass
 class Watch:
     """Looks after a training now and then: finite losses, checkpoints, requests to stop.
 
-    All processes look at the same steps, and then exchange one small vector. That is the only
+    All processes look after the same steps, and then exchange one small vector. That is the only
     time at which a step waits for the device.
     """
 

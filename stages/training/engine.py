@@ -1,35 +1,35 @@
 """Training a classifier: one engine for every network, on one device or many."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from stages.imaging.loader import Bins, load_batches
 from stages.networks.classifier import Classifier, freeze_backbone, logits_of
-from stages.networks.inference import autocast, class_numbers, evaluate, normalizer, progress_bar
+from stages.networks.inference import (
+    Scores,
+    autocast,
+    normalizer,
+    predict,
+    progress_bar,
+    scores_of,
+)
 from stages.runtime.errors import UserError
+from stages.runtime.params import Model
 from stages.training.augmentation import flip, jitter_colors
-from stages.training.batch_norm import synchronize_batch_norm
 from stages.training.checkpoint import NotFiniteError, TrainingState, Watch
+from stages.training.epochs import EpochPlan, part_count, plan_epoch, split_into_batches
 from stages.training.losses import training_loss
 from stages.training.optimization import learning_rate, make_optimizer, set_learning_rate
-from stages.training.processes import Processes
-
-# The knobs are only read, so that a machine without pydantic can train too.
-if TYPE_CHECKING:
-    from stages.runtime.params import Model
+from stages.training.processes import Processes, has_batch_norm
 
 
 @dataclass(frozen=True)
@@ -45,28 +45,12 @@ class Epoch:
     test_accuracy: float
 
 
-@dataclass(frozen=True)
-class EpochPlan:
-    """What an epoch draws before it begins.
-
-    `order` has the rows of the bins. The tensors are in that order and on the device, so that a
-    step takes slices of them and waits for no copy. `parts[step]` are the slices that this process
-    works on in that step, one after another; `sizes[step]` is the images of all processes in it.
-    """
-
-    order: NDArray[np.int64]
-    targets: Tensor
-    flips: Tensor | None
-    jitters: Tensor | None
-    parts: list[list[slice]]
-    sizes: list[int]
-
-
 class Trainer:
     """Trains a classifier that is on its device.
 
-    Everything random comes from `seed` and the numbers of epoch, step and process, so that a
-    training that goes on from `state` does what it would have done.
+    Everything random comes from `seed` and the numbers of epoch, step and process, so a training
+    that continues from `state` does what it would have done. Raises UserError where the network
+    cannot be trained with these knobs and processes.
     """
 
     def __init__(
@@ -86,11 +70,13 @@ class Trainer:
         self.knobs = knobs
         self.evaluate_batch_size = evaluate_batch_size
         self.processes = processes or Processes()
-        synchronize_batch_norm(classifier.network, self.processes)
+        self.normalizes_batches = has_batch_norm(classifier.network) and not knobs.freeze_backbone
+        if self.normalizes_batches:
+            refuse_single_images(len(train_bins), knobs.batch_size)
         if knobs.freeze_backbone:
             freeze_backbone(classifier)
         self.state = start_state(classifier, knobs)
-        self.module = distribute(classifier.network, self.processes)
+        self.module = self.processes.distribute(classifier.network)
         self.compiled = compile_for(self.module, classifier.device, knobs)
         self.normalize = normalizer(classifier)
 
@@ -108,10 +94,10 @@ class Trainer:
         return replace(self.classifier, network=averaged)
 
     def train(self, watch: Watch | None = None) -> Iterator[Epoch]:
-        """Go on from where the state is, and give every epoch's row, also of those before.
+        """Continue from where the state is, and give the row of every epoch, earlier ones included.
 
-        Raises UserError when a loss is not finite or a batch does not fit into the GPU's memory,
-        and Stopped when the watch was asked to.
+        Raises UserError where a loss is not finite or a batch does not fit into the GPU's memory,
+        and Stopped where the watch was asked to.
         """
         watch = watch or Watch(self.processes)
         for epoch in range(1, self.knobs.epochs + 1):
@@ -140,7 +126,7 @@ class Trainer:
         seen = sum(plan.sizes[: state.step])
         description = f"epoch {state.epoch}/{knobs.epochs}"
         out_of_memory = False
-        with progress_bar(len(plan.order), description, self.processes) as progress:
+        with progress_bar(len(plan.order), description) as progress:
             progress.update(seen)
             try:
                 for size in plan.sizes[state.step :]:
@@ -195,8 +181,13 @@ class Trainer:
         images = self.normalize(images)
         if plan.flips is not None:
             images = flip(images, plan.flips[part])
+        if blank := len(images) == 0 and not self.normalizes_batches:
+            # Some networks of transformers do not take an empty share of a batch.
+            images = images.new_zeros(1, *images.shape[1:])
         with autocast(images.device):
             logits = logits_of(forward(images)).float()
+        if blank:
+            logits = logits[:0]
         losses = training_loss(knobs.loss, logits, targets, knobs.label_smoothing)
         # DistributedDataParallel takes the mean over processes; wanted is that over all images.
         loss = losses.sum() * (self.processes.size / size)
@@ -209,20 +200,28 @@ class Trainer:
 
     def test(self, bins: Bins, watch: Watch) -> tuple[float, float]:
         """The loss and accuracy of bins that are not trained on, after an epoch."""
-        epoch = self.state.epoch
-        scores = evaluate(
-            self.trained,
-            bins,
-            self.evaluate_batch_size,
-            self.processes,
-            lambda: watch.stop_if_asked(f"while testing epoch {epoch}"),
-        )
+        scores = self.score(bins, watch)
         if not math.isfinite(scores.loss):
             raise UserError(
-                f"the loss is {scores.loss} on bins not trained on, after epoch {epoch}: lower this"
-                f" model's learning_rate ({self.knobs.learning_rate:g})"
+                f"the loss is {scores.loss} on bins not trained on, after epoch {self.state.epoch}:"
+                f" lower this model's learning_rate ({self.knobs.learning_rate:g})"
             )
         return scores.loss, scores.accuracy
+
+    def score(self, bins: Bins, watch: Watch) -> Scores:
+        """Of the weights to keep; each process scores a share, and all get the same scores."""
+        trained, processes, epoch = self.trained, self.processes, self.state.epoch
+        rows = processes.share(np.arange(len(bins)))
+        logits = torch.zeros(len(bins), len(trained.labels), device=trained.device)
+        logits[torch.from_numpy(rows)] = predict(
+            trained,
+            bins,
+            self.evaluate_batch_size,
+            rows,
+            lambda: watch.stop_if_asked(f"while testing epoch {epoch}"),
+            processes.loader_threads,
+        )
+        return scores_of(processes.gather(logits).sum(0), bins, trained.labels)
 
     def not_finite(self, step: int, steps: int) -> UserError:
         knobs, epoch = self.knobs, self.state.epoch
@@ -234,27 +233,38 @@ class Trainer:
         )
 
     def too_large(self) -> UserError:
-        """What to do when a part of a batch did not fit into the GPU's memory; tries what would."""
+        """What to do where a part of a batch does not fit into the GPU's memory; tries what would.
+
+        Memory holds what one process has of the largest part of the largest batch.
+        """
         knobs, device = self.knobs, self.classifier.device
-        failed = math.ceil(knobs.batch_size / knobs.accumulation / self.processes.size)
-        problem = f"{failed} images of {self.classifier.size} pixels do not fit into {device}"
-        images, accumulation = failed, knobs.accumulation
-        while images > 1:
+        largest = max(map(len, split_into_batches(len(self.train_bins), knobs.batch_size)))
+
+        def at_once(accumulation: int) -> int:
+            part = math.ceil(largest / part_count(largest, accumulation))
+            return math.ceil(part / self.processes.size)
+
+        accumulation, images = knobs.accumulation, at_once(knobs.accumulation)
+        problem = f"{images} images of {self.classifier.size} pixels do not fit into {device}"
+        while images > at_once(knobs.batch_size):
             accumulation = min(2 * accumulation, knobs.batch_size)
-            images = math.ceil(knobs.batch_size / accumulation / self.processes.size)
+            images = at_once(accumulation)
             if self.fits(images):
                 return UserError(
                     f"{problem}: set this model's accumulation to {accumulation}, and {images} at"
                     f" once fit; batch_size stays {knobs.batch_size}"
                 )
-        return UserError(f"{problem}, nor does one: lower resize.size, or free the GPU's memory")
+        return UserError(
+            f"{problem}, whatever this model's accumulation: lower resize.size, or free the GPU's"
+            " memory"
+        )
 
     def fits(self, images: int) -> bool:
-        """Whether so many go forward and backward in the memory that there is."""
+        """Whether so many images go forward and backward in the memory that there is."""
         self.state.optimizer.zero_grad()
         torch.cuda.empty_cache()
-        # As in training, but for what would wait for the other processes: batch normalization, and
-        # what backward() does with gradients.
+        # As in training, but without what would wait for the other processes: batch normalization,
+        # and what backward() does with gradients.
         network = self.classifier.network.eval()
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         size, device = self.classifier.size, self.classifier.device
@@ -266,6 +276,13 @@ class Trainer:
         except torch.OutOfMemoryError:
             return False
         return True
+
+
+def refuse_single_images(images: int, batch_size: int) -> None:
+    """Raise UserError where a batch, and so a part of one, has a single image."""
+    if min(map(len, split_into_batches(images, batch_size))) == 1:
+        remedy = "raise split.train" if images == 1 else "set this model's batch_size to 2 or more"
+        raise UserError(f"batch normalization takes two images at once, not one: {remedy}")
 
 
 def start_state(classifier: Classifier, knobs: Model) -> TrainingState:
@@ -286,7 +303,7 @@ def start_state(classifier: Classifier, knobs: Model) -> TrainingState:
 
 
 def moving_average(decay: float) -> Callable[..., None]:
-    """What AveragedModel calls with tensors of one type. Whole numbers are no weights: copied."""
+    """What AveragedModel calls with tensors of one type. Whole numbers, which count, are copied."""
     of_weights = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
 
     def update(averages: list[Tensor], values: list[Tensor], steps: Tensor) -> None:
@@ -299,64 +316,10 @@ def moving_average(decay: float) -> Callable[..., None]:
     return update
 
 
-def distribute(network: nn.Module, processes: Processes) -> nn.Module:
-    """The network, whose gradients become the mean over all processes."""
-    if processes.size == 1:
-        return network
-    # In a static graph parameters may take no part, as some of transformers' do. It cannot
-    # put off the exchange to a step's last part (no_sync), so that every part has one.
-    return DistributedDataParallel(network, gradient_as_bucket_view=True, static_graph=True)
-
-
 def compile_for(module: nn.Module, device: torch.device, knobs: Model) -> Callable[[Tensor], Any]:
-    """By default compiled on a GPU only: on a CPU it makes ResNet34 slower."""
+    """By default compiled on a GPU only, since on a CPU that makes ResNet34 slower."""
     wanted = device.type == "cuda" if knobs.compile == "auto" else knobs.compile
     return torch.compile(module, dynamic=False) if wanted else module
-
-
-def plan_epoch(
-    bins: Bins, classifier: Classifier, knobs: Model, processes: Processes, epoch: int
-) -> EpochPlan:
-    """An epoch's order, flips and colours, the same in all processes whatever their number."""
-    random = np.random.default_rng([knobs.seed, epoch])
-    order = random.permutation(len(bins))
-    flipped = random.random(len(bins)) < 0.5
-    factors = 1 + knobs.color_jitter * random.uniform(-1, 1, (len(bins), 3))
-    batches = split_into_batches(len(bins), knobs.batch_size)
-    device = classifier.device
-
-    def on_device(values: Tensor) -> Tensor:
-        return values[order].to(device)
-
-    return EpochPlan(
-        order,
-        targets=on_device(class_numbers(bins, classifier.labels)),
-        flips=on_device(torch.from_numpy(flipped)) if knobs.horizontal_flip else None,
-        jitters=on_device(torch.from_numpy(factors)) if knobs.color_jitter else None,
-        parts=[split_into_parts(batch, knobs.accumulation, processes) for batch in batches],
-        sizes=[len(batch) for batch in batches],
-    )
-
-
-def split_into_batches(images: int, batch_size: int) -> list[NDArray[np.int64]]:
-    """The places 0 to images - 1 in batches. A single one left over joins the batch before it.
-
-    Batch normalization has nothing to normalize a single small image by.
-    """
-    places = np.arange(images)
-    starts = list(range(batch_size, images, batch_size))
-    if batch_size > 1 and starts and images - starts[-1] == 1:
-        starts.pop()
-    return np.split(places, starts)
-
-
-def split_into_parts(
-    batch: NDArray[np.int64], accumulation: int, processes: Processes
-) -> list[slice]:
-    """This process's share of each part of a batch, as slices, empty ones too."""
-    parts = np.array_split(batch, min(accumulation, len(batch)))
-    shares = [processes.share(part) for part in parts]
-    return [slice(share[0], share[-1] + 1) if len(share) else slice(0) for share in shares]
 
 
 def seed_dropout(seed: int, epoch: int, step: int, rank: int, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""What training makes small: cross-entropy, or a loss that knows the order of counts."""
+"""What training minimizes: cross-entropy, or a loss that knows the order of counts."""
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
@@ -14,9 +14,10 @@ def training_loss(name: str, logits: Tensor, targets: Tensor, label_smoothing: f
 def ordinal_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """The squared earth mover's distance between prediction and truth, [batch].
 
-    Labels are in the order of their counts: mass that is two labels off costs more than mass one
-    off, to which cross-entropy is blind. Hou, Yu and Samaras, "Squared Earth Mover's
-    Distance-based Loss for Training Deep Neural Networks", arXiv:1611.05916, equation 7 for l = 2.
+    Labels are in the order of their counts: probability that is two labels off costs more than
+    probability that is one off, to which cross-entropy is blind. Hou, Yu and Samaras, "Squared
+    Earth Mover's Distance-based Loss for Training Deep Neural Networks", arXiv:1611.05916,
+    equation 7 for l = 2.
     """
     labels = logits.shape[1]
     truth = one_hot(targets, labels) * (1 - label_smoothing) + label_smoothing / labels

@@ -1,16 +1,11 @@
 """The optimizer and its learning rate."""
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 from torch.optim import Adam, AdamW, Optimizer
 
-if TYPE_CHECKING:
-    from stages.runtime.params import Model
+from stages.runtime.params import Model
 
 OPTIMIZERS: dict[str, type[Adam]] = {"adam": Adam, "adamw": AdamW}
 
@@ -22,15 +17,7 @@ def make_optimizer(network: nn.Module, knobs: Model) -> Optimizer:
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": knobs.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = OPTIMIZERS[knobs.optimizer](groups, lr=knobs.learning_rate, fused=True)
-    for parameter in trained:
-        # What Adam makes at its first step, made now so that a checkpoint can be read into it.
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-    return optimizer
+    return OPTIMIZERS[knobs.optimizer](groups, lr=knobs.learning_rate, fused=True)
 
 
 def learning_rate(knobs: Model, step: int, steps: int) -> float:

@@ -1,22 +1,29 @@
 """The processes that train together: dividing the work, and exchanging values."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
+from stages.imaging.loader import CPU
+from stages.runtime.errors import UserError
 from stages.runtime.machine import usable_cores
 
-CPU = torch.device("cpu")
-# For which a process waits for the others, of which one may pack photographs or compile meanwhile.
-# An ended process is noticed at once; this is for a machine that vanishes without a word.
+T = TypeVar("T")
+
+# How long a process waits for the others, one of which may be packing photographs or compiling.
+# A process that ends is noticed at once; this is for a machine that vanishes without a word.
 MOST_SILENCE = timedelta(minutes=10)
 
 
@@ -24,7 +31,7 @@ MOST_SILENCE = timedelta(minutes=10)
 class Processes:
     """This process among those that train one model together; on its own by default.
 
-    `rank` counts over all machines, `local_rank` on this one; every process has one device.
+    `rank` counts over all machines, `local_rank` on this one; each process has one device.
     """
 
     rank: int = 0
@@ -43,7 +50,7 @@ class Processes:
         return max(1, usable_cores() // self.local_size)
 
     def share(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The consecutive part of `rows` that is this process's; parts differ by 1 at most."""
+        """The consecutive part of `rows` that is this process's; parts differ by at most 1."""
         return np.array_split(rows, self.size)[self.rank]
 
     def gather(self, values: Tensor) -> Tensor:
@@ -54,28 +61,46 @@ class Processes:
         torch.distributed.all_gather(list(gathered.unbind()), values)
         return gathered
 
-    def broadcast(self, values: Tensor) -> None:
-        """Overwrite `values` with those of the first process."""
-        if self.size > 1:
-            # A view of the same memory, whatever its format: NCCL takes only contiguous tensors.
-            torch.distributed.broadcast(values.as_strided((values.numel(),), (1,)), 0)
-
-    def agree(self, text: str) -> str:
-        """The first process's text, in all of them."""
+    def agree(self, value: T) -> T:
+        """The first process's value, in all of them."""
         if self.size == 1:
-            return text
-        texts = [text]
-        torch.distributed.broadcast_object_list(texts, 0)
-        return texts[0]
+            return value
+        values = [value]
+        torch.distributed.broadcast_object_list(values, 0, device=CPU)
+        return values[0]
 
     def wait_for_all(self) -> None:
         if self.size > 1:
             torch.distributed.barrier()
 
+    def distribute(self, network: nn.Module) -> nn.Module:
+        """The network as it is trained: gradients become the mean over all processes.
+
+        Batch normalization sees the whole batch, as in one process.
+        """
+        if self.size == 1:
+            return network
+        if self.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+        elif has_batch_norm(network):
+            raise UserError(
+                "batch normalization cannot be shared by several processes on CPUs: set"
+                " run.processes to 1"
+            )
+        # Of a few kB in a ViT.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        # In a static graph parameters may take no part, as some of transformers' do. It cannot
+        # put off the exchange to a step's last part (no_sync), so each part has one.
+        return DistributedDataParallel(network, gradient_as_bucket_view=True, static_graph=True)
+
+
+def has_batch_norm(network: nn.Module) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in network.modules())
+
 
 @contextmanager
 def joined_processes() -> Iterator[Processes]:
-    """Join the processes that the environment (torchrun's variables) tells of, if any."""
+    """Join the processes that the environment tells of (torchrun's variables), if there are any."""
     rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     size, local_size = (
         int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")

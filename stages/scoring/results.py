@@ -1,0 +1,40 @@
+"""The files of reports/<model>, which evaluate writes and report reads."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from stages.formats.tables import read_csv, read_json, write_csv, write_json
+from stages.runtime.work import publish_folder, scratch
+
+METRICS = "metrics.json"
+TABLES = "tables"
+#: The tables that are plots in dvc.yaml, each a file of its own; the others are in one folder.
+PLOTS = ("confusion", "per_quantity", "reliability", "roc")
+# The plot that train writes.
+CURVES = "curves"
+
+
+def write_results(
+    reports: Path, metrics: Mapping[str, float], tables: Mapping[str, pd.DataFrame]
+) -> None:
+    """Write a model's metrics and tables; the folder of tables is whole or absent."""
+    with scratch(f"tables {reports.name}") as folder:
+        for name, table in tables.items():
+            write_csv((reports if name in PLOTS else folder) / f"{name}.csv", table)
+        publish_folder(folder, reports / TABLES)
+    write_json(reports / METRICS, metrics)
+
+
+def read_metrics(reports: Path) -> dict[str, Any]:
+    metrics: dict[str, Any] = read_json(reports / METRICS)
+    return metrics
+
+
+def read_tables(reports: Path) -> dict[str, pd.DataFrame]:
+    """A model's tables by name, curves included. Raises FileNotFoundError where one is missing."""
+    plots = [reports / f"{name}.csv" for name in (*PLOTS, CURVES)]
+    others = [path for path in (reports / TABLES).iterdir() if path.suffix == ".csv"]
+    return {path.stem: read_csv(path) for path in (*plots, *others)}

@@ -1,0 +1,80 @@
+"""What an epoch draws, and how its batches are divided into parts and among processes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stages.imaging.loader import Bins
+from stages.networks.classifier import Classifier
+from stages.networks.inference import class_numbers
+from stages.runtime.params import Model
+from stages.training.processes import Processes
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """What an epoch draws before it begins.
+
+    `order` has the rows of the bins. The tensors are in that order and on the device, so that a
+    step takes slices of them and waits for no copy. `parts[step]` are the slices that this process
+    works on in that step, one after another; `sizes[step]` is the images of all processes in it.
+    """
+
+    order: NDArray[np.int64]
+    targets: Tensor
+    flips: Tensor | None
+    jitters: Tensor | None
+    parts: list[list[slice]]
+    sizes: list[int]
+
+
+def plan_epoch(
+    bins: Bins, classifier: Classifier, knobs: Model, processes: Processes, epoch: int
+) -> EpochPlan:
+    """An epoch's order, flips and colours, the same in all processes whatever their number."""
+    random = np.random.default_rng([knobs.seed, epoch])
+    order = random.permutation(len(bins))
+    flipped = random.random(len(bins)) < 0.5
+    factors = 1 + knobs.color_jitter * random.uniform(-1, 1, (len(bins), 3))
+    batches = split_into_batches(len(bins), knobs.batch_size)
+
+    def on_device(values: Tensor) -> Tensor:
+        return values[order].to(classifier.device)
+
+    return EpochPlan(
+        order,
+        targets=on_device(class_numbers(bins, classifier.labels)),
+        flips=on_device(torch.from_numpy(flipped)) if knobs.horizontal_flip else None,
+        jitters=on_device(torch.from_numpy(factors)) if knobs.color_jitter else None,
+        parts=[split_into_parts(batch, knobs.accumulation, processes) for batch in batches],
+        sizes=[len(batch) for batch in batches],
+    )
+
+
+def split_into_batches(images: int, batch_size: int) -> list[NDArray[np.int64]]:
+    """The places 0 to images - 1 in batches. A single one left over joins the batch before it."""
+    places = np.arange(images)
+    starts = list(range(batch_size, images, batch_size))
+    if batch_size > 1 and starts and images - starts[-1] == 1:
+        starts.pop()
+    return np.split(places, starts)
+
+
+def part_count(images: int, accumulation: int) -> int:
+    """In how many parts a batch is worked on, none of which is a single image.
+
+    Batch normalization has nothing to compare a single image with, where its features are small.
+    """
+    return max(1, min(accumulation, images // 2))
+
+
+def split_into_parts(
+    batch: NDArray[np.int64], accumulation: int, processes: Processes
+) -> list[slice]:
+    """This process's share of each part of a batch, as slices, empty ones too."""
+    parts = np.array_split(batch, part_count(len(batch), accumulation))
+    shares = [processes.share(part) for part in parts]
+    return [slice(share[0], share[-1] + 1) if len(share) else slice(0) for share in shares]
