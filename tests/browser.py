@@ -37,7 +37,7 @@ FLAGS = [
 
 @dataclass
 class Page:
-    """A page that is open, with what it has asked for and complained about so far."""
+    """An open page, with its requests and its complaints so far."""
 
     browser: "Browser"
     session: str
@@ -61,7 +61,7 @@ class Page:
             time.sleep(0.05)
 
     def sideways(self) -> int:
-        """By how many pixels the page is wider than its tab, and has to be scrolled sideways."""
+        """How many pixels the page is wider than its tab, so that it scrolls sideways."""
         width: int = self.evaluate("document.scrollingElement.scrollWidth")
         return width - self.width
 
@@ -74,7 +74,7 @@ class Page:
         return self.browser.call(method, self, **params)
 
     def note(self, event: dict[str, Any]) -> None:
-        """Keep what an event tells of a request or a problem."""
+        """Keep what an event says about a request or a problem."""
         params = event["params"]
         match event["method"]:
             case "Network.requestWillBeSent":
@@ -88,7 +88,7 @@ class Page:
 
 
 class Browser:
-    """A running Chromium. Messages are JSON, each ended by a zero byte."""
+    """A running Chromium. Messages are JSON, each followed by a zero byte."""
 
     def __init__(self, process: "subprocess.Popen[bytes]") -> None:
         self.process = process
@@ -110,7 +110,7 @@ class Browser:
         return page
 
     def call(self, method: str, page: Page | None = None, **params: Any) -> Any:
-        """Send a command and give its answer; pages note the events that come in between."""
+        """Send a command and return its answer; pages note the events that come in between."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": params}
         if page is not None:
@@ -140,9 +140,9 @@ class Browser:
 
 @contextmanager
 def running_browser() -> Iterator[Browser]:
-    """A Chromium while the block runs. Skips the test where none is installed."""
+    """Run Chromium during the block. Skips the test where it isn't installed."""
     if CHROMIUM is None:
-        pytest.skip("there is no Chromium to open pages in (apt install chromium)")
+        pytest.skip("Chromium isn't installed (apt install chromium)")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}"]
         # It takes commands from descriptor 3 and answers on 4.

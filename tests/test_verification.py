@@ -9,18 +9,17 @@ import sklearn.metrics
 from numpy.typing import NDArray
 
 from stages.scoring.verification import (
-    PREVALENCES,
     Claims,
     Rates,
     make_claims,
     precision,
     precision_table,
     rates_at,
+    right_probabilities,
     roc_curve,
     roc_metrics,
     roc_table,
     threshold_for,
-    verification_table,
 )
 
 LABELS = [1, 2, 3, 4, 5]
@@ -71,66 +70,40 @@ def test_each_count_is_claimed_once_of_each_bin_in_the_order_of_scores(labels: l
     assert claims.right.sum() == len(actual)
 
 
-def sklearn_roc(claims: Claims, weights: Floats) -> tuple[Floats, Floats]:
-    """Where the positives are the wrong claims, which should score low."""
+@every_draw
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_roc_curve_and_its_area_are_scikit_learns(
+    seed: int, digits: int, *, weighted: bool
+) -> None:
+    claims = drawn_claims(seed, digits=digits)
+    weights = drawn_weights(seed) if weighted else np.ones(40)
+
+    curve = roc_curve(claims, weights)
+    metrics = roc_metrics(claims, weights)
+
+    # The positives are the wrong claims, which should score low.
+    wrong, of_claim = ~claims.right, weights[claims.bins]
     false_alarms, found, _ = sklearn.metrics.roc_curve(
-        ~claims.right, -claims.scores, sample_weight=weights[claims.bins], drop_intermediate=False
+        wrong, -claims.scores, sample_weight=of_claim, drop_intermediate=False
     )
-    return false_alarms, found
+    np.testing.assert_allclose(curve, [false_alarms, found], atol=1e-12)
+    area = sklearn.metrics.roc_auc_score(wrong, -claims.scores, sample_weight=of_claim)
+    assert metrics["auroc"] == pytest.approx(area, abs=1e-12)
+    assert 0.6 < area < 0.95
+    for share in (0.01, 0.05, 0.10):
+        most = found[false_alarms <= share + 1e-12].max()
+        assert metrics[f"found_at_{100 * share:.0f}"] == pytest.approx(most)
 
 
-@every_draw
-@pytest.mark.parametrize("weighted", [False, True])
-def test_the_roc_curve_is_scikit_learns(seed: int, digits: int, weighted: bool) -> None:
-    claims = drawn_claims(seed, digits=digits)
-    weights = drawn_weights(seed) if weighted else np.ones(40)
+def test_right_probabilities_are_those_of_the_actual_counts() -> None:
+    columns = {"id": ["00001", "1", "2"], "actual": [3, 1, 3], "predicted": [1, 1, 3]}
+    table = pd.DataFrame(columns | {"p3": [0.4, 0.3, 1.0], "p1": [0.6, 0.7, 0.0]})
 
-    false_alarms, found = roc_curve(claims, weights)
-
-    expected = sklearn_roc(claims, weights)
-    np.testing.assert_allclose(false_alarms, expected[0], atol=1e-12)
-    np.testing.assert_allclose(found, expected[1], atol=1e-12)
-
-
-@every_draw
-@pytest.mark.parametrize("weighted", [False, True])
-def test_the_auroc_is_scikit_learns(seed: int, digits: int, weighted: bool) -> None:
-    claims = drawn_claims(seed, digits=digits)
-    weights = drawn_weights(seed) if weighted else np.ones(40)
-
-    expected = sklearn.metrics.roc_auc_score(
-        ~claims.right, -claims.scores, sample_weight=weights[claims.bins]
-    )
-    assert roc_metrics(claims, weights)["auroc"] == pytest.approx(expected, abs=1e-12)
-    assert 0.6 < expected < 0.95
-
-
-@every_draw
-def test_the_auroc_is_how_often_a_wrong_claim_scores_lower(seed: int, digits: int) -> None:
-    claims = drawn_claims(seed, digits=digits)
-    # With bins that are in no sample.
-    weights = np.random.default_rng(seed).integers(0, 3, 40).astype(np.float64)
-
-    of_claim = weights[claims.bins]
-    right, wrong = claims.right, ~claims.right
-    pairs = np.multiply.outer(of_claim[wrong], of_claim[right])
-    lower = np.subtract.outer(claims.scores[wrong], claims.scores[right])
-    # Ties count half.
-    expected = (pairs * ((lower < 0) + 0.5 * (lower == 0))).sum() / pairs.sum()
-    assert roc_metrics(claims, weights)["auroc"] == pytest.approx(expected, abs=1e-12)
-
-
-def test_scores_that_tell_nothing_or_all_have_an_auroc_of_a_half_or_1() -> None:
-    actual = np.array([1, 2, 3])
-    nothing, everything = np.full((3, 3), 1 / 3), np.eye(3)
-
-    for probabilities, area in ((nothing, 0.5), (everything, 1.0), (1 - everything, 0.0)):
-        claims = make_claims(probabilities, actual, [1, 2, 3])
-        assert roc_metrics(claims, np.ones(3))["auroc"] == pytest.approx(area)
+    assert right_probabilities(table).tolist() == [0.4, 0.7, 1.0]
 
 
 def highest_threshold(scores: Floats, share: float) -> float:
-    """Of all scores, which are where the share below changes."""
+    """Of all the scores, which are where the share below changes."""
     return max(float(score) for score in scores if np.mean(scores < score) <= share)
 
 
@@ -142,21 +115,14 @@ def test_the_threshold_is_the_highest_that_keeps_to_the_false_alarms(
     chance = np.random.default_rng(seed)
     for bins in (1, 2, 3, 10, 99, 100, 101):
         scores = chance.random(bins).round(digits)
+        # 0.29 * 100 is 28.999999999999996 in floating point.
         for share in (0.001, 0.01, 0.05, 0.1, 0.29, 0.5, 0.57, 0.99, *chance.random(5)):
             threshold = threshold_for(scores, share)
 
             assert threshold == highest_threshold(scores, share), (bins, share)
-            # Any higher, and it is no longer so.
+            # Any higher one has more.
             above = np.nextafter(threshold, np.inf)
             assert np.mean(scores < above) > share
-
-
-def test_the_false_alarms_of_100_are_whole_numbers_of_them() -> None:
-    scores = np.random.default_rng(0).permutation(100) / 100
-
-    # 0.29 * 100 is 28.999999999999996 in floating point.
-    for number in (1, 5, 10, 29, 57, 58):
-        assert threshold_for(scores, number / 100) == number / 100
 
 
 def counted_rates(
@@ -188,19 +154,6 @@ def test_rates_are_those_of_a_plain_loop(seed: int, digits: int) -> None:
             assert rates_at(claims, threshold, weights) == pytest.approx(expected, abs=1e-12)
 
 
-@every_draw
-def test_a_chosen_threshold_keeps_to_its_false_alarms(seed: int, digits: int) -> None:
-    claims = drawn_claims(seed, digits=digits)
-
-    for share in (0.01, 0.05, 0.1, 0.5):
-        threshold = threshold_for(claims.scores[claims.right], share)
-        rates = rates_at(claims, threshold, np.ones(40))
-        assert rates.false_alarms <= share
-        # Which is a point of the ROC curve.
-        points = zip(*roc_curve(claims, np.ones(40)), strict=True)
-        assert rates[:2] in [pytest.approx(point, abs=1e-12) for point in points]
-
-
 def test_rates_worked_by_hand() -> None:
     claims = hand_claims()
 
@@ -212,29 +165,11 @@ def test_rates_worked_by_hand() -> None:
     assert rates_at(claims, 0.15, weights) == pytest.approx((0, 4 / 6, 1 / 3, 3 / 3))
 
 
-def test_rates_of_claims_that_there_are_not_are_0() -> None:
+def test_rates_without_such_claims_are_0() -> None:
     claims = make_claims(np.array([[0.4, 0.6]]), np.array([1]), [1, 2])
 
     assert rates_at(claims, 0.7, np.ones(1)) == (1, 1, 1, 0)
     assert rates_at(claims, 0.7, np.zeros(1)) == (0, 0, 0, 0)
-
-
-@every_draw
-@pytest.mark.parametrize("prevalence", [*PREVALENCES, 0.5])
-def test_precision_is_scikit_learns_of_claims_of_that_prevalence(
-    prevalence: float, seed: int, digits: int
-) -> None:
-    claims = drawn_claims(seed, digits=digits)
-    wrong = ~claims.right
-    weights = np.where(wrong, prevalence / wrong.sum(), (1 - prevalence) / (~wrong).sum())
-
-    for threshold in (0.05, 0.15, 0.3):
-        rates = rates_at(claims, threshold, np.ones(40))
-        expected = sklearn.metrics.precision_score(
-            wrong, claims.scores < threshold, sample_weight=weights, zero_division=0
-        )
-        found = precision(rates.found, rates.false_alarms, prevalence)
-        assert float(found) == pytest.approx(expected, abs=1e-12)
 
 
 def test_precision_worked_by_hand() -> None:
@@ -246,17 +181,6 @@ def test_precision_worked_by_hand() -> None:
     assert float(precision(0.0, 0.0, 0.01)) == 0
     found = precision(np.array([0.5, 0.0]), np.array([0.1, 0.0]), 0.01)
     np.testing.assert_allclose(found, [5 / 104, 0])
-
-
-def test_the_verification_table_has_the_rates_of_each_threshold() -> None:
-    claims = drawn_claims(0)
-
-    table = verification_table(claims, {"chosen": 0.12, "5%": 0.3})
-
-    assert table.columns.tolist() == ["alarms", "threshold", *Rates._fields]
-    assert table["alarms"].tolist() == ["chosen", "5%"]
-    for row, threshold in zip(table.to_numpy(), (0.12, 0.3), strict=True):
-        assert row[1:].tolist() == [threshold, *rates_at(claims, threshold, np.ones(40))]
 
 
 def test_the_precision_table_says_how_many_bins_to_look_at() -> None:
@@ -285,7 +209,7 @@ def test_the_precision_table_says_how_many_bins_to_look_at() -> None:
     assert table["precision"].tolist() == pytest.approx([*shares, 0, 0, 0])
 
 
-def test_no_false_alarm_yet_is_no_proof_that_there_are_none() -> None:
+def test_no_false_alarm_so_far_is_not_taken_for_none_ever() -> None:
     rates = {"false_alarms": 0.0, "found": 0.5, "found_off_by_one": 0.5, "found_off_by_more": 0.5}
     verification = pd.DataFrame([{"alarms": "chosen", "threshold": 0.2} | rates])
 
@@ -295,24 +219,6 @@ def test_no_false_alarm_yet_is_no_proof_that_there_are_none() -> None:
     assert table["precision"].iloc[0] == pytest.approx(0.5 / (0.5 + 9.99))
     # With fewer right claims than 3 anything may be.
     assert precision_table(verification, 2)["precision"].iloc[0] == pytest.approx(0.5 / 999.5)
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_what_is_found_at_round_false_alarms_is_on_scikit_learns_curve(*, weighted: bool) -> None:
-    claims = drawn_claims(3, 400, 15)
-    weights = np.random.default_rng(3).uniform(0.1, 3, 400) if weighted else np.ones(400)
-
-    metrics = roc_metrics(claims, weights)
-
-    false_alarms, found, _ = sklearn.metrics.roc_curve(
-        ~claims.right,
-        -claims.scores,
-        sample_weight=weights[claims.bins],
-        drop_intermediate=False,
-    )
-    for share in (0.01, 0.05, 0.10):
-        most = found[false_alarms <= share].max()
-        assert metrics[f"found_at_{100 * share:.0f}"] == pytest.approx(most)
 
 
 def curve_points(claims: Claims, bins: int) -> set[tuple[float, float]]:
@@ -339,17 +245,3 @@ def test_the_table_of_the_roc_curve_has_points_of_it_from_end_to_end(
     assert points[-1] == (1, 1)
     assert table["false_alarms"].is_monotonic_increasing
     assert table["found"].is_monotonic_increasing
-
-
-def test_the_table_of_the_roc_curve_is_dense_where_few_alarm() -> None:
-    claims = drawn_claims(2, 5000)
-
-    table = roc_table(claims)
-
-    area = np.trapezoid(table["found"], table["false_alarms"])
-    assert area == pytest.approx(roc_metrics(claims, np.ones(5000))["auroc"], abs=1e-3)
-    steps = table["false_alarms"].diff().iloc[1:]
-    assert steps.max() < 0.006
-    # 5000 right claims: nearly each of the first ones is a point.
-    assert (table["false_alarms"] < 0.002).sum() >= 10
-    assert (table["false_alarms"] < 0.01).sum() > 30
