@@ -28,6 +28,7 @@ from stages.training.checkpoint import Watch, restore_checkpoint, stop_requests
 from stages.training.engine import Epoch, Trainer
 from stages.training.launch import process_count, run_processes
 from stages.training.machines import folder_of_work, share_bins
+from stages.training.messages import report_epoch, report_start
 from stages.training.processes import Processes, joined_processes
 
 
@@ -108,34 +109,6 @@ def publish(params: Params, model: str, trainer: Trainer, scores: Scores, folder
         probabilities,
     )
     publish_folder(folder, paths.MODELS / model)
-
-
-def report_start(model: str, trainer: Trainer, *, resumed: bool) -> None:
-    state, knobs, steps = trainer.state, trainer.knobs, trainer.steps
-    print(
-        f"{model}: {len(trainer.train_bins)} bins on {trainer.processes.size} x"
-        f" {trainer.classifier.device.type}, {knobs.epochs} epochs of {steps} steps",
-        flush=True,
-    )
-    if resumed:
-        print(f"{model}: continuing after epoch {state.epoch}, step {state.step}", flush=True)
-    if knobs.warmup_steps >= knobs.epochs * steps:
-        print(
-            f"{model}: warning: train.{model}.warmup_steps ({knobs.warmup_steps}) covers all"
-            f" {knobs.epochs * steps} steps: the learning rate never reaches its value",
-            flush=True,
-        )
-
-
-def report_epoch(model: str, epoch: Epoch, epochs: int, seconds: float) -> None:
-    print(
-        f"{model} epoch {epoch.epoch}/{epochs}:"
-        f" train loss {epoch.train_loss:.3f} accuracy {epoch.train_accuracy:.3f},"
-        f" validation loss {epoch.validation_loss:.3f} accuracy {epoch.validation_accuracy:.3f},"
-        f" test loss {epoch.test_loss:.3f} accuracy {epoch.test_accuracy:.3f},"
-        f" after {seconds:.0f} s",
-        flush=True,
-    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Kills stages at random moments, and holds what they write in the end against an undisturbed run.
+"""Disturbs stages and DVC at random moments, and compares all bytes with an undisturbed run.
 
-`python -m tests.kills --times 30` kills each stage so often, and then `dvc repro` (tests/lab.py).
-The stages run in forks of a process that has imported them: so they are killed while they work,
-not while Python starts. Those that DVC runs are killed anywhere.
+`python -m tests.kills --times 30` kills each stage so often while it works, and then disturbs
+`dvc repro` as often in each other way. A line for each; it ends with 1 where a run left other bytes
+or anything behind, or repeated what was finished.
 """
 
 import argparse
@@ -16,104 +16,139 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tests.faults import fault_proxy
-from tests.forks import STAGES, Bench, Done, serving_hub
-from tests.lab import Lab, differences, kill_alone, kill_group
+from tests.faults import Fault, at_random, fault_proxy, no_faults, outage
+from tests.forks import STAGES, Bench
+from tests.lab import (
+    Lab,
+    Place,
+    differences,
+    kill_alone,
+    kill_group,
+    kill_stage,
+    terminate,
+)
 from tests.project import fill_buckets
 from tools.s3 import CLIENT_ENVIRONMENT, serving
 
 
 @dataclass
 class Tally:
-    """A row of the table: how often something was killed, and what came of it.
+    """A row of the table: how often something was disturbed, and what came of it.
 
-    `found`: the kills that left finished work; `ended`: the runs that ended before their kill;
-    `remedies`: what it took to go on where a kill had cut a file of DVC's own.
+    `too_late`: the runs that ended before they were; `remedies`: what it took to continue where a
+    kill had cut a file of DVC's own.
     """
 
     what: str
-    seconds: float
-    kills: int = 0
-    found: int = 0
-    ended: int = 0
+    times: int = 0
+    too_late: int = 0
     completed: int = 0
     remedies: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
 
     def row(self) -> str:
         verdict = "no" if self.problems else "yes"
-        for remedy, count in self.remedies.items():
-            verdict += f", {count} x after `{remedy}`"
-        return (
-            f"{self.what:<22}{self.seconds:9.2f}{self.kills:7}{self.found:11}{self.ended:14}"
-            f"{self.completed:11}   {verdict}"
-        )
+        verdict += "".join(f", {count} x after `{one}`" for one, count in self.remedies.items())
+        return f"{self.what:<28}{self.times:7}{self.too_late:10}{self.completed:11}   {verdict}"
 
 
-HEADER = (
-    f"{'what':<22}{'seconds':>9}{'kills':>7}{'left work':>11}{'ended before':>14}"
-    f"{'completed':>11}   bytes equal, nothing left behind, nothing done twice"
-)
+HEADER = f"{'what':<28}{'times':>7}{'too late':>10}{'completed':>11}   same bytes, nothing left"
 
 
-def kill_stage(bench: Bench, stage: str, times: int, seed: int) -> Tally:
+def kill_stages(bench: Bench, stage: str, times: int, seed: int) -> Tally:
     """Kill it one to three times before it may end, again and again, `times` in all."""
     chance = random.Random(f"{seed} {stage}")
     bench.run_undisturbed(stage)
-    tally = Tally(stage, bench.seconds[stage])
-    while tally.kills < times:
-        done = Done()
-        for _ in range(min(chance.randint(1, 3), times - tally.kills)):
-            killed = bench.kill(stage, chance.random() * tally.seconds)
-            tally.problems += bench.repeated(done)
-            done = bench.done()
-            tally.kills += killed
-            tally.ended += not killed
-            tally.found += killed and done != Done()
+    name = stage.replace(" ", "-")
+    tally = Tally(stage)
+    while tally.times < times:
+        ids, shards = set[str](), set[tuple[str, int, int]]()
+        for _ in range(min(chance.randint(1, 3), times - tally.times)):
+            killed = bench.kill(stage, chance.random() * bench.seconds[stage])
+            tally.times += killed
+            tally.too_late += not killed
+            tally.problems += repeated(bench, name, ids, shards)
+            ids, shards = bench.done(name)
+        resumes = bench.has_checkpoint() and stage.startswith("train")
         said = bench.finish(stage)
-        tally.problems += bench.repeated(done)
-        if done.place and f"going on after {done.place}\n" not in said:
-            tally.problems.append(f"did not go on after {done.place}")
-        bench.commit()
+        tally.problems += repeated(bench, name, ids, shards)
+        if resumes and "after epoch" not in said:
+            tally.problems.append("did not continue from its checkpoint")
         tally.problems += differences(bench.undisturbed, bench.files())
         tally.completed += 1
     return tally
 
 
-def kill_dvc(lab: Lab, how: Callable[[int], None], times: int, seed: int) -> Tally:
-    """Kill `dvc repro` up to eight times before it may end, again and again, `times` in all."""
-    chance = random.Random(f"{seed} {how.__name__}")
-    tally = Tally(f"dvc repro, {how.__name__}", lab.seconds)
-    while tally.kills < times:
+def repeated(
+    bench: Bench, stage: str, ids: set[str], shards: set[tuple[str, int, int]]
+) -> list[str]:
+    """What was finished by then, and was done again since."""
+    asked = {Path(name).stem for name in bench.proxy.take_requests()}
+    again = [f"asked for {one} again" for one in sorted(asked & ids)]
+    return again + [f"made {name} again" for name, *_ in shards - bench.done(stage)[1]]
+
+
+#: Disturbs a run of DVC; whether it came in time.
+Disturb = Callable[[Lab, Place, random.Random], bool]
+
+
+def killed(how: Callable[[int], None]) -> Disturb:
+    def disturb(lab: Lab, place: Place, chance: random.Random) -> bool:
+        run = place.start()
+        time.sleep(chance.random() * lab.seconds / 2)
+        return run.kill(how)
+
+    return disturb
+
+
+def faulty_store(lab: Lab, place: Place, chance: random.Random) -> bool:
+    lab.proxy.plan = at_random(list(Fault), 0.1, chance.randrange(1000))
+    return place.start().wait() == 0
+
+
+def store_gone(lab: Lab, place: Place, chance: random.Random) -> bool:
+    fault = chance.choice([Fault.SLOW_DOWN, Fault.RESET, Fault.DENIED])
+    after = lab.proxy.requests.total() + chance.randrange(1, 200)
+    lab.proxy.plan = outage(fault, after, lists=chance.random() < 0.5)
+    return place.start().wait() != 0
+
+
+def two_at_once(lab: Lab, place: Place, chance: random.Random) -> bool:
+    first = place.start()
+    time.sleep(chance.random() * lab.seconds / 2)
+    second = place.start()
+    return {first.wait(), second.wait()} != {0}
+
+
+DISTURBANCES: dict[str, Disturb] = {
+    "DVC killed": killed(kill_alone),
+    "DVC and its stage killed": killed(kill_group),
+    "the stage killed": killed(kill_stage),
+    "SIGTERM for all": killed(terminate),
+    "a fault in ten requests": faulty_store,
+    "the store is gone": store_gone,
+    "two runs at once": two_at_once,
+}
+
+
+STORE = {"a fault in ten requests", "the store is gone"}
+
+
+def disturb_dvc(lab: Lab, what: str, times: int, seed: int) -> Tally:
+    """Disturb `dvc repro` one to five times before it may end, again and again."""
+    chance = random.Random(f"{seed} {what}")
+    tally = Tally(f"dvc repro, {what}")
+    while tally.times < times:
         place = lab.fresh()
-        for _ in range(min(chance.randint(3, 8), times - tally.kills)):
-            run = place.start()
-            time.sleep(chance.random() * lab.seconds / 3)
-            killed = run.kill(how)
-            tally.problems += place.repeated()
-            tally.kills += killed
-            tally.ended += not killed
-            tally.found += killed and any(place.folder.glob(".cache/*/*"))
-            if not killed:
-                break
+        for _ in range(min(chance.randint(1, 5), times - tally.times)):
+            in_time = DISTURBANCES[what](lab, place, chance)
+            lab.proxy.plan = no_faults
+            again = place.repeated()
+            # After an outage, a reader asks for a finished object to see whether the store is back.
+            tally.problems += again if what not in STORE else []
+            tally.times += 1
+            tally.too_late += not in_time
         tally.remedies.update(place.finish())
-        tally.problems += lab.problems(place)
-        tally.completed += 1
-    return tally
-
-
-def cut_lock(lab: Lab, times: int, seed: int) -> Tally:
-    """Leave what a kill leaves that comes while DVC writes dvc.lock."""
-    chance = random.Random(f"{seed} dvc.lock")
-    tally = Tally("dvc.lock cut", lab.seconds)
-    place = lab.first
-    path = place.folder / "dvc.lock"
-    whole = path.read_bytes()
-    for _ in range(times):
-        path.write_bytes(whole[: chance.randrange(len(whole))])
-        tally.remedies.update(place.finish())
-        if "Running stage" in place.said:
-            tally.problems.append("ran a stage again")
         tally.problems += lab.problems(place)
         tally.completed += 1
     return tally
@@ -121,29 +156,29 @@ def cut_lock(lab: Lab, times: int, seed: int) -> Tally:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.kills", description=__doc__)
-    parser.add_argument("--times", type=int, default=30, help="kills of each: 30")
+    parser.add_argument("--times", type=int, default=10, help="of each: 10")
     parser.add_argument("--seed", type=int, default=0, help="of the moments: 0")
     arguments = parser.parse_args()
     os.environ |= CLIENT_ENVIRONMENT
     problems = 0
-    print(f"{arguments.times} kills of each, seed {arguments.seed}\n{HEADER}", flush=True)
+    print(f"{arguments.times} of each, seed {arguments.seed}\n{HEADER}", flush=True)
     with TemporaryDirectory() as folder:
-        for tally in kill_all(Path(folder), arguments.times, arguments.seed):
+        for tally in disturb_all(Path(folder), arguments.times, arguments.seed):
             print(tally.row(), *tally.problems, sep="\n  ", flush=True)
             problems += len(tally.problems)
     return min(1, problems)
 
 
-def kill_all(folder: Path, times: int, seed: int) -> Iterator[Tally]:
+def disturb_all(folder: Path, times: int, seed: int) -> Iterator[Tally]:
     fill_buckets(folder / "s3")
-    with serving(folder / "s3") as url, fault_proxy(url) as proxy, serving_hub() as hub:
-        bench = Bench(folder / "bench", proxy, hub)
+    with serving(folder / "s3") as url, fault_proxy(url) as proxy:
+        bench = Bench(folder / "bench", proxy)
         for stage in STAGES:
-            yield kill_stage(bench, stage, times, seed)
-        lab = Lab(folder / "lab", url, proxy)
-        for how in (kill_alone, kill_group):
-            yield kill_dvc(lab, how, times, seed)
-        yield cut_lock(lab, times, seed)
+            yield kill_stages(bench, stage, times, seed)
+        proxy.plan = no_faults
+        lab = Lab(folder / "lab", proxy)
+        for what in DISTURBANCES:
+            yield disturb_dvc(lab, what, times, seed)
 
 
 if __name__ == "__main__":

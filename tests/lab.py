@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,12 +18,19 @@ import pyarrow.parquet as pq
 from ruamel.yaml import YAML
 
 from stages.formats.shards import read_rejects
+from tests.conftest import changed_params
 from tests.faults import FaultProxy
-from tests.made import TINY_RESNET, write_params
 from tests.project import SETTINGS, Clone, Project
 
 yaml = YAML(typ="safe", pure=True)
-# As the pipeline's tests have it, but with a small network for a large one.
+TINY_RESNET = {
+    "model_type": "resnet",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16],
+    "depths": [1, 1],
+    "layer_type": "basic",
+}
+# As the pipeline's tests have it, but with small shards, and a small network for a large one.
 KNOBS: dict[str, Any] = {
     **{key.lstrip("+"): yaml.load(value) for key, value in (one.split("=", 1) for one in SETTINGS)},
     "fetch.shard_bins": 8,
@@ -30,12 +38,6 @@ KNOBS: dict[str, Any] = {
     "train.resnet34.library": "transformers",
     "train.resnet34.config": TINY_RESNET,
 }
-# In the project's code: small parts, and few requests at once, to be killed between them.
-CHANGES = {
-    "stages/index.py": ("PART_RECORDS = 10_000", "PART_RECORDS = 16"),
-    "stages/collecting/bucket.py": ("IN_FLIGHT = 256", "IN_FLIGHT = 4"),
-}
-WRITTEN = ["data", "models", "reports", ".cache"]
 NEXT_STAGE = "from stages.runtime.work import only_run_here\nwith only_run_here('next'): pass"
 SECONDS = 600
 #: What `dvc repro` says where a kill has cut a file of DVC's own, and what to do then.
@@ -49,7 +51,7 @@ REMEDIES = {
 
 
 class Run:
-    """A command that goes on beside the test. Its output goes into a file, which orphans share."""
+    """A command that runs beside the test. Its output goes into a file, which orphans share."""
 
     def __init__(self, place: Clone, *command: str) -> None:
         self.output = place.folder.with_name(f"{place.folder.name}-{time.monotonic_ns()}.txt")
@@ -74,7 +76,7 @@ class Run:
         return self.process.wait(SECONDS)
 
     def kill(self, how: Callable[[int], None]) -> bool:
-        """Whether it still ran."""
+        """Whether it was still running."""
         if self.process.poll() is not None:
             return False
         how(self.process.pid)
@@ -89,9 +91,8 @@ class Place(Clone):
         super().__init__(clone.folder, clone.environment)
         self.targets = targets
         self.proxy = proxy
-        #: The names of the objects whose shards are finished, and of those that were asked for.
+        #: The names of the objects whose shards are finished.
         self.done: set[str] = set()
-        self.asked: set[str] = set()
         #: By the last run that was finished.
         self.said = ""
 
@@ -108,34 +109,20 @@ class Place(Clone):
                 self.run(*command.split())
                 remedies.append(command)
         self.said = run.said
-        self.wait_for_orphans()
-        return remedies
-
-    def wait_for_orphans(self) -> None:
-        """For the stages of killed runs, which are the ones whose current directory is here."""
+        # The stages of killed runs are the processes whose current directory is here.
         orphans = [one for one in psutil.process_iter() if works_in(one, self.folder)]
-        _, left = psutil.wait_procs(orphans, SECONDS)
-        assert not left
+        assert not psutil.wait_procs(orphans, SECONDS)[1]
+        return remedies
 
     def repeated(self) -> list[str]:
         """Objects that were asked for since the last call, though their shard was finished then."""
-        done = self.finished()
         asked = set(self.proxy.take_requests())
         problems = [f"asked for {name} again" for name in sorted(asked & self.done)]
-        self.asked |= asked
-        self.done |= done
-        return problems
-
-    def finished(self) -> set[str]:
-        done = set()
         for stage, suffix in (("index", ".json"), ("fetch", ".jpg")):
+            self.done |= {f"{one}{suffix}" for one in finished_ids(self.folder, stage)}
             if f"\n  {stage}:\n" in self.lock:
-                done |= {name for name in self.asked if name.endswith(suffix)}
-            for path in self.folder.glob(f".cache/{stage}-*/shards/[!.]*"):
-                rejects = read_rejects(path.parent.with_name("rejects") / f"{path.name}.csv")
-                ids = pq.read_table(path, columns=["id"])["id"].to_pylist()
-                done |= {f"{name}{suffix}" for name in [*ids, *(one.id for one in rejects)]}
-        return done
+                self.done |= {name for name in asked if name.endswith(suffix)}
+        return problems
 
     @property
     def lock(self) -> str:
@@ -143,25 +130,26 @@ class Place(Clone):
         return path.read_text("utf-8") if path.exists() else ""
 
     def files(self) -> dict[str, bytes]:
-        """All that the stages have written, once a next one has begun, and DVC's lock."""
+        """All that the stages have written, once another one has started, and DVC's lock."""
         self.run(sys.executable, "-c", NEXT_STAGE)
-        return contents(self.folder, WRITTEN) | {"dvc.lock": self.lock.encode()}
+        return written(self.folder) | {"dvc.lock": self.lock.encode()}
 
 
 class Lab:
     """Makes places to disturb, and knows what an undisturbed one has in the end."""
 
-    def __init__(self, folder: Path, endpoint: str, proxy: FaultProxy, *targets: str) -> None:
+    def __init__(self, folder: Path, proxy: FaultProxy, *targets: str) -> None:
         folder.mkdir()
         self.targets = targets
         self.proxy = proxy
-        self.project = Project(folder / "project", endpoint)
-        for name, (before, after) in CHANGES.items():
-            path = self.project.folder / name
-            code = path.read_text("utf-8")
-            assert before in code, f"{name} has no {before}"
-            path.write_text(code.replace(before, after), "utf-8")
-        write_params(self.project.folder, KNOBS | {"bucket.endpoint": proxy.url})
+        self.project = Project(folder / "project", proxy.url)
+        # Small parts, to be killed between them.
+        index = self.project.folder / "stages/index.py"
+        code, changes = re.subn(r"PART_RECORDS = [\d_]+", "PART_RECORDS = 16", index.read_text())
+        assert changes == 1
+        index.write_text(code)
+        values = changed_params(KNOBS | {"bucket.endpoint": proxy.url})
+        yaml.dump(values, self.project.folder / "params.yaml")
         self.project.run("git", "commit", "--quiet", "--all", "--message", "Small parts")
         self.first = self.fresh("first")
         start = time.monotonic()
@@ -179,11 +167,18 @@ class Lab:
 
     def problems(self, place: Place) -> list[str]:
         """What is wrong in a place where all has run in the end."""
-        return [
-            *place.repeated(),
-            *differences(self.undisturbed, place.files()),
-            *damaged_objects(place.folder / ".dvc/cache"),
-        ]
+        cache = damaged_objects(place.folder / ".dvc/cache")
+        return [*differences(self.undisturbed, place.files()), *cache]
+
+
+def finished_ids(folder: Path, stage: str) -> set[str]:
+    """The bins whose shards are finished in .cache, those that were rejected among them."""
+    ids: set[str] = set()
+    for path in folder.glob(f".cache/{stage}-*/shards/[!.]*"):
+        ids |= set(pq.read_table(path, columns=["id"])["id"].to_pylist())
+        rejects = read_rejects(path.parent.with_name("rejects") / f"{path.name}.csv")
+        ids |= {reject.id for reject in rejects}
+    return ids
 
 
 def works_in(process: psutil.Process, folder: Path) -> bool:
@@ -193,7 +188,7 @@ def works_in(process: psutil.Process, folder: Path) -> bool:
 
 
 def kill_alone(pid: int) -> None:
-    """DVC, whose stage goes on."""
+    """DVC, whose stage continues."""
     os.kill(pid, signal.SIGKILL)
 
 
@@ -203,9 +198,14 @@ def kill_group(pid: int) -> None:
 
 
 def kill_stage(pid: int) -> None:
-    """The stage, if one runs now; DVC notices."""
+    """The stage, if one is running; DVC notices."""
     for process in psutil.Process(pid).children(recursive=True):
         process.kill()
+
+
+def terminate(pid: int) -> None:
+    """All, as a machine does that shuts down."""
+    os.killpg(pid, signal.SIGTERM)
 
 
 def wait_for(condition: Callable[[], object]) -> None:
@@ -215,11 +215,11 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.002)
 
 
-def contents(folder: Path, parts: list[str]) -> dict[str, bytes]:
-    """All files below these parts of a folder, hidden ones too, by their paths in it."""
+def written(folder: Path) -> dict[str, bytes]:
+    """All files that stages write, hidden ones and leftovers too, by their paths."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
-        for part in parts
+        for part in ("data", "models", "reports", "audit", ".cache")
         for path in sorted((folder / part).rglob("*"))
         if path.is_file()
     }
@@ -229,12 +229,12 @@ def differences(expected: dict[str, bytes], found: dict[str, bytes]) -> list[str
     return [
         *(f"{path} is missing" for path in sorted(expected.keys() - found.keys())),
         *(f"{path} is left behind" for path in sorted(found.keys() - expected.keys())),
-        *(f"{path} differs" for path in expected if expected[path] != found.get(path, b"")),
+        *(f"{path} differs" for path in expected.keys() & found if expected[path] != found[path]),
     ]
 
 
 def damaged_objects(cache: Path) -> list[str]:
-    """The objects of DVC's cache whose name is not their MD5."""
+    """The objects of DVC's cache whose name isn't their MD5."""
     objects = [path for path in cache.glob("files/md5/*/*") if path.is_file()]
     assert objects
     return [

@@ -17,12 +17,11 @@ from ruamel.yaml import YAML
 from torch import Tensor, nn
 
 from stages.formats.shards import IMAGES, shard_name, write_table
-from stages.imaging.loader import Bins, load_sets
+from stages.imaging.loader import Bins, open_bins, pack_bins
 from stages.networks import inference
 from stages.networks.classifier import Classifier, build_classifier
 from stages.runtime.params import Model, load_params
 from stages.training import engine
-from stages.training.processes import Processes
 
 REPOSITORY = Path(__file__).parent.parent
 SIZE = 32
@@ -131,10 +130,9 @@ def make_bins(
     rows = bin_rows(quantities, draw)
     write_resized(folder / "resized", rows)
     write_split(folder / "split.csv", {row["id"]: "train" for row in rows})
-    (bins,) = load_sets(
-        folder / "resized", folder / "split.csv", ["train"], folder / "work", Processes()
-    )
-    return bins
+    (folder / "work").mkdir()
+    pack_bins(folder / "resized", folder / "split.csv", ["train"], SIZE, folder / "work")
+    return open_bins(folder / "work", "train", SIZE)
 
 
 def tiny_network(labels: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Clones of the working tree in which tests run DVC, with an S3 server for data and remote."""
+"""Copies of the working tree in which tests run DVC, with an S3 server for data and remote."""
 
 import json
 import os
@@ -25,6 +25,8 @@ SETTINGS = [
     "split.train=48",
     "split.test=20",
     "split.validation=0.25",
+    # The network of torchvision's that trains fastest on a CPU.
+    "train.resnet34.name=squeezenet1_1",
     "train.resnet34.pretrained=false",
     "train.resnet34.batch_size=16",
     "train.resnet34.epochs=1",
@@ -71,6 +73,9 @@ def fresh_environment(home: Path) -> dict[str, str]:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "HOME": str(home),
         "HF_HUB_OFFLINE": "1",
+        "DVC_SITE_CACHE_DIR": str(home / "dvc"),
+        # Networks this small gain nothing from more threads, which wait for each other busily.
+        "OMP_NUM_THREADS": "1",
         **CLIENT_ENVIRONMENT,
     }
 
@@ -101,6 +106,12 @@ class Clone:
         words = [word for setting in settings for word in ("--set-param", setting)]
         return self.run("dvc", "exp", "run", *words)
 
+    @staticmethod
+    def stages_run(text: str) -> list[str]:
+        """The stages that ran, by what `dvc repro` or `dvc exp run` said."""
+        lines = text.splitlines()
+        return [line.split("'")[1] for line in lines if line.startswith("Running stage")]
+
     def locked(self) -> dict[str, str]:
         """The MD5 of every output by its path, from dvc.lock."""
         lock = YAML(typ="safe").load(self.folder / "dvc.lock")
@@ -112,6 +123,16 @@ class Clone:
         text = (self.folder / f"reports/{model}/metrics.json").read_text("utf-8")
         values: dict[str, Any] = json.loads(text)
         return values
+
+    def copy(self, folder: Path) -> "Clone":
+        """The same once more, for a test to change; what DVC has linked is linked, not copied."""
+
+        def copy_file(source: str, target: str) -> None:
+            copy = os.link if Path(source).stat().st_nlink > 1 else shutil.copy2
+            copy(source, target)
+
+        shutil.copytree(self.folder, folder, copy_function=copy_file)
+        return Clone(folder, self.environment)
 
     def clone(self, folder: Path, source: Path | None = None) -> "Clone":
         """A colleague's clone of this one, or of `source`: the same remote, and nothing cached."""

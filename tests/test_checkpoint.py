@@ -1,11 +1,12 @@
-"""Going on after a training was killed, to the same weights bit by bit."""
+"""Continuing after a training was killed, to the same weights bit by bit."""
 
+import errno
+import io
 import math
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -13,15 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from stages.imaging.loader import Bins
+from stages.imaging.loader import CPU, Bins
 from stages.networks.inference import place
 from stages.runtime.errors import Stopped, UserError
 from stages.training import checkpoint
 from stages.training.checkpoint import (
-    NotFiniteError,
     StopRequest,
     TrainingState,
     Watch,
@@ -30,16 +29,8 @@ from stages.training.checkpoint import (
     stop_requests,
 )
 from stages.training.engine import Epoch, Trainer
-from stages.training.processes import CPU, Processes
-from tests.made import (
-    equal,
-    full_network,
-    make_bins,
-    model_knobs,
-    one_torch_thread,
-    tiny_classifier,
-    weights_of,
-)
+from stages.training.processes import Processes
+from tests.made import full_network, make_bins, model_knobs, one_torch_thread, tiny_classifier
 
 LABELS = [1, 2, 3]
 #: All that has a state, or draws something.
@@ -57,7 +48,10 @@ KNOBS = model_knobs(
     accumulation=2,
 )
 STEPS = 3
+EVERY_STEP = range(1, 2 * STEPS + 1)
 ALONE = Processes()
+#: The state in the end, and the rows of the epochs.
+Outcome = tuple[dict[str, Any], list[Epoch]]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,6 +66,11 @@ def bins(tmp_path_factory: pytest.TempPathFactory) -> Bins:
     return make_bins(tmp_path_factory.mktemp("bins"), [1, 2, 3, 1, 2, 3, 1, 2, 3, 1])
 
 
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / checkpoint.NAME
+
+
 def new_trainer(bins: Bins, **changes: Any) -> Trainer:
     """As the train stage makes it, with weights in the memory format of its device."""
     classifier = tiny_classifier(LABELS, full_network)
@@ -79,9 +78,21 @@ def new_trainer(bins: Bins, **changes: Any) -> Trainer:
     return Trainer(classifier, bins, bins, bins, KNOBS.model_copy(update=changes), 4)
 
 
-def all_of(trainer: Trainer) -> dict[str, Tensor]:
-    """A copy of the weights, their average and the optimizer's state."""
-    return {name: value.clone() for name, value in trainer.state.tensors().items()}
+def state_of(trainer: Trainer) -> dict[str, Any]:
+    """All that a checkpoint has: tensors by their format and bytes, numbers as they are."""
+    return dict(leaves("", trainer.state.state_dict()))
+
+
+def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Tensor):
+        yield name, (value.dtype, value.stride(), value.numpy().tobytes())
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            yield from leaves(f"{name}.{key}", one)
+    elif isinstance(value, list):
+        yield from leaves(name, dict(enumerate(value)))
+    else:
+        yield name, value
 
 
 class KilledError(Exception):
@@ -100,17 +111,14 @@ def after_steps(trainer: Trainer, steps: int, action: Callable[[], None]) -> Non
     trainer.state.optimizer.register_step_post_hook(count)
 
 
-def kill() -> None:
-    raise KilledError
-
-
-def run(trainer: Trainer, path: Path, request: StopRequest | None = None) -> list[Epoch]:
+def run(trainer: Trainer, path: Path, request: StopRequest | None = None) -> Outcome:
     """Train to the end, from the checkpoint if there is one, with one after each step."""
     restore_checkpoint(path, trainer.state, ALONE)
-    return list(trainer.train(Watch(ALONE, path, 0, request or StopRequest())))
+    epochs = list(trainer.train(Watch(ALONE, path, 0, request or StopRequest())))
+    return state_of(trainer), epochs
 
 
-def run_until_stopped(trainer: Trainer, path: Path, steps: int) -> Stopped:
+def stop(trainer: Trainer, path: Path, steps: int) -> Stopped:
     request = StopRequest()
 
     def ask() -> None:
@@ -122,82 +130,76 @@ def run_until_stopped(trainer: Trainer, path: Path, steps: int) -> Stopped:
     return stopped.value
 
 
+def kill(trainer: Trainer, path: Path, steps: int) -> None:
+    """In that step: the checkpoint has those before it."""
+
+    def end() -> None:
+        raise KilledError
+
+    after_steps(trainer, steps, end)
+    with pytest.raises(KilledError):
+        run(trainer, path)
+
+
 @pytest.fixture(scope="module")
-def undisturbed(bins: Bins) -> tuple[dict[str, Tensor], list[Epoch]]:
-    """What comes out of a training without a checkpoint, let alone an end."""
+def undisturbed(bins: Bins) -> Outcome:
+    """Of a training without a checkpoint, let alone an end."""
     trainer = new_trainer(bins)
     epochs = list(trainer.train())
-    return all_of(trainer), epochs
+    return state_of(trainer), epochs
 
 
-def assert_ends_as(
-    trainer: Trainer, epochs: list[Epoch], undisturbed: tuple[dict[str, Tensor], list[Epoch]]
+@pytest.mark.parametrize("step", EVERY_STEP)
+def test_a_training_that_was_stopped_at_any_step_ends_with_the_same_bytes(
+    step: int, bins: Bins, undisturbed: Outcome, path: Path
 ) -> None:
-    weights, rows = undisturbed
-    assert epochs == rows
-    assert equal(all_of(trainer), weights)
-
-
-@pytest.mark.parametrize("step", range(1, 2 * STEPS + 1))
-def test_a_training_that_was_stopped_at_any_step_ends_the_same(
-    step: int, bins: Bins, undisturbed: tuple[dict[str, Tensor], list[Epoch]], tmp_path: Path
-) -> None:
-    path = tmp_path / checkpoint.NAME
-    stopped = run_until_stopped(new_trainer(bins), path, step)
-
-    trainer = new_trainer(bins)
-    epochs = run(trainer, path)
+    stopped = stop(new_trainer(bins), path, step)
 
     epoch, place = divmod(step - 1, STEPS)
-    assert (stopped.signal, stopped.where) == (
-        signal.SIGTERM,
-        f"at epoch {epoch + 1}, step {place + 1}",
-    )
-    assert_ends_as(trainer, epochs, undisturbed)
+    assert stopped.where == f"at epoch {epoch + 1}, step {place + 1}"
+    assert run(new_trainer(bins), path) == undisturbed
 
 
-@pytest.mark.parametrize("step", range(1, 2 * STEPS + 1))
-def test_a_training_that_was_killed_in_any_step_ends_the_same(
-    step: int, bins: Bins, undisturbed: tuple[dict[str, Tensor], list[Epoch]], tmp_path: Path
+@pytest.mark.parametrize("step", EVERY_STEP)
+def test_a_training_that_was_killed_in_any_step_ends_with_the_same_bytes(
+    step: int, bins: Bins, undisturbed: Outcome, path: Path
 ) -> None:
-    path = tmp_path / checkpoint.NAME
-    first = new_trainer(bins)
-    after_steps(first, step, kill)
-    with pytest.raises(KilledError):
-        run(first, path)
-    # The step it was killed in is in no checkpoint, and the first one in none at all.
+    kill(new_trainer(bins), path, step)
+
     assert path.exists() == (step > 1)
-
-    trainer = new_trainer(bins)
-    epochs = run(trainer, path)
-
-    assert_ends_as(trainer, epochs, undisturbed)
+    assert run(new_trainer(bins), path) == undisturbed
 
 
-def test_a_training_that_is_stopped_again_and_again_ends_the_same(
-    bins: Bins, undisturbed: tuple[dict[str, Tensor], list[Epoch]], tmp_path: Path
+def test_a_training_that_is_stopped_again_and_again_ends_with_the_same_bytes(
+    bins: Bins, undisturbed: Outcome, path: Path
 ) -> None:
-    path = tmp_path / checkpoint.NAME
-    for _ in range(2 * STEPS):
-        run_until_stopped(new_trainer(bins), path, steps=1)
+    for _ in EVERY_STEP:
+        stop(new_trainer(bins), path, steps=1)
 
-    trainer = new_trainer(bins)
-    assert_ends_as(trainer, run(trainer, path), undisturbed)
+    assert run(new_trainer(bins), path) == undisturbed
+
+
+@pytest.mark.parametrize("changes", [{"ema_decay": None}, {"freeze_backbone": True}], ids=str)
+def test_without_an_average_or_with_a_frozen_backbone_too(
+    changes: dict[str, Any], bins: Bins, path: Path
+) -> None:
+    whole = new_trainer(bins, epochs=1, **changes)
+    rows = list(whole.train())
+    stop(new_trainer(bins, epochs=1, **changes), path, steps=2)
+
+    assert run(new_trainer(bins, epochs=1, **changes), path) == (state_of(whole), rows)
 
 
 def test_a_training_that_was_stopped_while_testing_repeats_only_the_test(
-    bins: Bins, undisturbed: tuple[dict[str, Tensor], list[Epoch]], tmp_path: Path
+    bins: Bins, undisturbed: Outcome, path: Path
 ) -> None:
-    path = tmp_path / checkpoint.NAME
-    request = StopRequest()
-    first = new_trainer(bins)
-    average = first.trained.network
+    request, first = StopRequest(), new_trainer(bins)
 
     def ask(*_: Any) -> None:
         request.signal = signal.SIGINT
 
     # The average is only ever tested.
-    average.register_forward_hook(ask)
+    first.trained.network.register_forward_hook(ask)
     with pytest.raises(Stopped) as stopped:
         run(first, path, request)
     assert (stopped.value.signal, stopped.value.where) == (signal.SIGINT, "while testing epoch 1")
@@ -205,101 +207,16 @@ def test_a_training_that_was_stopped_while_testing_repeats_only_the_test(
     trainer = new_trainer(bins)
     taken: list[int] = []
     trainer.state.optimizer.register_step_post_hook(lambda *_: taken.append(trainer.state.epoch))
-    epochs = run(trainer, path)
 
+    assert run(trainer, path) == undisturbed
     assert taken == [2] * STEPS
-    assert_ends_as(trainer, epochs, undisturbed)
-
-
-def test_without_an_average_too_it_ends_the_same(bins: Bins, tmp_path: Path) -> None:
-    whole = new_trainer(bins, ema_decay=None, epochs=1)
-    rows = list(whole.train())
-    path = tmp_path / checkpoint.NAME
-    run_until_stopped(new_trainer(bins, ema_decay=None, epochs=1), path, steps=2)
-
-    trainer = new_trainer(bins, ema_decay=None, epochs=1)
-
-    assert_ends_as(trainer, run(trainer, path), (all_of(whole), rows))
-
-
-def test_a_frozen_backbone_too_ends_the_same(bins: Bins, tmp_path: Path) -> None:
-    whole = new_trainer(bins, freeze_backbone=True, epochs=1)
-    rows = list(whole.train())
-    path = tmp_path / checkpoint.NAME
-    run_until_stopped(new_trainer(bins, freeze_backbone=True, epochs=1), path, steps=2)
-
-    trainer = new_trainer(bins, freeze_backbone=True, epochs=1)
-
-    assert_ends_as(trainer, run(trainer, path), (all_of(whole), rows))
-    assert not any(name.startswith("optimizer.0.") for name in all_of(trainer))
-
-
-def trained_a_little(bins: Bins) -> Trainer:
-    trainer = new_trainer(bins, epochs=1)
-    list(trainer.train())
-    return trainer
-
-
-def test_all_tensors_come_back_in_their_own_memory_format(bins: Bins, tmp_path: Path) -> None:
-    path = tmp_path / checkpoint.NAME
-    before = trained_a_little(bins)
-    save_checkpoint(path, before.state, (1.5, 2.0))
-
-    after = new_trainer(bins, epochs=1)
-    formats = {name: value.stride() for name, value in after.state.tensors().items()}
-    assert restore_checkpoint(path, after.state, ALONE)
-
-    restored = after.state.tensors()
-    assert equal(restored, before.state.tensors())
-    assert {name: value.stride() for name, value in restored.items()} == formats
-    for name in ("network.0.weight", "average.module.0.weight", "optimizer.0.weight.exp_avg_sq"):
-        assert restored[name].abs().sum() > 0
-        assert restored[name].is_contiguous(memory_format=torch.channels_last)
-        assert not restored[name].is_contiguous()
-    # They are the network's own, not copies.
-    weights = weights_of(before.classifier.network)
-    assert equal(weights_of(after.classifier.network), weights)
-
-
-def test_the_place_and_the_totals_come_back(bins: Bins, tmp_path: Path) -> None:
-    path = tmp_path / checkpoint.NAME
-    before = new_trainer(bins)
-    before.state.epoch, before.state.step = 2, 1
-    before.state.history[0] = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
-    save_checkpoint(path, before.state, (1.5, 2.0))
-
-    after = new_trainer(bins)
-    restore_checkpoint(path, after.state, ALONE)
-
-    assert (after.state.epoch, after.state.step) == (2, 1)
-    assert after.state.totals.tolist() == [1.5, 2.0, math.inf]
-    assert torch.equal(after.state.history, before.state.history)
-
-
-def test_only_the_first_process_has_the_totals_of_all(bins: Bins, tmp_path: Path) -> None:
-    path = tmp_path / checkpoint.NAME
-    save_checkpoint(path, new_trainer(bins).state, (1.5, 2.0))
-    place = load_file(path)["place"]
-
-    @dataclass(frozen=True)
-    class Second(Processes):
-        """Gets the first one's place, and keeps its own tensors."""
-
-        def broadcast(self, values: Tensor) -> None:
-            if values.shape == place.shape and values.dtype == place.dtype:
-                values.copy_(place)
-
-    state = new_trainer(bins).state
-    assert restore_checkpoint(path, state, Second(1, 2))
-    assert state.totals.tolist() == [0, 0, math.inf]
 
 
 @pytest.mark.parametrize("name", ["0.weight", "1.running_var", "5.bias"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_that_are_not_finite_leave_the_checkpoint_of_before(
-    name: str, value: float, bins: Bins, tmp_path: Path
+    name: str, value: float, bins: Bins, path: Path
 ) -> None:
-    path = tmp_path / checkpoint.NAME
     trainer = new_trainer(bins)
     save_checkpoint(path, trainer.state, (0, 0))
     good = path.read_bytes()
@@ -313,34 +230,63 @@ def test_weights_that_are_not_finite_leave_the_checkpoint_of_before(
         save_checkpoint(path, trainer.state, (0, 0))
 
     assert path.read_bytes() == good
-    assert list(tmp_path.iterdir()) == [path]
+    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("length", [0, 4, 100, 1000, -1])
-def test_a_damaged_checkpoint_is_named_and_not_used(
-    length: int, bins: Bins, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_torn_checkpoint_is_named_and_not_used(
+    length: int, bins: Bins, path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / checkpoint.NAME
-    save_checkpoint(path, trained_a_little(bins).state, (1, 1))
-    size = path.stat().st_size
-    os.truncate(path, length if length >= 0 else size + length)
+    trained = new_trainer(bins, epochs=1)
+    list(trained.train())
+    save_checkpoint(path, trained.state, (1, 1))
+    os.truncate(path, length if length >= 0 else path.stat().st_size + length)
     trainer = new_trainer(bins)
-    start = all_of(trainer)
+    start = state_of(trainer)
 
     assert not restore_checkpoint(path, trainer.state, ALONE)
 
-    assert equal(all_of(trainer), start)
+    assert state_of(trainer) == start
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"{path} cannot be read (")
+    assert line.startswith(f"{path} is damaged (")
     assert line.endswith("): starting from the beginning")
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE])
+def test_a_checkpoint_that_the_machine_cannot_read_ends_the_training(
+    number: int, bins: Bins, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(path, new_trainer(bins).state, (0, 0))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(io, "open", refuse)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        restore_checkpoint(path, new_trainer(bins).state, ALONE)
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing(
+    bins: Bins, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def to_a_full_disk(_: Path, data: bytes) -> None:
+        with open("/dev/full", "wb", buffering=0) as device:  # noqa: PTH123
+            device.write(data)
+
+    monkeypatch.setattr(Path, "write_bytes", to_a_full_disk)
+    with pytest.raises(OSError, match="No space left") as error:
+        save_checkpoint(path, new_trainer(bins).state, (0, 0))
+
+    assert error.value.errno == errno.ENOSPC
+    assert list(path.parent.iterdir()) == []
+
+
 def test_without_a_checkpoint_a_training_starts_without_a_word(
-    bins: Bins, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bins: Bins, path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = new_trainer(bins).state
 
-    assert not restore_checkpoint(tmp_path / checkpoint.NAME, state, ALONE)
+    assert not restore_checkpoint(path, state, ALONE)
 
     assert (state.epoch, state.step) == (1, 0)
     assert capsys.readouterr().out == ""
@@ -359,53 +305,9 @@ def terminations() -> Iterator[list[int]]:
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_only_asks(number: int, terminations: list[int]) -> None:
-    with stop_requests() as request:
-        assert request.signal == 0
-        signal.raise_signal(number)
-        assert request.signal == number
-
-    assert terminations == []
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Ctrl-C is not ignored, as it is in what a shell runs in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("interruptible")
-def test_a_second_signal_is_obeyed_at_once(terminations: list[int]) -> None:
-    with stop_requests():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGTERM)
-        assert terminations == [signal.SIGTERM]
-    with stop_requests():
-        signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-
-
-@pytest.mark.parametrize("asked", [False, True])
-def test_the_handlers_of_before_come_back(asked: bool, terminations: list[int]) -> None:
-    handlers = [signal.getsignal(number) for number in checkpoint.STOP_SIGNALS]
-
-    with suppress(KilledError), stop_requests():
-        if asked:
-            signal.raise_signal(signal.SIGTERM)
-        raise KilledError
-
-    assert [signal.getsignal(number) for number in checkpoint.STOP_SIGNALS] == handlers
-    signal.raise_signal(signal.SIGTERM)
-    assert terminations == [signal.SIGTERM]
-
-
 @dataclass
 class Clock:
-    """A clock that goes on only when it is told to."""
+    """A clock that moves only when it is told to."""
 
     now: float = 0.0
 
@@ -420,16 +322,44 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-@dataclass(frozen=True)
-class Group(Processes):
-    """Stands for processes of which the others give those rows; notes every exchange."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_only_asks_also_where_it_comes_twice(
+    number: int, terminations: list[int], clock: Clock
+) -> None:
+    with stop_requests() as request:
+        assert request.signal == 0
+        signal.raise_signal(number)
+        # As from a terminal, and again from torchrun.
+        clock.now += 0.9
+        signal.raise_signal(number)
+        assert request.signal == number
 
-    others: list[list[float]] = field(default_factory=list)
-    exchanged: list[list[float]] = field(default_factory=list)
+    assert terminations == []
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_later_signal_is_obeyed_at_once(terminations: list[int], clock: Clock) -> None:
+    with stop_requests():
+        signal.raise_signal(signal.SIGINT)
+        clock.now += 1.1
+        signal.raise_signal(signal.SIGTERM)
+        assert terminations == [signal.SIGTERM]
+    with stop_requests():
+        signal.raise_signal(signal.SIGTERM)
+        clock.now += 1.1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class Noting(Processes):
+    """Notes every exchange."""
+
+    exchanged: list[Tensor] = field(default_factory=list)
 
     def gather(self, values: Tensor) -> Tensor:
-        self.exchanged.append(values.tolist())
-        return torch.stack([values, *map(values.new_tensor, self.others)])
+        self.exchanged.append(values)
+        return super().gather(values)
 
 
 def bare_state() -> TrainingState:
@@ -444,62 +374,39 @@ def watch_of(processes: Processes, path: Path | None = None, seconds: float = ma
     return Watch(processes, path, seconds, _looked=0.0, _saved=0.0)
 
 
-def looks(seconds_of_steps: list[float], clock: Clock, watch: Watch, group: Group) -> list[int]:
-    """After which of the steps, that take so long, the watch looks."""
-    state, found = bare_state(), []
+@pytest.mark.parametrize(
+    ("seconds_of_steps", "seconds_between_checkpoints", "looks"),
+    [
+        ([5.0] * 6, math.inf, [1, 2, 3, 4, 5, 6]),
+        # Twice as many steps each time, until they take a second.
+        ([1 / 128] * 600, math.inf, [1, 3, 7, 15, 31, 63, 127, 255, 383, 511]),
+        ([30.0] + [1 / 128] * 199, math.inf, [1, 2, 4, 8, 16, 32, 64, 128]),
+        ([1 / 16] * 31 + [2.0] * 20, math.inf, [1, 3, 7, 15, 31, 47, 48, 49, 50, 51]),
+        ([1 / 16] * 20, 0.25, [1, 3, 7, 11, 15, 19]),
+    ],
+    ids=["slow", "fast", "slow at first", "slow later", "frequent checkpoints"],
+)
+def test_steps_are_looked_at_about_once_a_second(
+    seconds_of_steps: list[float],
+    seconds_between_checkpoints: float,
+    looks: list[int],
+    clock: Clock,
+) -> None:
+    processes, state, found = Noting(), bare_state(), []
+    watch = watch_of(processes, seconds=seconds_between_checkpoints)
     for step, seconds in enumerate(seconds_of_steps, start=1):
         clock.now += seconds
-        before = len(group.exchanged)
+        before = len(processes.exchanged)
         watch.after_step(state, step)
-        if len(group.exchanged) > before:
+        if len(processes.exchanged) > before:
             found.append(step)
-    return found
+
+    assert found == looks
 
 
-def test_slow_steps_are_looked_at_one_by_one(clock: Clock) -> None:
-    group = Group()
-
-    assert looks([5.0] * 6, clock, watch_of(group), group) == [1, 2, 3, 4, 5, 6]
-
-
-def test_fast_steps_are_looked_at_about_once_a_second(clock: Clock) -> None:
-    group = Group()
-
-    found = looks([1 / 128] * 1000, clock, watch_of(group), group)
-
-    # Twice as many steps each time, until they take a second.
-    assert found == [1, 3, 7, 15, 31, 63, 127, 255, 383, 511, 639, 767, 895]
-
-
-def test_a_slow_first_step_is_soon_forgotten(clock: Clock) -> None:
-    group = Group()
-
-    found = looks([30.0] + [1 / 128] * 299, clock, watch_of(group), group)
-
-    assert found == [1, 2, 4, 8, 16, 32, 64, 128, 256]
-
-
-def test_steps_that_become_slow_are_looked_at_more_often_again(clock: Clock) -> None:
-    group = Group()
-
-    found = looks([1 / 16] * 31 + [2.0] * 20, clock, watch_of(group), group)
-
-    assert found[:5] == [1, 3, 7, 15, 31]
-    assert found[5:] == [47, 48, 49, 50, 51]
-
-
-def test_checkpoints_each_few_seconds_are_looked_for_as_often(clock: Clock) -> None:
-    group = Group()
-
-    found = looks([1 / 16] * 40, clock, watch_of(group, seconds=0.25), group)
-
-    assert found[-4:] == [27, 31, 35, 39]
-
-
-def test_a_checkpoint_is_written_when_its_time_has_come(clock: Clock, tmp_path: Path) -> None:
-    path = tmp_path / checkpoint.NAME
+def test_a_checkpoint_is_written_when_its_time_has_come(clock: Clock, path: Path) -> None:
     watch, state, written = watch_of(ALONE, path, seconds=10), bare_state(), []
-    for step in range(1, 41):
+    for step in range(1, 21):
         clock.now += 3
         state.step = step
         watch.after_step(state, step)
@@ -507,75 +414,4 @@ def test_a_checkpoint_is_written_when_its_time_has_come(clock: Clock, tmp_path: 
             written.append(step)
             path.unlink()
 
-    assert written == [4, 8, 12, 16, 20, 24, 28, 32, 36, 40]
-
-
-def test_without_a_path_nothing_is_written(clock: Clock, tmp_path: Path) -> None:
-    watch = watch_of(ALONE, seconds=0)
-    clock.now += 1
-
-    watch.look(bare_state(), 4, save=True)
-
-    assert list(tmp_path.iterdir()) == []
-
-
-def row_of(
-    loss: float = 0,
-    right: float = 0,
-    first_bad: float = math.inf,
-    asked: float = 0,
-    due: float = 0,
-    steps: float = 1,
-) -> list[float]:
-    """What another process gives at a look."""
-    return [loss, right, first_bad, asked, due, steps]
-
-
-@pytest.mark.usefixtures("clock")
-def test_a_look_adds_up_what_all_processes_saw() -> None:
-    watch, state = watch_of(Group(0, 2, others=[row_of(loss=3.5, right=2)])), bare_state()
-    state.totals[:2] = torch.tensor([1.5, 4.0])
-
-    assert watch.look(state, images=10) == (5.0, 6.0)
-    assert watch.mean_loss == 0.5
-
-
-@pytest.mark.usefixtures("clock")
-def test_a_process_stops_and_saves_when_another_was_asked_to(tmp_path: Path) -> None:
-    path = tmp_path / checkpoint.NAME
-    watch, state = watch_of(Group(0, 2, others=[row_of(asked=signal.SIGTERM)]), path), bare_state()
-    state.step = 7
-
-    with pytest.raises(Stopped) as stopped:
-        watch.look(state, 10)
-
-    assert stopped.value.signal == signal.SIGTERM
-    assert load_file(path)["place"].tolist() == [1, 7, 0, 0]
-
-
-@pytest.mark.usefixtures("clock")
-def test_only_the_first_process_writes_and_decides_when(tmp_path: Path) -> None:
-    path = tmp_path / checkpoint.NAME
-    state = bare_state()
-
-    # Here the row that comes first is this process's own, so it stands for the first one's.
-    watch_of(Group(1, 2, others=[row_of(due=1)]), path).look(state, 4, save=True)
-    watch_of(Group(0, 2, others=[row_of(due=1)]), path).look(state, 4)
-    assert not path.exists()
-
-    watch_of(Group(0, 2, others=[row_of()]), path).look(state, 4, save=True)
-    assert path.exists()
-
-
-@pytest.mark.usefixtures("clock")
-def test_the_first_loss_of_any_process_that_was_not_finite_is_found_and_nothing_saved(
-    tmp_path: Path,
-) -> None:
-    path = tmp_path / checkpoint.NAME
-    group = Group(0, 3, others=[row_of(first_bad=5), row_of(first_bad=3)])
-
-    with pytest.raises(NotFiniteError) as error:
-        watch_of(group, path).look(bare_state(), 4, save=True)
-
-    assert error.value.step == 3
-    assert not path.exists()
+    assert written == [4, 8, 12, 16, 20]

@@ -1,49 +1,48 @@
+"""How a stage ends: what it prints, on which stream, and with which exit code."""
+
 import errno
 import os
+import resource
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Never
 
 import pytest
+from safetensors import SafetensorError
 
-from stages import fetch
+from stages import split
 from stages.runtime.command import run_stage
-from stages.runtime.errors import UserError
+from stages.runtime.errors import Stopped, UserError
+from stages.runtime.machine import allow_open_files, usable_cores
 from tests.conftest import REPOSITORY, write_params
 
 MISSING = "make the stage's inputs with `dvc repro` or `dvc pull`"
+FULL = "has 500 bytes free; free some space, and run again"
+Usage = namedtuple("Usage", ["total", "used", "free"])
 
 
-def run_module(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a stage as dvc.yaml does, in the current directory."""
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+@pytest.fixture(autouse=True)
+def on_a_full_disk(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(1000, 500, 500))
+    return workspace
 
 
-def exit_of(
-    main: Callable[..., str],
-    monkeypatch: pytest.MonkeyPatch,
-    *words: str,
-    arguments: Mapping[str, str] | None = None,
+def end_of(
+    monkeypatch: pytest.MonkeyPatch, main: Callable[..., str], *words: str, **arguments: str
 ) -> Any:
     """What run_stage leaves the process with when `words` follow the command."""
     monkeypatch.setattr(sys, "argv", ["stage", *words])
     with pytest.raises(SystemExit) as caught:
-        run_stage("fetch", main, **(arguments or {}))
+        run_stage("fetch", main, **arguments)
     return caught.value.code
 
 
-def raising(error: BaseException) -> Callable[[], Never]:
+def raising(error: BaseException, cause: BaseException | None = None) -> Callable[[], Never]:
     def main() -> Never:
-        raise error
+        raise error from cause
 
     return main
 
@@ -58,62 +57,52 @@ def test_a_stage_that_ends_well_says_what_it_did(
     monkeypatch.setattr(sys, "argv", ["stage", "vit"])
     run_stage("train", train, model="a model")
     assert capsys.readouterr().out == "train vit: trained vit\n"
+    assert list(Path(".cache").iterdir()) == []
 
 
-def test_a_user_error_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = exit_of(raising(UserError("lower subset.bins")), monkeypatch)
-    assert code == "fetch: error: lower subset.bins"
-
-
-def test_a_missing_input_tells_how_to_make_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = exit_of(raising(FileNotFoundError("data/subset.parquet")), monkeypatch)
-    assert code == f"fetch: error: data/subset.parquet: {MISSING}"
-
-
-def test_ctrl_c_ends_with_its_own_code(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert exit_of(raising(KeyboardInterrupt()), monkeypatch) == 130
-    assert capsys.readouterr().err == "fetch: interrupted\n"
+def system(number: int, file: str | None = None) -> OSError:
+    return OSError(number, os.strerror(number), file)
 
 
 @pytest.mark.parametrize(
-    ("error", "text"),
+    ("error", "line"),
     [
-        (
-            OSError(errno.ENOSPC, "No space left on device", "data/raw/.00000.parquet.partial"),
-            "[Errno 28] No space left on device: 'data/raw/.00000.parquet.partial': free some space"
-            " on the disk, and run again",
-        ),
-        # As pyarrow raises it.
-        (
-            OSError(errno.ENOSPC, "Error writing bytes to file"),
-            "[Errno 28] Error writing bytes to file: free some space on the disk, and run again",
-        ),
-        (
-            PermissionError(errno.EACCES, "Permission denied", "data/index.parquet"),
-            "[Errno 13] Permission denied: 'data/index.parquet': give this user access to it, and"
-            " run again",
-        ),
-        (
-            NotADirectoryError(errno.ENOTDIR, "Not a directory", "data/raw"),
-            "[Errno 20] Not a directory: 'data/raw': check this file and its folder, and run again",
-        ),
+        (UserError("lower subset.bins"), "lower subset.bins"),
+        (UserError("a key like \x1b[2J\n\u202e ä"), r"a key like \x1b[2J\n\u202e ä"),
+        (FileNotFoundError("data/subset.parquet"), f"data/subset.parquet: {MISSING}"),
+        (system(errno.EACCES, "data/a"), "'data/a': give this user access to it, and run again"),
+        (system(errno.EROFS, "data/a"), "'data/a': make its disk writable, and run again"),
+        (system(errno.EIO, "data/a"), "'data/a': check its disk, and run again"),
+        (system(errno.ESTALE, "data/a"), "'data/a': mount its network disk anew, and run again"),
+        (system(errno.EMFILE), "Too many open files: run `ulimit -n 4096` in this shell, and run"),
+        (system(errno.ENFILE), "close other programs on this machine, and run again"),
+        (system(errno.ENOMEM), "free some memory, or use a machine with more, and run again"),
+        (system(errno.ENOTDIR, "data/a"), "'data/a': check this file and its folder, and run"),
+        # A full disk, whoever says so: the system, pyarrow, safetensors, a library that wraps it.
+        (system(errno.ENOSPC, "data/a/b"), f"no room for data/a/b: the disk of {{here}} {FULL}"),
+        (system(errno.EDQUOT, "data/a/b"), f"no room for data/a/b: the disk of {{here}} {FULL}"),
+        (OSError(errno.ENOSPC, "Error writing bytes"), "no room for more: the disk of {here}"),
+        (SafetensorError("I/O error: (os error 28)"), "no room for more: the disk of {here}"),
+        (RuntimeError("write failed"), f"no room for model.pt: the disk of {{here}} {FULL}"),
     ],
-    ids=["disk full", "disk full, no file", "permission", "another"],
 )
-def test_a_file_that_the_system_refuses_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, error: OSError, text: str
+def test_what_the_user_or_the_machine_can_fix_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, workspace: Path, error: Exception, line: str
 ) -> None:
-    assert exit_of(raising(error), monkeypatch) == f"fetch: error: {text}"
+    cause = system(errno.ENOSPC, "model.pt") if isinstance(error, RuntimeError) else None
+    code = end_of(monkeypatch, raising(error, cause))
+    assert code.startswith("fetch: error: ")
+    assert line.format(here=workspace) in code
+    assert code.isprintable()
 
 
 @pytest.mark.parametrize(
     "error",
     [
-        ValueError("a bug"),
+        ValueError("28"),
         KeyError("a bug"),
         OSError("of a library"),
+        SafetensorError("I/O error: Permission denied (os error 13)"),
         ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
     ],
 )
@@ -124,23 +113,43 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, error: Excep
     assert caught.value is error
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "fetch: interrupted\n"),
+        (
+            Stopped(15, "after epoch 3"),
+            143,
+            "fetch: stopped by SIGTERM after epoch 3; the next run continues from there\n",
+        ),
+    ],
+)
+def test_a_signal_ends_with_its_own_code(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    said: str,
+) -> None:
+    assert end_of(monkeypatch, raising(error)) == code
+    assert capsys.readouterr().err == said
+
+
 @pytest.mark.parametrize("words", [[], ["vit", "resnet34"], ["--fast", "vit"]])
 def test_wrong_arguments_show_the_usage(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
-    code = exit_of(train, monkeypatch, *words, arguments={"model": "a model"})
-    assert code == 2
+    assert end_of(monkeypatch, train, *words, model="a model") == 2
     assert capsys.readouterr().err.startswith("usage: python -m stages.fetch [-h] model")
 
 
 def test_help_says_what_the_stage_does(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert exit_of(fetch.main, monkeypatch, "--help") == 0
-    assert str(fetch.__doc__) in " ".join(capsys.readouterr().out.split())
+    assert end_of(monkeypatch, split.main, "--help") == 0
+    assert " ".join(str(split.__doc__).split()) in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.usefixtures("workspace")
 @pytest.mark.parametrize(
     ("overrides", "error"),
     [
@@ -155,10 +164,38 @@ def test_a_process_ends_with_one_line_and_code_one(
 ) -> None:
     if overrides is not None:
         write_params(overrides)
-    process = run_module("stages.split")
-    assert process.returncode == 1
-    assert process.stdout == ""
+    process = subprocess.run(
+        [sys.executable, "-m", "stages.split"],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (process.returncode, process.stdout) == (1, "")
     assert process.stderr.startswith("split: error: ")
     assert error in process.stderr
     assert process.stderr.count("\n") == 1
     assert list(Path().glob("data/*")) == []
+
+
+@pytest.mark.parametrize(("hard", "allowed"), [(resource.RLIM_INFINITY, 4096), (300, 300)])
+def test_a_stage_may_open_as_many_files_as_this_machine_allows(
+    monkeypatch: pytest.MonkeyPatch, hard: int, allowed: int
+) -> None:
+    limits = [(256, hard)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limit: limits.append(limit))
+    allow_open_files()
+    allow_open_files()
+    assert limits == [(256, hard), (allowed, hard)]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
+def test_only_the_cores_given_to_the_process_are_usable() -> None:
+    given = os.sched_getaffinity(0)
+    assert usable_cores() == len(given)
+    os.sched_setaffinity(0, {min(given)})
+    try:
+        assert usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, given)

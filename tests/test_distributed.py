@@ -1,37 +1,46 @@
-"""Training in several processes gives what one process gives, but for rounding."""
+"""Training in several processes gives what one process gives, apart from rounding."""
 
 import json
+import os
 import signal
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stages.imaging.loader import Bins, load_sets
+from stages.imaging.loader import CPU, Bins
 from stages.networks.inference import place
 from stages.runtime.errors import Stopped, UserError
 from stages.runtime.machine import usable_cores
 from stages.runtime.params import Model
-from stages.training import processes as distributed
+from stages.training import machines
 from stages.training.checkpoint import StopRequest, Watch, restore_checkpoint
 from stages.training.engine import Epoch, Trainer
-from stages.training.launch import run_processes
-from stages.training.processes import CPU, Processes, joined_processes
+from stages.training.launch import process_count, run_processes
+from stages.training.machines import share_bins
+from stages.training.processes import Processes, joined_processes
 from tests.made import (
+    SIZE,
+    TINY_VIT,
     Large,
     bin_rows,
     close,
     equal,
+    full_network,
     full_precision,
+    make_bins,
     model_knobs,
     noise,
     one_torch_thread,
+    random_classifier,
     tiny_classifier,
     weights_of,
     write_resized,
@@ -40,25 +49,23 @@ from tests.made import (
 
 LABELS = [1, 2, 3]
 RATE = 0.01
+SETS = ["train", "validation", "test"]
+PROCESSES = 3
 
 
 class Network(nn.Module):
-    """With batch normalization, and a layer that takes no part, as in some of transformers'."""
+    """A ViT, and a layer that takes no part, as in some networks of transformers."""
 
     def __init__(self, labels: int) -> None:
         super().__init__()
         self.unused = nn.Linear(5, 5)
-        self.used = nn.Sequential(
-            nn.Conv2d(3, 4, 8, stride=8, bias=False),
-            nn.BatchNorm2d(4),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(64, labels),
-        )
+        # The gradient of a key's bias is nothing but rounding, which Adam would make a step of.
+        config = TINY_VIT | {"qkv_bias": False}
+        knobs = model_knobs("vit", pretrained=False, config=config)
+        self.used = random_classifier(knobs, range(1, labels + 1)).network
 
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.used(images)
-        return logits
+    def forward(self, images: Tensor) -> Any:
+        return self.used(images)
 
 
 def knobs_with(**changes: Any) -> Model:
@@ -77,15 +84,14 @@ CASES = {
         loss="ordinal",
     ),
     "frozen": knobs_with(freeze_backbone=True),
-    # For three processes, of which one has nothing to do.
+    # Of which one process gets none.
     "of two images": knobs_with().model_copy(update={"batch_size": 2, "epochs": 1}),
 }
-SETS = ["train", "validation", "test"]
 STOPPED = CASES["in parts, averaged"]
 
 
 def write_sets(folder: Path) -> None:
-    """19 bins to train on, one to validate and two to test on: fewer than three processes."""
+    """19 bins to train on, one to validate and two to test on: fewer than processes."""
     rows = bin_rows([1, 2, 3] * 7 + [1], noise)
     write_resized(folder / "resized", rows)
     sets = ["train"] * 19 + ["test"] * 2 + ["validation"]
@@ -94,7 +100,8 @@ def write_sets(folder: Path) -> None:
 
 
 def sets_of(folder: Path, processes: Processes) -> list[Bins]:
-    return load_sets(folder / "resized", folder / "split.csv", SETS, folder / "work", processes)
+    work = folder / "work"
+    return share_bins(folder / "resized", folder / "split.csv", SETS, SIZE, work, processes)
 
 
 def new_trainer(
@@ -123,7 +130,7 @@ def train(sets: list[Bins], knobs: Model, processes: Processes) -> dict[str, Ten
 
 
 def train_with_a_stop(sets: list[Bins], processes: Processes, path: Path) -> dict[str, Tensor]:
-    """Stopped in the second step, for which only the last process is asked, and gone on with."""
+    """Stopped after the second step, for which only the last process is asked, and continued."""
     trainer, request = new_trainer(sets, STOPPED, processes), StopRequest()
     if processes.rank == processes.size - 1:
         request.signal = signal.SIGTERM
@@ -135,52 +142,38 @@ def train_with_a_stop(sets: list[Bins], processes: Processes, path: Path) -> dic
     return result_of(trainer, list(trainer.train()))
 
 
-def complaint(sets: list[Bins], processes: Processes, *, backward: bool) -> str:
+def complaint(sets: list[Bins], processes: Processes) -> str:
     """What is said where the memory is for one image only."""
 
     def large(labels: int) -> nn.Module:
         # In the second step, since DistributedDataParallel's first one is another.
-        return Large(labels, 1, backward=backward, easy=1)
+        return Large(labels, 1, backward=True, easy=1)
 
-    trainer = new_trainer(sets, CASES["plain"], processes, large)
     try:
-        list(trainer.train())
+        list(new_trainer(sets, CASES["plain"], processes, large).train())
     except UserError as error:
         return str(error)
     return "it fits"
-
-
-def exchange(processes: Processes) -> dict[str, Any]:
-    """What this process gets of the others."""
-    numbers = torch.arange(3.0) + 10 * processes.rank
-    image = torch.arange(24.0).view(1, 2, 3, 4) * (1 - processes.rank)
-    image = image.to(memory_format=torch.channels_last)
-    processes.broadcast(image)
-    return {
-        "place": [processes.rank, processes.size, processes.local_rank, processes.local_size],
-        "agreed": processes.agree(f"of {processes.rank}"),
-        "gathered": processes.gather(numbers).tolist(),
-        "broadcast": image.flatten().tolist(),
-        "channels_last": image.is_contiguous(memory_format=torch.channels_last),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def work_in_a_group(folder_name: str) -> str:
     """All that is tested here, in one process of a group; a file for each result and process."""
     folder = Path(folder_name)
     with joined_processes() as processes, full_precision():
-        told: dict[str, Any] = {"exchange": exchange(processes)}
         sets = sets_of(folder, processes)
-        told["ids"] = [bins.ids for bins in sets]
         for name, knobs in CASES.items():
             save_file(train(sets, knobs, processes), folder / f"{name} {processes.rank}")
-        path = folder / "checkpoint"
-        result = train_with_a_stop(sets, processes, path)
+        result = train_with_a_stop(sets, processes, folder / "checkpoint")
         save_file(result, folder / f"stopped {processes.rank}")
-        told["complaints"] = [
-            complaint(sets, processes, backward=backward) for backward in (False, True)
-        ]
+        numbers = torch.arange(3.0) + 10 * processes.rank
+        told = {
+            "place": [processes.rank, processes.size, processes.local_rank, processes.local_size],
+            "agreed": processes.agree(f"of {processes.rank}"),
+            "gathered": processes.gather(numbers).tolist(),
+            "threads": torch.get_num_threads(),
+            "ids": [bins.ids for bins in sets],
+            "complaint": complaint(sets, processes),
+        }
         (folder / f"told {processes.rank}").write_text(json.dumps(told))
     return f"{processes.rank} is done"
 
@@ -191,26 +184,21 @@ def one_thread() -> Iterator[None]:
         yield
 
 
-class Group:
-    """What processes that worked together left behind."""
-
-    def __init__(self, size: int, folder: Path) -> None:
-        self.size = size
-        self.folder = folder
-        write_sets(folder)
-        self.answer = run_processes(size, work_in_a_group, str(folder))
-
-    def results(self, name: str) -> list[dict[str, Tensor]]:
-        return [load_file(self.folder / f"{name} {rank}") for rank in range(self.size)]
-
-    def told(self) -> list[dict[str, Any]]:
-        texts = [(self.folder / f"told {rank}").read_text() for rank in range(self.size)]
-        return [json.loads(text) for text in texts]
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which processes that worked together left their results."""
+    folder = tmp_path_factory.mktemp("group")
+    write_sets(folder)
+    assert run_processes(PROCESSES, work_in_a_group, str(folder)) == "0 is done"
+    return folder
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Group:
-    return Group(request.param, tmp_path_factory.mktemp("group"))
+def results(group: Path, name: str) -> list[dict[str, Tensor]]:
+    return [load_file(group / f"{name} {rank}") for rank in range(PROCESSES)]
+
+
+def told(group: Path) -> list[dict[str, Any]]:
+    return [json.loads((group / f"told {rank}").read_text()) for rank in range(PROCESSES)]
 
 
 @pytest.fixture(scope="module")
@@ -223,98 +211,148 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tenso
         return {name: train(sets, knobs, Processes()) for name, knobs in CASES.items()}
 
 
-def test_the_first_process_answers(group: Group) -> None:
-    assert group.answer == "0 is done"
-
-
-def test_processes_know_their_places_and_exchange_values(group: Group) -> None:
-    for rank, told in enumerate(group.told()):
-        found = told["exchange"]
-        assert found["place"] == [rank, group.size, rank, group.size]
+@pytest.mark.slow
+def test_processes_know_their_places_and_exchange_values(group: Path) -> None:
+    for rank, found in enumerate(told(group)):
+        assert found["place"] == [rank, PROCESSES, rank, PROCESSES]
         assert found["agreed"] == "of 0"
-        assert found["gathered"] == [[of, of + 1, of + 2] for of in range(0, 10 * group.size, 10)]
-        assert found["broadcast"] == list(range(24))
-        assert found["channels_last"]
-        assert found["threads"] == max(1, usable_cores() // group.size)
+        assert found["gathered"] == [[0, 1, 2], [10, 11, 12], [20, 21, 22]]
+        assert found["threads"] == max(1, usable_cores() // PROCESSES)
 
 
-def test_processes_read_the_same_bins_of_one_file_that_none_leaves(group: Group) -> None:
-    expected = [
-        [f"{number:05d}" for number in some] for some in (range(1, 20), [22], range(20, 22))
-    ]
+@pytest.mark.slow
+def test_processes_read_the_same_bins_of_one_file_that_none_leaves(group: Path) -> None:
+    sets = (range(1, 20), [22], range(20, 22))
+    expected = [[f"{number:05d}" for number in numbers] for numbers in sets]
 
-    assert [told["ids"] for told in group.told()] == [expected] * group.size
-    assert list((group.folder / "work").iterdir()) == []
+    assert [found["ids"] for found in told(group)] == [expected] * PROCESSES
+    assert list((group / "work").iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_weights_and_rows_are_those_of_one_process(
-    name: str, group: Group, alone: dict[str, dict[str, Tensor]]
+    name: str, group: Path, alone: dict[str, dict[str, Tensor]]
 ) -> None:
-    results = group.results(name)
+    first, *others = results(group, name)
 
-    assert close(results[0], alone[name], RATE / 100)
-    # And exactly those of the other processes.
-    assert all(equal(result, results[0]) for result in results[1:])
-
-
-def test_a_layer_that_takes_no_part_stays_as_it_is(group: Group) -> None:
+    assert close(first, alone[name], RATE / 100)
+    assert all(equal(other, first) for other in others)
     start = weights_of(tiny_classifier(LABELS, Network).network)
-
-    for name in CASES:
-        result = group.results(name)[0]
-        for key in ("unused.weight", "unused.bias"):
-            assert torch.equal(result[key], start[key]), name
+    assert torch.equal(first["unused.weight"], start["unused.weight"])
 
 
-def test_a_training_that_was_stopped_ends_the_same(
-    group: Group, alone: dict[str, dict[str, Tensor]]
+@pytest.mark.slow
+def test_a_training_that_was_stopped_ends_the_same_in_as_many_processes_or_in_one(
+    group: Path, alone: dict[str, dict[str, Tensor]]
 ) -> None:
-    (undisturbed, *_), results = group.results("in parts, averaged"), group.results("stopped")
+    first, *others = results(group, "stopped")
 
-    assert all(equal(result, results[0]) for result in results)
+    assert all(equal(other, first) for other in others)
     # The order in which three or more numbers are added up changes with DistributedDataParallel's
     # first step.
-    assert close(results[0], undisturbed, 0 if group.size == 2 else RATE / 100)
-    # Another number of processes can go on with it.
-    sets = sets_of(group.folder, Processes())
+    assert close(first, alone["in parts, averaged"], RATE / 100)
+    sets = sets_of(group, Processes())
     trainer = new_trainer(sets, STOPPED, Processes())
-    assert restore_checkpoint(group.folder / "checkpoint", trainer.state, Processes())
+    assert restore_checkpoint(group / "checkpoint", trainer.state, Processes())
     with full_precision():
         result = result_of(trainer, list(trainer.train()))
     assert close(result, alone["in parts, averaged"], RATE / 100)
 
 
-def test_processes_say_what_fits_into_each_ones_memory(group: Group) -> None:
-    share, advised = {2: (4, 4), 3: (3, 4)}[group.size]
+@pytest.mark.slow
+def test_processes_say_what_fits_into_each_ones_memory(group: Path) -> None:
     text = (
-        f"{share} images of 32 pixels do not fit into cpu: set this model's accumulation to"
-        f" {advised}, and 1 at once fit; batch_size stays 8"
+        "3 images of 32 pixels do not fit into cpu: set this model's accumulation to 4, and 1 at"
+        " once fit; batch_size stays 8"
     )
 
-    assert [told["complaints"] for told in group.told()] == [[text, text]] * group.size
+    assert [found["complaint"] for found in told(group)] == [text] * PROCESSES
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 5, 100])
-@pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_shares_are_consecutive_and_differ_by_1_at_most(rows: int, size: int) -> None:
-    shares = [Processes(rank, size).share(np.arange(rows)) for rank in range(size)]
+def fail(kind: str) -> str:
+    """In the second process, which the first one notices, and ends before it."""
+    if os.environ["RANK"] == "0":
+        time.sleep(1)
+        raise RuntimeError("Connection closed by peer")
+    if kind == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(2)
+    if kind == "full disk":
+        raise OSError(28, "No space left on device", "checkpoint.pt")
+    raise UserError("lower the learning_rate")
 
-    assert np.concatenate(shares).tolist() == list(range(rows))
-    lengths = {len(share) for share in shares}
-    assert max(lengths) - min(lengths) <= 1
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("error", r"^lower the learning_rate$"),
+        ("full disk", r"^no room for checkpoint\.pt: .* free some space, and run again$"),
+        ("killed", r"^process 1 was ended by SIGKILL; the next run continues from the last"),
+    ],
+)
+def test_what_ended_one_process_is_said_and_not_what_the_others_make_of_it(
+    kind: str, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run_processes(2, fail, kind)
+
+    assert capfd.readouterr().err == ""
 
 
-def test_a_process_on_its_own_exchanges_values_with_itself() -> None:
-    processes, values = Processes(), torch.arange(3.0)
+def own_number() -> str:
+    return str(os.getpid())
 
-    processes.wait_for_all()
-    processes.broadcast(values)
 
-    assert processes.is_first
-    assert processes.agree("text") == "text"
-    assert torch.equal(processes.gather(values), torch.arange(3.0).view(1, 3))
-    assert torch.equal(values, torch.arange(3.0))
+def test_one_process_is_this_very_one_also_beside_others_of_torchrun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert run_processes(1, own_number) == str(os.getpid())
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert run_processes(3, own_number) == str(os.getpid())
+
+
+def raise_error(text: str) -> str:
+    raise RuntimeError(text)
+
+
+def test_a_lost_exchange_is_a_line_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    reset = (
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [10.0.0.7]:49573:"
+        " Connection reset by peer. This is typically caused by a remote worker hanging."
+    )
+    with pytest.raises(UserError, match=r"off \(Read error \[10\.0\.0\.7\]:49573: .* by peer\):"):
+        run_processes(2, raise_error, reset)
+    # An error of another kind stays what it is.
+    with pytest.raises(RuntimeError, match="shapes"):
+        run_processes(2, raise_error, "shapes [2, 3] and [3, 2] differ")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "count"), [("auto", 0, 1), ("auto", 4, 4), (3, 0, 3), (2, 4, 2), (4, 4, 4)]
+)
+def test_auto_is_a_process_per_gpu_or_one(
+    wanted: int | str, gpus: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+
+    assert process_count(wanted) == count
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    with pytest.raises(UserError, match=r"run\.processes is 3, but there are 2 GPUs: use auto"):
+        process_count(3)
+
+
+def test_several_processes_on_cpus_refuse_batch_normalization(tmp_path: Path) -> None:
+    bins = make_bins(tmp_path, LABELS)
+
+    with pytest.raises(UserError, match=r"by several processes on CPUs: set run\.processes to 1"):
+        new_trainer([bins] * 3, CASES["plain"], Processes(0, 2), full_network)
 
 
 def test_outside_of_a_group_a_process_is_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,13 +361,39 @@ def test_outside_of_a_group_a_process_is_on_its_own(monkeypatch: pytest.MonkeyPa
 
     with joined_processes() as processes:
         assert processes == Processes(device=processes.device)
-        assert not torch.distributed.is_initialized()
+        processes.wait_for_all()
+        assert processes.agree("text") == "text"
+        assert processes.gather(torch.arange(3)).tolist() == [[0, 1, 2]]
 
 
-@pytest.mark.parametrize(("cores", "processes", "threads"), [(8, 1, 8), (8, 3, 2), (2, 4, 1)])
-def test_the_processes_of_a_machine_share_its_cores(
-    cores: int, processes: int, threads: int, monkeypatch: pytest.MonkeyPatch
+def inodes(sets: list[Bins]) -> set[int]:
+    return {os.fstat(bins.images._file.fileno()).st_ino for bins in sets}
+
+
+def test_machines_that_share_a_folder_have_a_file_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distributed, "usable_cores", lambda: cores)
+    write_sets(tmp_path)
+    meeting = Barrier(2, timeout=10)
+    monkeypatch.setattr(Processes, "wait_for_all", lambda _self: meeting.wait())
+    first_of_each = [Processes(0, 4, 0, 2), Processes(2, 4, 0, 2)]
 
-    assert Processes(0, 2 * processes, 0, processes).loader_threads == threads
+    with ThreadPoolExecutor() as pool:
+        one, other = pool.map(lambda processes: sets_of(tmp_path, processes), first_of_each)
+
+    assert len(inodes(one)) == len(inodes(other)) == 1
+    assert inodes(one) != inodes(other)
+    assert one[2].images[1] == other[2].images[1] == bin_rows([1, 2, 3] * 7, noise)[20]["image"]
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_a_machine_with_other_inputs_than_the_first_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Processes, "agree", lambda *_: "the first machine's digest")
+
+    with (
+        pytest.raises(UserError, match="inputs of this machine are not those of the first one"),
+        machines.folder_of_work("train-vit", lambda: "another", Processes(1, 2)),
+    ):
+        raise AssertionError

@@ -1,100 +1,155 @@
-from contextlib import suppress
+"""Files that are whole or absent, digests, and space that is asked for."""
+
+import errno
+import os
+import shutil
+import stat
+from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 from stages.formats.tables import write_csv, write_json
-from stages.runtime.files import atomic_write, digest, digest_files, sha256_file
+from stages.runtime.errors import UserError
+from stages.runtime.files import atomic_write, digest, digest_files, sha256_file, write_text
+from stages.runtime.space import readable, require_space
+from stages.runtime.work import publish_folder
+
+Usage = namedtuple("Usage", ["total", "used", "free"])
+Events = list[tuple[str, Path]]
 
 
-class StopError(Exception):
-    """What breaks the work in these tests."""
-
-
-def fail_while_writing(path: Path) -> None:
-    with suppress(StopError), atomic_write(path) as temporary:
-        temporary.write_text("half")
-        raise StopError
-
-
-def test_a_written_file_is_whole_and_alone(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "out.txt"
+def write_and_fail(path: Path) -> None:
     with atomic_write(path) as temporary:
-        temporary.write_text("whole")
-        assert not path.exists()
-    assert path.read_text() == "whole"
-    assert list(path.parent.iterdir()) == [path]
+        temporary.write_text("half")
+        raise RuntimeError("broken off")
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "out.txt"
-    path.write_text("old")
-    fail_while_writing(path)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
+def texts_in(folder: Path) -> list[str]:
+    return [file.read_text() for file in folder.iterdir()]
 
 
-def test_a_failed_first_write_leaves_nothing(tmp_path: Path) -> None:
-    fail_while_writing(tmp_path / "out.txt")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("before", [None, "old"])
+def test_a_written_file_is_whole_and_alone(tmp_path: Path, before: str | None) -> None:
+    path = tmp_path / "deep/out.txt"
+    if before is not None:
+        write_text(path, before)
+    with pytest.raises(RuntimeError, match="broken off"):
+        write_and_fail(path)
+    assert texts_in(path.parent) == ([before] if before else [])
+    write_text(path, "new")
+    assert texts_in(path.parent) == ["new"]
 
 
 def test_a_hard_link_into_the_cache_keeps_its_bytes(tmp_path: Path) -> None:
     cached, out = tmp_path / "cached", tmp_path / "out"
     cached.write_text("old")
     out.hardlink_to(cached)
-    with atomic_write(out) as temporary:
-        temporary.write_text("new")
+    write_text(out, "new")
     assert (cached.read_text(), out.read_text()) == ("old", "new")
 
 
-def test_json_is_readable_utf8(tmp_path: Path) -> None:
-    path = tmp_path / "out.json"
-    write_json(path, {"name": "Thé", "bins": 3})
-    assert path.read_bytes() == '{\n  "name": "Thé",\n  "bins": 3\n}\n'.encode()
+def refuse_flush(descriptor: int) -> None:
+    """As some disks do, which take what is written before they have room for it."""
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_csv_has_six_digits_and_unix_lines(tmp_path: Path) -> None:
-    path = tmp_path / "out.csv"
+def test_a_disk_that_is_full_only_at_the_end_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out.txt"
+    write_text(path, "old")
+    monkeypatch.setattr(os, "fsync", refuse_flush)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/out\.txt'"):
+        write_text(path, "new")
+    assert texts_in(tmp_path) == ["old"]
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> Events:
+    """Each flush, and each renaming by both names, in the order in which they happen."""
+    happened: Events = []
+
+    def recorded_fsync(descriptor: int) -> None:
+        happened.append(("flush", Path(f"/proc/self/fd/{descriptor}").readlink()))
+
+    def recorded(rename: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
+        def call(source: Path, target: Path) -> None:
+            rename(source, target)
+            happened.extend([("rename", Path(source)), ("to", Path(target))])
+
+        return call
+
+    monkeypatch.setattr("os.fsync", recorded_fsync)
+    monkeypatch.setattr("os.rename", recorded(os.rename))
+    monkeypatch.setattr("os.replace", recorded(os.replace))
+    return happened
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="this system has no /proc")
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_after_a_power_loss_what_has_its_name_is_whole(
+    tmp_path: Path, events: Events, what: str
+) -> None:
+    """All of it was flushed before it got its name, and then the name was."""
+    whole = tmp_path / "out"
+    if what == "file":
+        write_text(whole, "text")
+    else:
+        for name in ("model.safetensors", "config.json"):
+            (tmp_path / "work").mkdir(exist_ok=True)
+            (tmp_path / "work" / name).write_text("written by a library that doesn't flush")
+        publish_folder(tmp_path / "work", whole)
+    place = events.index(("to", whole))
+    _, temporary = events[place - 1]
+    parts = {temporary / path.relative_to(whole) for path in [whole, *whole.rglob("*")]}
+    assert parts <= {path for event, path in events[:place] if event == "flush"}
+    assert ("flush", tmp_path) in events[place:]
+
+
+def test_tables_have_the_same_readable_bytes_everywhere(tmp_path: Path) -> None:
+    write_json(tmp_path / "out.json", {"name": "Thé", "bins": 3})
+    assert (tmp_path / "out.json").read_bytes() == '{\n  "name": "Thé",\n  "bins": 3\n}\n'.encode()
     table = pd.DataFrame({"id": ["00100", "100"], "share": [1 / 3, 1234567.0], "bins": [7, 10**9]})
-    write_csv(path, table)
-    assert path.read_bytes() == (b"id,share,bins\n00100,0.333333,7\n100,1.23457e+06,1000000000\n")
+    write_csv(tmp_path / "out.csv", table)
+    written = (tmp_path / "out.csv").read_bytes()
+    assert written == b"id,share,bins\n00100,0.333333,7\n100,1.23457e+06,1000000000\n"
 
 
-def test_digests_tell_apart_what_differs() -> None:
+def test_digests_tell_apart_what_differs(tmp_path: Path) -> None:
     parts: list[tuple[object, ...]] = [(), ("a",), ("a", "b"), ("ab",), (1,), ("1",), (("a",),)]
     assert len({digest(*some) for some in parts}) == len(parts)
-    assert digest("a", 1) == digest("a", 1)
+    folders = [{"a": "1", "b": "2"}, {"a": "1", "b": "3"}, {"a": "1", "c": "2"}, {"a": "1"}]
+    found = set()
+    for number, texts in enumerate([*folders, folders[0]]):
+        files = [tmp_path / str(number) / name for name in texts]
+        for file in files:
+            write_text(file, texts[file.name])
+        found.add(digest_files(files))
+    assert len(found) == len(folders)
+    write_text(tmp_path / "file", "abc")
+    # As sha256sum prints it.
+    assert sha256_file(tmp_path / "file").startswith("ba7816bf8f01cfea414140de5dae2223")
 
 
-def test_a_file_has_the_sha256_that_sha256sum_prints(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"abc")
-    assert sha256_file(path).startswith("ba7816bf8f01cfea414140de5dae2223")
+def test_space_that_is_missing_is_named_with_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 0, 3_000_000_000))
+    require_space(tmp_path, 3_000_000_000, "the photographs")
+    with pytest.raises(UserError) as caught:
+        require_space(tmp_path, 12_500_000_000, "the photographs")
+    assert str(caught.value) == (
+        f"no room for the photographs (about 12.5 GB): the disk of {tmp_path} has 3.0 GB free;"
+        " free 9.5 GB more, and run again"
+    )
 
 
-def write_texts(folder: Path, texts: dict[str, str]) -> list[Path]:
-    folder.mkdir()
-    for name, text in texts.items():
-        (folder / name).write_text(text)
-    return [folder / name for name in texts]
-
-
-def test_files_have_the_digest_of_their_names_and_contents(tmp_path: Path) -> None:
-    some = {"a": "1", "b": "2"}
-    digests = [
-        digest_files(write_texts(tmp_path / str(number), texts))
-        for number, texts in enumerate(
-            [
-                some,
-                some,
-                {"a": "1", "b": "3"},
-                {"a": "1", "c": "2"},
-                {"b": "1", "a": "2"},
-                {"a": "1"},
-            ]
-        )
-    ]
-    assert digests[0] == digests[1]
-    assert len(set(digests)) == 5
-    assert digest_files(iter([])) == digest_files([])
+@pytest.mark.parametrize(
+    ("count", "text"), [(999, "999 bytes"), (1000, "1.0 kB"), (343_000_000, "343.0 MB")]
+)
+def test_bytes_are_counted_as_people_do(count: int, text: str) -> None:
+    assert readable(count) == text

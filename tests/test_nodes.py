@@ -4,19 +4,16 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
 import pytest
 
-from stages import train
-from stages.runtime.errors import UserError
 from stages.runtime.machine import usable_cores
-from stages.training.launch import run_processes
-from stages.training.processes import Processes
 from tests.test_train import SECONDS, STAGE, Workspace
 from tools.s3 import free_port
+
+pytestmark = pytest.mark.slow
 
 TORCHRUN = [str(Path(STAGE[0]).with_name("torchrun")), "--nnodes", "2", "--nproc-per-node", "1"]
 # How soon a machine ends when the other one is gone.
@@ -63,7 +60,9 @@ def as_many_threads_as_two_processes_have(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What two processes of one machine train."""
-    workspace = Workspace(tmp_path_factory.mktemp("together"), processes=2, vit__epochs=2)
+    workspace = Workspace(
+        tmp_path_factory.mktemp("together"), run__processes=2, train__vit__epochs=2
+    )
     workspace.finish()
     return workspace.outputs()
 
@@ -71,7 +70,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def test_two_machines_that_share_a_folder_train_what_two_processes_do(
     together: dict[str, bytes], tmp_path: Path
 ) -> None:
-    workspace = Workspace(tmp_path, vit__epochs=2)
+    workspace = Workspace(tmp_path, train__vit__epochs=2)
     ended = [end(machine) for machine in start_machines([workspace] * 2, ranked=False)]
     assert [code for code, _ in ended] == [0, 0], ended
     assert sum("160 bins on 2 x " in output for _, output in ended) == 1
@@ -82,7 +81,7 @@ def test_two_machines_that_share_a_folder_train_what_two_processes_do(
 def test_two_machines_with_copies_of_the_inputs_of_which_one_is_killed_do_so_too(
     together: dict[str, bytes], tmp_path: Path
 ) -> None:
-    workspaces = [Workspace(tmp_path / name, vit__epochs=2) for name in ("first", "second")]
+    workspaces = [Workspace(tmp_path / name, train__vit__epochs=2) for name in ("first", "second")]
     first, second = start_machines(workspaces, ranked=True)
     deadline = time.monotonic() + SECONDS
     while workspaces[0].steps_done() < 3:
@@ -95,45 +94,12 @@ def test_two_machines_with_copies_of_the_inputs_of_which_one_is_killed_do_so_too
     assert time.monotonic() - killed < BOUND
     assert code == 1
     assert LOST in output
-    assert "the next run goes on from the last checkpoint" in output
+    assert "the next run continues from the last checkpoint" in output
     assert "Traceback" not in output.partition("torch/distributed/elastic")[0]
 
     ended = [end(machine) for machine in start_machines(workspaces, ranked=True)]
     assert [code for code, _ in ended] == [0, 0], ended
-    assert "going on after epoch" in ended[0][1]
+    assert "continuing after epoch" in ended[0][1]
     assert workspaces[0].outputs() == together
     assert not (workspaces[1].folder / "models/vit").exists()
     assert not [*tmp_path.glob("*/.cache/*")]
-
-
-def test_a_machine_with_other_inputs_than_the_first_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Workspace(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Processes, "agree", lambda *_: "the first machine's digest")
-    second = Processes(rank=1, size=2)
-    monkeypatch.setattr(train, "joined_processes", lambda: nullcontext(second))
-
-    with pytest.raises(UserError, match="of this machine are not those of the first one"):
-        train.train_model("vit")
-
-
-def raise_error(text: str) -> str:
-    raise RuntimeError(text)
-
-
-def test_a_lost_exchange_is_a_line_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    reset = (
-        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [10.0.0.7]:49573:"
-        " Connection reset by peer. This is typically caused by a remote worker hanging."
-    )
-    with pytest.raises(UserError, match=r"off \(Read error \[10\.0\.0\.7\]:49573: .* by peer\):"):
-        run_processes(2, raise_error, reset)
-
-
-def test_an_error_of_another_kind_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    with pytest.raises(RuntimeError, match="shapes"):
-        run_processes(2, raise_error, "shapes [2, 3] and [3, 2] differ")

@@ -25,11 +25,15 @@ ELSEWHERE = {
     "make setup && . .venv/bin/activate": "../.ci/run",
     "make test": "../.ci/run",
     "make check": "../.ci/run",
-    "make soak": "soak.py::main",
+    "make test-slow": "../.ci/run",
+    "make test-all": "../.ci/run",
+    "make soak": "kills.py::main",
     "make lock": "test_readme.py::test_make_has_the_targets_that_are_named",
     "dvc repro": "test_pipeline.py::test_nothing_is_left_to_do_and_nothing_unfinished_is_left",
-    "dvc exp run -S bucket.url=": "test_pipeline.py::test_another_clone_makes_the_same_bytes",
-    "dvc exp run -S train.vit.": "test_pipeline.py::test_a_knob_of_one_model_runs_that_model_only",
+    "dvc exp run -S bucket.url=": "test_workflows.py::test_another_clone_makes_the_same_bytes",
+    "dvc exp run -S train.vit.": "test_workflows.py::test_a_knob_of_one_model_runs_that_model_only",
+    "dvc exp run -S '+train.": "test_workflows.py::test_a_third_model_is_a_block_of_params_yaml",
+    "dvc exp run -S train.": "test_workflows.py::test_a_third_model_is_a_block_of_params_yaml",
     "dvc remote modify --local storage": "project.py::__init__",
     "dvc exp run --queue": "test_workflows.py::test_sweeps_run_in_the_queue",
     "dvc exp run --run-all": "test_workflows.py::test_sweeps_run_in_the_queue",
@@ -39,13 +43,13 @@ ELSEWHERE = {
         "test_workflows.py::test_a_colleague_goes_back_to_an_earlier_value_without_training"
     ),
     "dvc exp push origin": "test_workflows.py::test_a_colleague_takes_an_experiment",
-    "dvc get": "test_workflows.py::test_a_model_is_had_from_outside",
-    "dvc artifacts get": "test_workflows.py::test_a_model_is_had_from_outside",
-    "dvc pull evaluate@vit": (
-        "test_workflows.py::test_a_colleague_pulls_one_model_and_one_evaluation"
+    "dvc get": "test_workflows.py::test_a_model_is_fetched_from_outside",
+    "dvc artifacts get": "test_workflows.py::test_a_model_is_fetched_from_outside",
+    "dvc pull train@vit evaluate@vit": (
+        "test_workflows.py::test_a_colleague_pulls_one_evaluation_with_its_model"
     ),
-    "dvc push": "test_pipeline.py::test_a_colleague_pulls_what_was_pushed",
-    "dvc pull models/vit": "test_pipeline.py::test_a_colleague_pulls_what_was_pushed",
+    "dvc push": "test_workflows.py::workplace",
+    "dvc pull models/vit": "test_workflows.py::test_a_colleague_pulls_one_model_then_all",
     "torchrun --nnodes 2": "test_nodes.py::start_machines",
     "python -m tools.audit photographs": (
         "test_audit.py::test_wrong_records_come_first_and_are_alarms"
@@ -98,14 +102,16 @@ def test_every_knob_is_in_the_table() -> None:
     assert {knob for knob in knobs if not re.search(rf"[`.]{knob}`", table)} <= models
 
 
+@pytest.mark.slow
 def test_the_audit_is_a_command(project: Project, tmp_path: Path) -> None:
     (command,) = [command for command in commands() if command.startswith("audit-bins")]
-    words = command.replace("audit/shards", str(tmp_path)).split()
-    # A stage that failed in another test has left its outputs deleted.
-    project.run("dvc", "checkout", "--quiet")
-    environment = project.environment
     done = subprocess.run(
-        words, cwd=project.folder, env=environment, capture_output=True, text=True, check=False
+        command.replace("audit/shards", str(tmp_path)).split(),
+        cwd=project.folder,
+        env=project.environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode in (0, 1), done.stderr
     alarms = (pd.read_csv(tmp_path / "audit.csv")["alarm"] == "yes").sum()
@@ -113,16 +119,14 @@ def test_the_audit_is_a_command(project: Project, tmp_path: Path) -> None:
     assert done.returncode == (1 if alarms else 0)
 
 
+@pytest.mark.slow
 def test_what_was_trained_by_hand_is_committed(project: Project, tmp_path: Path) -> None:
-    clone = project.clone(tmp_path / "clone")
-    clone.run("dvc", "config", "--local", "cache.dir", str(project.folder / ".dvc/cache"))
-    clone.run("dvc", "checkout")
-    params = clone.folder / "params.yaml"
+    place = project.copy(tmp_path / "place")
+    params = place.folder / "params.yaml"
     block = r"(vit:.*?learning_rate: )\S+"
     text = re.sub(block, r"\g<1>1.3e-4", params.read_text("utf-8"), flags=re.DOTALL)
     params.write_text(text, "utf-8")
-    clone.run("python", "-m", "stages.train", "vit")
-    clone.run("dvc", "commit", "--force", "train@vit")
-    ran = clone.run("dvc", "repro", "evaluate@vit")
-    assert "Running stage 'evaluate@vit'" in ran
-    assert "Running stage 'train@vit'" not in ran
+    place.run("python", "-m", "stages.train", "vit")
+    place.run("dvc", "commit", "--force", "train@vit")
+    ran = place.run("dvc", "repro", "evaluate@vit")
+    assert place.stages_run(ran) == ["evaluate@vit"]

@@ -10,9 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import psutil
 import pytest
-from safetensors import safe_open
+import torch
 
+from stages import train
+from stages.networks.release import load_release
+from stages.runtime.errors import UserError
+from stages.runtime.params import load_params
+from stages.training import checkpoint
 from tests.made import (
     REPOSITORY,
     SIZE,
@@ -49,6 +56,7 @@ class Workspace:
     """A folder with the inputs of the train stage, which runs there as DVC would run it."""
 
     def __init__(self, folder: Path, **knobs: Any) -> None:
+        """`knobs` have keys like run.processes, with __ for the dot."""
         self.folder = folder
         rows = bin_rows([1, 2, 3, 4, 5] * 40)
         write_resized(folder / "data/resized", rows, shard_bins=50)
@@ -58,11 +66,8 @@ class Workspace:
         start = folder / "models/pretrained/vit/source.json"
         start.parent.mkdir(parents=True)
         start.write_text('{"pretrained": false}\n', "utf-8")
-        self.set_knobs(**knobs)
-
-    def set_knobs(self, **knobs: Any) -> None:
-        changes = {f"train.{name.replace('__', '.')}": value for name, value in knobs.items()}
-        write_params(self.folder, KNOBS | changes)
+        changes = {name.replace("__", "."): value for name, value in knobs.items()}
+        write_params(folder, KNOBS | changes)
 
     def start(self, command: Sequence[str] = STAGE) -> "subprocess.Popen[str]":
         environment = {key: value for key, value in os.environ.items() if key != "DVC_ROOT"}
@@ -78,33 +83,41 @@ class Workspace:
             start_new_session=True,
         )
 
-    def finish(self, command: Sequence[str] = STAGE) -> str:
-        """Run to the end; what it printed."""
+    def run(self, command: Sequence[str] = STAGE) -> tuple[int, str]:
+        """To the end: the exit code, and what it printed."""
         process = self.start(command)
         output, _ = process.communicate(timeout=SECONDS)
-        assert process.returncode == 0, output
+        return process.returncode, output
+
+    def finish(self, command: Sequence[str] = STAGE) -> str:
+        code, output = self.run(command)
+        assert code == 0, output
         assert not list((self.folder / ".cache").iterdir())
         return output
 
     def outputs(self) -> dict[str, bytes]:
-        paths = ["models/vit/model.safetensors", "models/vit/config.json", "reports/vit/curves.csv"]
-        return {path: (self.folder / path).read_bytes() for path in paths}
+        """All that the stage has written, by its path."""
+        folders = [self.folder / "models/vit", self.folder / "reports/vit"]
+        files = [path for folder in folders for path in folder.iterdir()]
+        return {str(path.relative_to(self.folder)): path.read_bytes() for path in files}
 
     def steps_done(self) -> int:
         """Of all epochs, by the checkpoint."""
-        for path in self.folder.glob(".cache/train-*/checkpoint.safetensors"):
-            with safe_open(path, "pt") as checkpoint:
-                epoch, step, *_ = checkpoint.get_tensor("place").tolist()
-                return int((epoch - 1) * STEPS + step)
+        for path in self.folder.glob(f".cache/train-*/{checkpoint.NAME}"):
+            saved = torch.load(path, weights_only=True)
+            return int((saved["epoch"] - 1) * STEPS + saved["step"])
         return 0
+
+    def wait_for_step(self, process: "subprocess.Popen[str]", step: int) -> None:
+        deadline = time.monotonic() + SECONDS
+        while self.steps_done() < step and process.poll() is None:
+            assert time.monotonic() < deadline, f"step {step} never came"
+            time.sleep(0.002)
 
     def interrupt(self, after: int, number: int, *, group: bool = False) -> tuple[int, str]:
         """Send a signal once that many steps are done; the exit code, and what was printed."""
         process = self.start()
-        deadline = time.monotonic() + SECONDS
-        while self.steps_done() < after and process.poll() is None:
-            assert time.monotonic() < deadline, f"step {after} never came"
-            time.sleep(0.002)
+        self.wait_for_step(process, after)
         if group:
             os.killpg(process.pid, number)
         else:
@@ -122,40 +135,58 @@ def random_steps(count: int, seed: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What one process trains, undisturbed."""
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Where one process has trained, undisturbed."""
     workspace = Workspace(tmp_path_factory.mktemp("alone"))
     output = workspace.finish()
     assert "160 bins on 1 x " in output
-    return workspace.outputs()
+    assert output.count("vit epoch ") == EPOCHS
+    return workspace
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What two processes train, undisturbed."""
-    workspace = Workspace(tmp_path_factory.mktemp("together"), processes=2)
+    workspace = Workspace(tmp_path_factory.mktemp("together"), run__processes=2)
     output = workspace.finish()
     assert "160 bins on 2 x " in output
     assert output.count("epoch 1/6") == 1
     return workspace.outputs()
 
 
+@pytest.mark.slow
+def test_the_model_folder_is_all_that_is_needed_to_use_the_model(alone: Workspace) -> None:
+    release = load_release(alone.folder / "models/vit")
+
+    assert release.classifier.labels == [1, 2, 3, 4, 5]
+    assert (release.settings.fit, release.settings.quality) == ("squeeze", 90)
+    assert release.validation["id"].tolist() == [f"{number:05d}" for number in range(161, 181)]
+    assert release.validation["actual"].tolist() == [1, 2, 3, 4, 5] * 4
+    # Calibrated on what was trained: the last row of the curves says how well it does.
+    curves = pd.read_csv(alone.folder / "reports/vit/curves.csv")
+    right = (release.validation["actual"] == release.validation["predicted"]).mean()
+    assert right == pytest.approx(curves["validation_accuracy"].iloc[-1])
+    assert curves["epoch"].tolist() == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
 def test_a_killed_training_ends_with_the_bytes_of_one_that_was_not(
-    alone: dict[str, bytes], tmp_path: Path
+    alone: Workspace, tmp_path: Path
 ) -> None:
     workspace = Workspace(tmp_path)
     for step in random_steps(3, seed=0):
         code, output = workspace.interrupt(step, signal.SIGKILL)
         assert code == -signal.SIGKILL, output
-    assert "going on after epoch" in workspace.finish()
-    assert workspace.outputs() == alone
+    assert "continuing after epoch" in workspace.finish()
+    assert workspace.outputs() == alone.outputs()
 
 
+@pytest.mark.slow
 def test_a_request_to_stop_writes_a_checkpoint_and_says_so(
-    alone: dict[str, bytes], tmp_path: Path
+    alone: Workspace, tmp_path: Path
 ) -> None:
     # No checkpoint but that one, and those at the end of an epoch.
-    workspace = Workspace(tmp_path, checkpoint_minutes=60)
+    workspace = Workspace(tmp_path, run__checkpoint_minutes=60)
     process = workspace.start()
     assert process.stdout is not None
     lines = [process.stdout.readline()]
@@ -163,19 +194,25 @@ def test_a_request_to_stop_writes_a_checkpoint_and_says_so(
     lines += process.stdout.readlines()
     process.wait(SECONDS)
     assert process.returncode == 128 + signal.SIGTERM, lines
-    assert "train vit: stopped by SIGTERM" in lines[-1]
-    assert "the next run goes on from there" in lines[-1]
+    assert "train vit: stopped by SIGTERM at epoch " in lines[-1]
     assert workspace.steps_done() > 0
-    assert "going on after epoch" in workspace.finish()
-    assert workspace.outputs() == alone
+    assert "continuing after epoch" in workspace.finish()
+    assert workspace.outputs() == alone.outputs()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("interruptible")
 def test_two_processes_killed_and_stopped_end_with_the_bytes_of_two_that_were_not(
     together: dict[str, bytes], tmp_path: Path
 ) -> None:
-    workspace = Workspace(tmp_path, processes=2)
-    stop, kill_parent, kill_all = random_steps(3, seed=1)
-    code, output = workspace.interrupt(stop, signal.SIGINT)
+    workspace = Workspace(tmp_path, run__processes=2)
+    stop, interrupt, kill_parent, kill_all = random_steps(4, seed=1)
+    code, output = workspace.interrupt(stop, signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM, output
+    assert output.splitlines()[-1].startswith("train vit: stopped by SIGTERM at epoch ")
+    assert workspace.steps_done() >= stop
+    # As a terminal sends it, to all of them.
+    code, output = workspace.interrupt(interrupt, signal.SIGINT, group=True)
     assert code == 128 + signal.SIGINT, output
     assert output.count("stopped by SIGINT") == 1
     assert "Traceback" not in output
@@ -183,11 +220,27 @@ def test_two_processes_killed_and_stopped_end_with_the_bytes_of_two_that_were_no
     assert code == -signal.SIGKILL, output
     code, output = workspace.interrupt(kill_all, signal.SIGKILL, group=True)
     assert code == -signal.SIGKILL, output
-    assert "going on after epoch" in workspace.finish()
+    assert "continuing after epoch" in workspace.finish()
     assert workspace.outputs() == together
 
 
-def test_torchrun_trains_what_train_processes_does(
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_other_with_one_line(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path, run__processes=2)
+    process = workspace.start()
+    workspace.wait_for_step(process, 3)
+    children = psutil.Process(process.pid).children()
+    workers = [child for child in children if "spawn_main" in str(child.cmdline())]
+    workers[-1].kill()
+    output, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 1
+    line = "error: process 1 was ended by SIGKILL; the next run continues from the last checkpoint"
+    assert f"train vit: {line}\n" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_torchrun_trains_what_run_processes_does(
     together: dict[str, bytes], tmp_path: Path
 ) -> None:
     workspace = Workspace(tmp_path)
@@ -196,12 +249,51 @@ def test_torchrun_trains_what_train_processes_does(
     assert workspace.outputs() == together
 
 
-def test_two_processes_end_with_one_line_when_the_loss_is_not_finite(tmp_path: Path) -> None:
-    workspace = Workspace(tmp_path, processes=2, vit__learning_rate=1e30, vit__warmup_steps=0)
-    process = workspace.start()
-    output, _ = process.communicate(timeout=SECONDS)
-    assert process.returncode == 1
-    assert output.count("error: the loss is not finite at step") == 1
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_loss_that_is_not_finite_ends_with_one_line(processes: int, tmp_path: Path) -> None:
+    workspace = Workspace(
+        tmp_path,
+        run__processes=processes,
+        train__vit__learning_rate=1e30,
+        train__vit__warmup_steps=0,
+    )
+    code, output = workspace.run()
+    assert code == 1
+    assert output.count("train vit: error: the loss is not finite at step") == 1
     assert "learning_rate (1e+30)" in output
     assert "Traceback" not in output
     assert not (workspace.folder / "models/vit").exists()
+
+
+def test_photographs_of_another_size_than_params_says_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Workspace(tmp_path, resize__size=64).folder)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+
+    message = f"of {SIZE} x {SIZE} pixels, but resize.size is 64: .* `dvc repro --force resize`"
+    with pytest.raises(UserError, match=message):
+        train.train_model("vit")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train__vit__seed": 1},
+        {"resize__fit": "pad"},
+        {"resize__quality": 80},
+        {"run__deterministic": True},
+    ],
+    ids=str,
+)
+def test_a_killed_runs_work_is_not_continued_with_other_inputs(
+    change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = []
+    for name, changes in {"before": {}, "as before": {}, "changed": change}.items():
+        monkeypatch.chdir(Workspace(tmp_path / name, **changes).folder)
+        digests.append(train.inputs_of(load_params(), "vit"))
+
+    before, as_before, changed = digests
+    assert before == as_before != changed

@@ -185,7 +185,7 @@ def test_every_object_listed_is_the_object_got(url: str, bins: TrueBins) -> None
     listing = list_objects(store, "metadata/").to_pylist()
     listing += list_objects(store, "bin-images/").to_pylist()[::50]
     for row in listing:
-        data = asyncio.run(Reader(store).read( row["key"], row["size"], row["etag"]))
+        data = asyncio.run(Reader(store).read(row["key"], row["size"], row["etag"]))
         assert (len(data), md5(data)) == (row["size"], row["etag"])
     records = [row["key"] for row in listing if row["key"].startswith("metadata/")]
     assert records == [key for key in keys_of(bins) if key.startswith("metadata/")]

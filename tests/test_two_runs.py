@@ -8,13 +8,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from filelock import FileLock
 from ruamel.yaml import YAML
 
-from stages.runtime.work import only_run_here, unfinished
-from tests.lab import Run, contents, damaged_objects, kill_alone, wait_for
+from tests.lab import Run, damaged_objects, kill_alone, wait_for
 from tests.project import Clone, Project
 
+pytestmark = pytest.mark.slow
 yaml = YAML(typ="safe", pure=True)
 QUALITY = 80
 REPRO = ["dvc", "repro", "resize"]
@@ -49,7 +48,8 @@ def resized(project: Project, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 def outputs(place: Clone) -> dict[str, bytes]:
-    return contents(place.folder / "data", ["resized"])
+    folder = place.folder / "data/resized"
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @contextmanager
@@ -148,21 +148,3 @@ def test_two_runs_that_start_at_the_same_moment_leave_the_right_outputs(
         assert refused == (code != 0), run.said
     assert outputs(place) == resized
     assert damaged_objects(place.folder / ".dvc/cache") == []
-
-
-@pytest.fixture
-def committed(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of work of which DVC has the outputs since."""
-    monkeypatch.setenv("DVC_STAGE", "fetch")
-    with unfinished("fetch", "key") as folder:
-        (folder / "part").write_text("done")
-    (workspace / "dvc.lock").write_text("schema: '2.0'\n")
-    return folder
-
-
-def test_work_that_a_run_has_taken_up_again_is_not_removed_under_it(committed: Path) -> None:
-    with FileLock(committed.with_suffix(".lock")), only_run_here("resize"):
-        assert (committed / "part").read_text() == "done"
-    with only_run_here("resize"):
-        assert not committed.exists()
-    assert list(committed.parent.iterdir()) == []

@@ -1,6 +1,6 @@
-"""The whole pipeline on drawn bins, an S3 server on loopback and a clone of this repository.
+"""The whole pipeline on drawn bins, with an S3 server on loopback, in a clone of this repository.
 
-`make demo` runs it and leaves the clone and the server for playing; `make demo-clean` removes both.
+`make demo` runs it and leaves both to play with; `make demo-clean` removes them.
 """
 
 import argparse
@@ -9,13 +9,13 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import obstore
 from obstore.store import S3Store
 from tqdm import tqdm
 
-from stages.sharding.parallel import map_in_order
 from tools import plots_page
 from tools.drawing import DrawnBin, drawn_bins
 from tools.s3 import CLIENT_ENVIRONMENT, free_port, start_server, stop_server
@@ -73,22 +73,22 @@ def main() -> None:
 
 
 def clean() -> None:
-    """Stop the server and remove everything of an earlier demo."""
+    """Stop the server and remove all that an earlier demo left."""
     stop_server(PID)
     if DEMO.exists():
-        print(f"removing the demo of before, {DEMO.relative_to(ROOT)}/")
+        print(f"removing the previous demo, {DEMO.relative_to(ROOT)}/")
         shutil.rmtree(DEMO)
 
 
 def serve_buckets() -> str:
-    """Start an S3 server with two empty buckets; its URL."""
+    """Start an S3 server with two empty buckets, and return its URL."""
     for bucket in ("bins", "storage"):
         (BUCKETS / bucket).mkdir(parents=True)
     return start_server(BUCKETS, free_port(), LOG, PID)
 
 
 def fill_bucket(endpoint: str) -> None:
-    """Draw the bins and put them into the bucket; one photograph and one record are broken."""
+    """Draw the bins and upload them; one photograph and one record are broken."""
     bucket = S3Store(
         "bins", endpoint=endpoint, skip_signature=True, client_options={"allow_http": True}
     )
@@ -104,8 +104,9 @@ def fill_bucket(endpoint: str) -> None:
 
     print(f"drawing {DRAWN_BINS} bins into the bucket s3://bins at {endpoint}")
     bins = tqdm(drawn_bins(DRAWN_BINS, seed=0), total=DRAWN_BINS, unit=" bins", disable=None)
-    for _ in map_in_order(put, bins, workers=16, window=64):
-        pass
+    with ThreadPoolExecutor(16) as pool:
+        for uploaded in [pool.submit(put, drawn) for drawn in bins]:
+            uploaded.result()
 
 
 def make_clone(endpoint: str) -> None:
@@ -127,10 +128,10 @@ def make_clone(endpoint: str) -> None:
 
 
 def run_pipeline(endpoint: str) -> None:
-    """The experiment, committed, so that later ones can be compared with it, and pushed."""
+    """Run the experiment, commit it, so that later ones can be compared with it, and push."""
     overrides = [*OVERRIDES, f"bucket.endpoint={endpoint}"]
     settings = [word for override in overrides for word in ("--set-param", override)]
-    # Quiet, since DVC warns of every output that does not exist yet; the stages speak anyway.
+    # Quiet, since DVC warns of every output that doesn't exist yet; the stages still report.
     in_clone("dvc", "exp", "run", "--quiet", "--name", "demo", *settings)
     in_clone("git", "add", ".")
     in_clone("git", "commit", "--quiet", "--message", "The demo's run")
@@ -146,19 +147,19 @@ def show(endpoint: str, seconds: float) -> None:
         f"""
 Done in {seconds / 60:.1f} minutes. The report: {clone}/reports/index.html
 
-The clone stays for playing, and the S3 server at {endpoint} goes on for it:
+The clone is yours to play with; the S3 server at {endpoint} keeps running for it:
   . .venv/bin/activate && cd {clone}
   export {settings}
   dvc exp run -S train.vit.learning_rate=1e-3   # runs train@vit, evaluate@vit and report
   dvc plots diff HEAD workspace                 # writes dvc_plots/index.html
   dvc exp show --only-changed
   rm -rf .dvc/cache models && dvc pull models/vit
-`make demo-clean` stops the server and removes it all."""
+`make demo-clean` stops the server and removes everything."""
     )
 
 
 def in_clone(*command: str) -> None:
-    """Run a command in the clone, with this environment's programs, without the user's AWS."""
+    """Run a command in the clone, with this environment's programs and no AWS settings."""
     programs = str(Path(sys.executable).parent)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
     environment |= CLIENT_ENVIRONMENT

@@ -1,9 +1,8 @@
 """Start one worker of DVC's experiment queue for each GPU of this machine.
 
-The workers of `dvc queue start` all see all GPUs; these see one each, so that as many experiments
-run at once as there are GPUs, each with one to itself. They go on in the background, and end when
-the queue has been empty for some seconds. `dvc queue status`, `dvc queue logs` and `dvc queue stop`
-work as with DVC's own.
+All workers of `dvc queue start` see all GPUs; each of these sees one, so that as many experiments
+run at once as there are GPUs. They run in the background and end when the queue has been empty for
+some seconds. `dvc queue status`, `dvc queue logs` and `dvc queue stop` work as usual.
 """
 
 import argparse
@@ -22,14 +21,14 @@ def main() -> None:
     parser.add_argument(
         "gpus",
         nargs="*",
-        help="numbers or UUIDs, as in CUDA_VISIBLE_DEVICES; all, if none is named",
+        help="numbers or UUIDs, as in CUDA_VISIBLE_DEVICES; by default all",
     )
     gpus = list(dict.fromkeys(parser.parse_args().gpus or visible_gpus()))
     if not gpus:
         sys.exit("queue_workers: error: no GPU here; `dvc queue start` starts a worker for the CPU")
     for gpu in gpus:
         start_worker(gpu)
-    print(f"queue_workers: one each for GPU {', '.join(gpus)}; `dvc queue status` shows them")
+    print(f"queue_workers: one worker each for GPU {', '.join(gpus)}; see `dvc queue status`")
 
 
 def visible_gpus() -> list[str]:
@@ -40,7 +39,10 @@ def visible_gpus() -> list[str]:
 
 
 def start_worker(gpu: str) -> None:
-    """What `dvc queue start` runs, but with its own name and GPU. A second of one name ends."""
+    """What `dvc queue start` runs, with a name and a GPU of its own.
+
+    DVC ends a second worker of the same name at once.
+    """
     programs = Path(sys.executable).parent
     environment = os.environ | {
         "CUDA_VISIBLE_DEVICES": gpu,

@@ -1,0 +1,31 @@
+"""What a training says: a line when it starts, and one after each epoch."""
+
+from stages.training.engine import Epoch, Trainer
+
+
+def report_start(model: str, trainer: Trainer, *, resumed: bool) -> None:
+    state, knobs, steps = trainer.state, trainer.knobs, trainer.steps
+    print(
+        f"{model}: {len(trainer.train_bins)} bins on {trainer.processes.size} x"
+        f" {trainer.classifier.device.type}, {knobs.epochs} epochs of {steps} steps",
+        flush=True,
+    )
+    if resumed:
+        print(f"{model}: continuing after epoch {state.epoch}, step {state.step}", flush=True)
+    if knobs.warmup_steps >= knobs.epochs * steps:
+        print(
+            f"{model}: warning: train.{model}.warmup_steps ({knobs.warmup_steps}) covers all"
+            f" {knobs.epochs * steps} steps: the learning rate never reaches its value",
+            flush=True,
+        )
+
+
+def report_epoch(model: str, epoch: Epoch, epochs: int, seconds: float) -> None:
+    print(
+        f"{model} epoch {epoch.epoch}/{epochs}:"
+        f" train loss {epoch.train_loss:.3f} accuracy {epoch.train_accuracy:.3f},"
+        f" validation loss {epoch.validation_loss:.3f} accuracy {epoch.validation_accuracy:.3f},"
+        f" test loss {epoch.test_loss:.3f} accuracy {epoch.test_accuracy:.3f},"
+        f" after {seconds:.0f} s",
+        flush=True,
+    )
