@@ -45,10 +45,10 @@ doctor:  ## what would fail on this machine, and how to fix it
 	@$$(command -v python || command -v python3) -m tools.doctor
 
 test: setup  ## the tests that take seconds each; 5 minutes on 2 cores
-	python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow"
+	python -m pytest -n 2 --no-loadscope-reorder -m "not slow"
 
 test-slow: setup  ## kills, several processes, browsers, Ray, SageMaker, fuzzing; 15 minutes
-	python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m slow
+	python -m pytest -n 2 --no-loadscope-reorder -m slow
 
 test-all: test test-slow  ## all tests
 

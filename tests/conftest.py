@@ -20,6 +20,7 @@ import torch
 from obstore.store import S3Store
 from PIL import Image
 from ruamel.yaml import YAML
+from xdist.scheduler import LoadScopeScheduling
 
 from stages.collecting.reading import Reader
 from stages.collecting.records import INDEX_SCHEMA, parse_record
@@ -37,21 +38,34 @@ REPOSITORY = Path(__file__).parent.parent
 MakeBucket = Callable[[Mapping[str, bytes]], params.Bucket]
 
 
+#: The files with tests of the session's project: one worker runs them, so the pipeline runs once.
+PROJECT_FILES = {
+    "test_disk_full.py",
+    "test_pipeline.py",
+    "test_plots_page.py",
+    "test_readme.py",
+    "test_secrets.py",
+    "test_sky.py",
+    "test_two_runs.py",
+    "test_workflows.py",
+}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under pytest-xdist one worker runs all tests of the session's project, before any others.
+    """The project's tests first, since they take longest."""
+    items.sort(key=lambda item: item.path.name not in PROJECT_FILES)
 
-    So the pipeline runs once, beside the other tests. Those of a file stay together too, since its
-    fixtures may be slow.
-    """
 
-    def uses_project(item: pytest.Item) -> bool:
-        # Which a file's own fixture called `project` does not.
-        return "endpoint" in getattr(item, "fixturenames", ())
+class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+    """A file's tests go to one worker, since its fixtures may be slow; so do all of the project."""
 
-    for item in items:
-        group = "project" if uses_project(item) else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=uses_project, reverse=True)
+    def _split_scope(self, nodeid: str) -> str:
+        file = Path(nodeid.partition("::")[0]).name
+        return "project" if file in PROJECT_FILES else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,7 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     """The current directory, with the code and the inputs of the train stage."""
-    workspace = Workspace(tmp_path / "here", vit__epochs=2)
+    workspace = Workspace(tmp_path / "here", train__vit__epochs=2)
     for folder in ("stages", "cloud"):
         shutil.copytree(ROOT / folder, workspace.folder / folder)
     shutil.copy(ROOT / "requirements.txt", workspace.folder)

@@ -1,6 +1,7 @@
 """Work that a killed run leaves to the next one, and what becomes of it."""
 
 import errno
+import os
 import socket
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from stages.runtime.work import only_run_here, publish_folder, scratch, unfinished
+from stages.runtime.work import FINISHED, only_run_here, publish_folder, scratch, unfinished
 from tests.conftest import REPOSITORY
 
 
@@ -82,15 +83,27 @@ def test_other_code_starts_afresh_unless_it_decides_no_output(
     assert (break_off("fetch", "key") != folder) == afresh
 
 
+def write_lock(folder: Path, seconds: float) -> None:
+    """dvc.lock, so many seconds after the work in the folder was finished."""
+    Path("dvc.lock").touch()
+    finished = (folder / FINISHED).stat().st_mtime
+    os.utime("dvc.lock", (finished + seconds, finished + seconds))
+
+
 @pytest.mark.usefixtures("dvc")
 def test_finished_work_waits_until_dvc_has_its_outputs() -> None:
     folder = finish("fetch", "key")
-    # DVC was killed: the same stage runs again, and has nothing to do.
+    # DVC was killed, after it had written dvc.lock for the stage before.
+    write_lock(folder, seconds=-1)
     with only_run_here("fetch"), unfinished("fetch", "key") as again:
         assert again == folder
         assert (again / "part").read_text() == "done"
     assert left() == [folder.name]
-    # DVC has the outputs, since it starts another stage, or this one on other inputs.
+    # The same stage once more, by `dvc repro --force`.
+    write_lock(folder, seconds=1)
+    with only_run_here("fetch"), unfinished("fetch", "key") as again:
+        assert list(again.iterdir()) == []
+    # Another stage, or this one on other inputs.
     other = finish("fetch", "other")
     assert left() == [other.name]
     with only_run_here("resize"):

@@ -140,7 +140,9 @@ class Reader:
             if self.witness is not None:
                 await (await obstore.get_async(self.store, self.witness)).bytes_async()
             else:
-                await anext(aiter(obstore.list(self.store, chunk_size=1)), None)
+                listed = await anext(aiter(obstore.list(self.store, chunk_size=1)), None)
+                if not listed:
+                    raise RefusedError("nothing is there any more")
         except (BaseError, FileNotFoundError) as error:
             raise failure_of(error, self.store, self.witness or "") from None
 

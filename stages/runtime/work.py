@@ -4,9 +4,10 @@ DVC deletes a stage's outputs before it runs the stage, so parts lie outside of 
 `.cache/<stage>-<digest>`, where the digest is of the stage's inputs and code. A killed run leaves
 this folder to the next run with the same digest, and a run that ends well removes it, unless DVC
 runs the stage: DVC still has to take the outputs into its cache, maybe gigabytes of them, and may
-be killed meanwhile. Therefore the folder is then marked as finished, and stays until another stage
-starts, or the same stage with other inputs. So nothing is left after a complete `dvc repro`, and
-after one that ends with another stage than `report`, at most the folder of its last stage.
+be killed meanwhile. Therefore the folder is then marked as finished, and stays until any stage
+starts, except for the same one with the same digest before DVC has written dvc.lock. So nothing is
+left after a complete `dvc repro`, and after one that ends with another stage than `report`, at most
+the folder of its last stage.
 """
 
 import os
@@ -40,6 +41,9 @@ def unfinished(stage: str, key: str) -> Iterator[Path]:
     folder = cache / f"{stage}-{digest(key, _code_version())[:16]}"
     _remove_finished(cache, but=folder.name)
     with _only_run(stage, "with the same inputs", folder.with_suffix(".lock")):
+        if _dvc_has_outputs(folder / FINISHED):
+            # With `dvc repro --force`, for example, all is to be done anew.
+            shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(exist_ok=True)
         # What a killed run had half written, or had already finished.
         for leftover in [*folder.glob(".*.partial"), *folder.glob(FINISHED)]:
@@ -154,6 +158,12 @@ def _remove_finished(cache: Path, but: str) -> None:
             if mark.exists():
                 shutil.rmtree(folder, ignore_errors=True)
             lock_file.unlink(missing_ok=True)
+
+
+def _dvc_has_outputs(mark: Path) -> bool:
+    """Whether DVC has written dvc.lock since, as it does once it has the outputs of a stage."""
+    lock = Path("dvc.lock")
+    return mark.exists() and lock.exists() and lock.stat().st_mtime_ns > mark.stat().st_mtime_ns
 
 
 def _code_version() -> str:
