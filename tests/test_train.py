@@ -116,6 +116,8 @@ class Workspace:
 
     def interrupt(self, after: int, number: int, *, group: bool = False) -> tuple[int, str]:
         """Send a signal once that many steps are done; the exit code, and what was printed."""
+        # A run before may have come further than it was to: this one must have begun to train.
+        after = max(after, self.steps_done() + 1)
         process = self.start()
         self.wait_for_step(process, after)
         if group:
