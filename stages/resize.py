@@ -88,7 +88,7 @@ def read_rows(shard: Shard) -> list[Row]:
 
 
 async def resize_shard(knobs: Resize, shard: Shard, advance: Callable[[int], object]) -> MadeShard:
-    """Resize a shard's photographs in a thread of its own: as many shards as cores are made."""
+    """Resize a shard's photographs in a thread of its own; each core has one shard at a time."""
     loop = asyncio.get_running_loop()
     advance_here = partial(loop.call_soon_threadsafe, advance, 1)
     return await asyncio.to_thread(_resize_all, knobs, shard, advance_here)

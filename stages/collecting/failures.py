@@ -26,7 +26,7 @@ class ObjectError(Exception):
 
 
 class RefusedError(ObjectError):
-    """The store says no to this request. Whether it does to all others too, the reader asks."""
+    """The store refuses this request; the reader finds out whether it refuses all others too."""
 
 
 class DamagedError(ObjectError):
@@ -38,7 +38,7 @@ class DamagedError(ObjectError):
 
 
 class TransientError(Exception):
-    """The request failed in a way that another attempt may not; `error` is obstore's own."""
+    """The request failed for a reason that may pass; `error` is obstore's own."""
 
     def __init__(self, kind: str, error: BaseError) -> None:
         super().__init__(kind)

@@ -32,8 +32,7 @@ _MOST_SHARD_BYTES = 300_000_000
 
 @dataclass(frozen=True)
 class Shard:
-    """One file to be made, with so many rows; `source` is a table of what to make them from, or a
-    path of one."""
+    """One file to be made, of `rows` rows, from the table `source`, or the one at that path."""
 
     name: str
     rows: int
@@ -48,8 +47,8 @@ class MadeShard(NamedTuple):
     retried: Counter[str]
 
 
-#: Makes one shard; the second argument is to be called with each number of rows that are done. A
-#: cluster's machines get it pickled.
+#: Makes one shard, and calls its second argument with each number of finished rows. It is pickled
+#: for the machines of a cluster.
 MakeShard = Callable[[Shard, Callable[[int], object]], Awaitable[MadeShard]]
 
 
@@ -129,8 +128,9 @@ def write_shard(folder: Path, shard: Shard, made: MadeShard) -> WrittenShard:
     return WrittenShard(shard.name, shard.rows, made.rejects, made.retried)
 
 
-#: Has shards made and written, in any order, here or elsewhere. It takes a maker, the folder, the
-#: shards, what to call with numbers of rows that are done, and with each shard that is written.
+#: Makes shards and writes them into a folder, in any order, here or elsewhere. Its arguments are
+#: make, folder, shards, advance and keep: it calls `advance` with each number of finished rows, and
+#: `keep` with each shard that is written.
 Executor = Callable[
     [
         MakeShard,

@@ -21,7 +21,7 @@ HEAD_SECONDS = 10
 
 
 def executor(name: Literal["local", "ray"], at_once: int) -> Executor:
-    """The one that run.executor names; here it makes so many shards at once."""
+    """The executor that run.executor names; the local one makes `at_once` shards at a time."""
     return make_on_ray if name == "ray" else partial(make_here, at_once)
 
 
@@ -36,7 +36,7 @@ def make_here(
     """In one event loop, which also lets shards be read while others are written."""
 
     async def make_all() -> None:
-        # For those that decode or write, which let Python's lock go.
+        # For decoding and writing, which release Python's lock.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(at_once))
         turns = asyncio.Semaphore(at_once)
 
