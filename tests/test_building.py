@@ -93,7 +93,8 @@ def test_finished_shards_are_not_made_again(tmp_path: Path) -> None:
         return reject_multiples(3, number)
 
     ids, rejects = build(tmp_path, shards_of(12, 3), work)
-    assert sorted(worked) == list(range(6, 12))
+    # The shard after the one that failed may have been under way.
+    assert sorted(worked) in (list(range(6, 9)), list(range(6, 12)))
     assert ids == [["1", "2"], ["4", "5"], ["7", "8"], ["10", "11"]]
     assert [reject.id for reject in rejects] == ["0", "3", "6", "9"]
 
