@@ -6,7 +6,7 @@ UV = UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(PIP_INDEX))}}
 PIP_INDEX = python -m pip config get global.index-url 2> /dev/null
 INSTALL = $(UV) pip install --quiet --require-hashes
 
-.PHONY: help setup demo demo-clean s3 doctor test test-slow test-all check audit-lock check-sky soak bench-train bench-data bench-dvc bench-gpu format lock
+.PHONY: help setup demo demo-clean screenshots s3 doctor test test-slow test-all check audit-lock check-sky soak bench-train bench-data bench-dvc bench-gpu format lock
 
 help:  ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## /\1\t/p' Makefile | expand -t 12
@@ -30,6 +30,9 @@ $(VENV)/.installed: requirements.txt
 
 demo: setup  ## the whole pipeline on drawn bins; minutes, no account, no GPU
 	python -m tools.demo
+
+screenshots: setup  ## the pictures in docs/images/, from what the demo has left; needs Chromium
+	python -m tools.screenshots
 
 demo-clean:  ## stop the demo's S3 server, remove demo/
 	@# In shell, since .venv may be gone by now. So may the server, and its number be another's.

@@ -1,4 +1,4 @@
-"""Run the whole pipeline on drawn bins, in a clone of this repository with an S3 server on loopback.
+"""Run the whole pipeline on drawn bins, in a clone of this repository, with a local S3 server.
 
 The clone and the server stay up so that you can experiment; `make demo-clean` removes both.
 """
