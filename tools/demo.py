@@ -163,8 +163,8 @@ The clone and its S3 server stay up so you can experiment. In a shell, first:
   dvc exp run -S train.vit.learning_rate=1e-3
   dvc plots diff HEAD workspace
 
-2. Look for wrong records. audit/index.html then shows the bins whose record the photograph
-   contradicts. Every record of the demo is right, so these alarms are false; some 5% are expected.
+2. Look for wrong records. audit/index.html then shows the bins whose photograph contradicts the
+   record. Every record here is correct, so every alarm is false; about 5% are expected.
 
   python -m tools.audit s3://bins --endpoint {endpoint}
 
