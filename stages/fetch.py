@@ -8,7 +8,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from obstore.store import LocalStore
 
-from stages.collecting.bucket import PHOTOGRAPHS, Store, explained, open_bucket
+from stages.collecting.advice import explained
+from stages.collecting.bucket import PHOTOGRAPHS, Store, open_bucket
 from stages.collecting.failures import ObjectError
 from stages.collecting.listing import list_objects
 from stages.collecting.reading import Reader, summary

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from stages.collecting.bucket import PHOTOGRAPHS, RECORDS, explained, open_bucket
+from stages.collecting.advice import explained
+from stages.collecting.bucket import PHOTOGRAPHS, RECORDS, open_bucket
 from stages.collecting.failures import ObjectError
 from stages.collecting.listing import LISTING, list_objects
 from stages.collecting.reading import Reader, summary

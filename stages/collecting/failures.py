@@ -9,6 +9,34 @@ from obstore.store import LocalStore, S3Store
 
 #: Errors of this machine, whatever was read: they stop the stage, since the next file may be hit.
 MACHINE_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE}
+#: Codes of S3 that would answer a request for any other object, too, however often it is sent.
+OTHER_REGION = {
+    "AuthorizationHeaderMalformed",
+    "IllegalLocationConstraintException",
+    "PermanentRedirect",
+}
+EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
+CLOCK = "RequestTimeTooSkewed"
+WRONG_CREDENTIALS = {
+    "AuthFailure",
+    "InvalidAccessKeyId",
+    "InvalidClientTokenId",
+    "InvalidSecurity",
+    "InvalidToken",
+    "NotSignedUp",
+    "SignatureDoesNotMatch",
+}
+#: Codes of this project's own, for what keeps every request from being sent.
+NO_CREDENTIALS = "NoCredentials"
+UNTRUSTED = "UntrustedCertificate"
+_ALIKE_FOR_ALL = {
+    *OTHER_REGION,
+    *EXPIRED,
+    CLOCK,
+    *WRONG_CREDENTIALS,
+    NO_CREDENTIALS,
+    UNTRUSTED,
+}
 # What can be wrong with a single file of a folder; whatever else a disk says is the machine's.
 _FILE_ERRORS = {
     errno.ENOENT: "not found",
@@ -55,7 +83,8 @@ def failure_of(
 ) -> Exception:
     """What to raise instead of obstore's error, whose text repeats the server's answer.
 
-    RefusedError, TransientError, or OSError where this machine is at fault.
+    RefusedError, TransientError, OSError where this machine is at fault, or obstore's own error
+    where trying again cannot help and any other object would fail alike.
     """
     text = str(error)
     numbers = [int(number) for number in re.findall(r"(?:os error |\bcode: )(\d+)", text)]
@@ -64,11 +93,26 @@ def failure_of(
             return OSError(number, os.strerror(number), key)
     if isinstance(error, FileNotFoundError):
         return RefusedError("not found")
+    code = code_of(error)
+    if code in _ALIKE_FOR_ALL:
+        return error
     if isinstance(error, PermissionDeniedError | UnauthenticatedError):
-        return RefusedError("access denied")
+        return RefusedError("access denied" if code in {"", "AccessDenied"} else f"refused: {code}")
     if isinstance(store, LocalStore):
         return _failure_of_file(numbers[0] if numbers else errno.EIO, key)
-    return _failure_of_request(error, re.search(r"status code: (\d{3})", text))
+    return _failure_of_request(error, re.search(r"status code: (\d{3})", text), code)
+
+
+def code_of(error: Exception) -> str:
+    """S3's code in the server's answer, or one of this module's; "" without any."""
+    text = str(error)
+    if found := re.search(r"<Code>([A-Za-z0-9.]{1,64})</Code>", text):
+        return found[1]
+    if "redirect without LOCATION" in text:
+        return "PermanentRedirect"
+    if "External AWS credential provider" in text:
+        return NO_CREDENTIALS
+    return UNTRUSTED if "InvalidCertificate(" in text else ""
 
 
 def _failure_of_file(number: int, key: str) -> Exception:
@@ -77,10 +121,10 @@ def _failure_of_file(number: int, key: str) -> Exception:
     return OSError(number, os.strerror(number), key)
 
 
-def _failure_of_request(error: BaseError, status: re.Match[str] | None) -> Exception:
+def _failure_of_request(error: BaseError, status: re.Match[str] | None, code: str) -> Exception:
     if status is None:
         return TransientError("network error", error)
     # 408 and 429 ask for another attempt, as 5xx do.
     if status[1].startswith("4") and status[1] not in {"408", "429"}:
-        return RefusedError(f"refused request {status[1]}")
+        return RefusedError(" ".join(["refused request", status[1], code]).rstrip())
     return TransientError(f"server error {status[1]}", error)

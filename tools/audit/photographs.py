@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pydantic
 
-from stages.collecting.bucket import PHOTOGRAPHS, Names, Store, open_bucket
+from stages.collecting.advice import Names
+from stages.collecting.bucket import PHOTOGRAPHS, Store, open_bucket
 from stages.collecting.failures import ObjectError
 from stages.collecting.listing import list_objects
 from stages.collecting.reading import Reader
@@ -24,7 +25,7 @@ from stages.runtime.files import digest
 T = TypeVar("T")
 
 #: How messages call what the user chose.
-OPTIONS = Names("its name", "--endpoint", "add --signed")
+OPTIONS = Names("its name", "--endpoint", "add --signed", "--region")
 # The columns of a shard and their types: as numbers, bins 00100 and 100 would be one.
 _TYPES = {"id": (pa.string(), pa.large_string()), "image": (pa.binary(), pa.large_binary())}
 # Rows of a shard that are in memory at once, and the bytes that are read at once.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from stages.collecting.bucket import explained_at
+from stages.collecting.advice import explained_at
 from stages.formats.tables import read_csv, write_csv
 from stages.runtime.errors import UserError
 from stages.runtime.files import digest, digest_files, write_text
