@@ -179,7 +179,13 @@ def write_project() -> None:
 def write_inputs(rows: list[dict[str, Any]]) -> None:
     write_json(
         Path("data/index.json"),
-        {"records": 1234, "indexed": 1229, "rejected": {"no photograph": 5}, "examples": []},
+        {
+            "records": 1234,
+            "indexed": 1229,
+            "left_out": {"records without a photograph": 3},
+            "rejected": {"not JSON": 5},
+            "examples": [],
+        },
     )
     write_rejects(Path("data/quarantine.csv"), [Reject("77777", "not an image")])
     subset = [*rows, {"id": "77777", "quantity": 2}]
@@ -278,7 +284,8 @@ def test_the_page_has_the_numbers_of_both_models_and_of_the_baseline(page: Page)
         "0 have one in train or validation; split by image, 4 of 6 would",
         "8 photographs of bins to train, 2 to validate, 6 to test, split by group, siblings tog",
         "So these numbers cannot be compared directly",
-        "1,234 records, 1,229 of them usable (left out: 5 no photograph).",
+        "1,234 bins with a record and a photograph, 1,229 of them usable (rejected: 5 not JSON).",
+        "Left out: 3 records without a photograph.",
         "17 bins were drawn with 1, 2, 3, 4, 5 items",
         "1 of their photographs could not be used",
         "resized to 224x224 pixels (squeeze)",

@@ -59,11 +59,6 @@ class RecordError(ValueError):
     """The record cannot be used; the text is the reason, one of a few."""
 
 
-def is_bin_id(text: str) -> bool:
-    """Ids become parts of keys and of file names: no separators, dots, spaces or controls."""
-    return re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text) is not None
-
-
 def parse_record(data: bytes) -> Record:
     """Parse a record's JSON. Raises RecordError where it has no usable quantity.
 

@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from stages.collecting.bucket import RECORDS
-from stages.collecting.records import Record, RecordError, is_bin_id, parse_record
+from stages.collecting.ids import RECORD, is_bin_id
+from stages.collecting.records import Record, RecordError, parse_record
 from stages.runtime.errors import UserError
 from tools.audit.photographs import Content, Files, Photographs, Shards, open_folder
 
@@ -47,14 +48,14 @@ class Expected:
 def find_expected(path: Path | None, photographs: Photographs) -> Expected:
     """The counts at `path`, or those beside the photographs. Raises UserError if there are none."""
     if path is not None and path.is_dir():
-        return read_records(Files(str(path), open_folder(path), "", "json"))
+        return read_records(Files(str(path), open_folder(path), "", RECORD))
     if path is not None:
         return read_counts(path)
     if isinstance(photographs, Shards):
         return read_column(photographs)
     if photographs.prefix:
         place = f"{photographs.place.rstrip('/')}/{RECORDS}"
-        return read_records(Files(place, photographs.store, RECORDS, "json"))
+        return read_records(Files(place, photographs.store, RECORDS, RECORD))
     raise UserError(
         f"{photographs.place} has photographs but no counts: give --expected counts.csv"
     )

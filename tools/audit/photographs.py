@@ -1,6 +1,5 @@
 """The audited photographs: files in a folder or in S3, or Parquet shards; read part by part."""
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -14,9 +13,9 @@ import pydantic
 from stages.collecting.advice import Names
 from stages.collecting.bucket import PHOTOGRAPHS, Store, open_bucket
 from stages.collecting.failures import ObjectError
+from stages.collecting.ids import PHOTOGRAPH, is_bin_id, named_by_id
 from stages.collecting.listing import list_objects
 from stages.collecting.reading import Reader
-from stages.collecting.records import is_bin_id
 from stages.formats.shards import table_digest, whole_parquet
 from stages.runtime import params
 from stages.runtime.errors import UserError
@@ -43,25 +42,18 @@ class Content(NamedTuple):
 
 
 class Files:
-    """The files <id>.<suffix> right below `prefix` (it is "" or ends in "/") in a folder or S3.
+    """The files <id><ending> right below `prefix` (it is "" or ends in "/") in a folder or S3.
 
     `ids` are in the order of reading; `identity` changes with any of the files; `left_out` are the
-    keys of files with the suffix whose names are not ids. Raises UserError for 1.jpg beside 1.JPG.
+    keys of files with that ending whose names aren't ids. Raises UserError for 1.jpg beside 1.JPG.
     """
 
-    def __init__(self, place: str, store: Store, prefix: str, suffix: str) -> None:
+    def __init__(self, place: str, store: Store, prefix: str, ending: str) -> None:
         self.place, self.store, self.prefix = place, store, prefix
         self._reader = Reader(store)
-        listed = list_objects(store, prefix)
-        named = re.compile(rf"{re.escape(prefix)}([^/]+)\.{suffix}", re.IGNORECASE)
-        matches = [named.fullmatch(key) for key in listed["key"].to_pylist()]
-        ids = [match[1] if match and is_bin_id(match[1]) else None for match in matches]
-        self.left_out = [m[0] for m, bin_id in zip(matches, ids, strict=True) if m and not bin_id]
-        listed = listed.append_column("id", pa.array(ids, pa.string()))
-        self._objects = listed.filter(pc.field("id").is_valid())
+        self._objects, self.left_out = named_by_id(list_objects(store, prefix), prefix, ending)
         self.ids: list[str] = self._objects["id"].to_pylist()
         self.identity = table_digest(self._objects)
-        refuse_repeated(self.ids, "files")
 
     def parts(self, start: int, size: int) -> Iterator[list[Content]]:
         """The files from `start`, a place in `ids`, on, so many at a time."""
@@ -145,8 +137,8 @@ def open_photographs(
 
 def find_files(place: str, store: Store) -> Files:
     """The photographs in bin-images/ or, if there are none, those beside it."""
-    inside = Files(place, store, PHOTOGRAPHS, "jpe?g")
-    return inside if inside.ids else Files(place, store, "", "jpe?g")
+    inside = Files(place, store, PHOTOGRAPHS, PHOTOGRAPH)
+    return inside if inside.ids else Files(place, store, "", PHOTOGRAPH)
 
 
 def open_folder(folder: Path) -> Store:
