@@ -20,9 +20,19 @@ MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
 BOMB = "decompression bomb"
 #: The formats of Pillow that cameras and the web use. Of the others, EPS runs a foreign program,
 #: and TIFF fills in what is missing and writes to stderr.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP")
+#: What files of other formats begin with, to name them.
+_OTHER_FORMATS = {
+    "HEIC": rb".{4}ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)",
+    "TIFF or a camera's raw format": rb"II[*+]\0|MM\0[*+]",
+    "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
+    "JPEG XL": rb"\0\0\0\x0cJXL |\xff\x0a",
+    "PDF": rb"%PDF",
+    "a web page or XML": rb"(\xef\xbb\xbf)?\s*<",
+}
 JPEG_START = b"\xff\xd8\xff"
 START_OF_SCAN = b"\xff\xda"
+END_OF_IMAGE = b"\xff\xd9"
 # The segment of EXIF and XMP: a JPEG without one has no orientation.
 APP1 = b"\xff\xe1"
 # libjpeg's words for a missing piece of the picture, which it fills in with grey.
@@ -59,10 +69,23 @@ def _decode_jpeg(data: bytes) -> Pixels | None:
     except ImageError:
         raise
     except ValueError as error:
-        if _LOST.search(str(error)):
-            raise ImageError(f"undecodable: truncated or damaged ({error})") from None
-        return None
+        if not _LOST.search(str(error)):
+            return None
+        if not data.endswith(END_OF_IMAGE) and _is_one_scan(data):
+            return _decode_jpeg(data.removesuffix(END_OF_IMAGE[:1]) + END_OF_IMAGE)
+        raise ImageError(f"undecodable: truncated or damaged ({error})") from None
     return pixels
+
+
+def _is_one_scan(data: bytes) -> bool:
+    """Whether all of the picture is in the last scan of the file, as most cameras write it.
+
+    Such a JPEG may lack its end mark and nothing else; where it lacks more, libjpeg says so. Of
+    several scans the last ones may be missing, which nobody could tell.
+    """
+    with _opened(data) as image:
+        components = data[data.rfind(START_OF_SCAN) + 4]
+        return not image.info.get("progressive") and components == len(image.getbands())
 
 
 @contextmanager
@@ -87,6 +110,9 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
 def _why_unidentified(data: bytes) -> str:
     if data.startswith(JPEG_START):
         return "undecodable: a JPEG with a broken header, or of a rare kind"
+    for name, start in _OTHER_FORMATS.items():
+        if re.match(start, data, re.DOTALL):
+            return f"of a format that is not read ({name}): save it as JPEG"
     return "not an image" if data else "no bytes"
 
 
