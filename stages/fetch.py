@@ -19,15 +19,15 @@ from stages.runtime.command import run_stage
 from stages.runtime.files import digest, sha256_file
 from stages.runtime.params import load_params
 from stages.runtime.space import on_one_disk, readable, require_space
-from stages.runtime.work import publish_folder, unfinished
+from stages.runtime.work import publish_folder, resumable
 from stages.sharding.building import (
-    MadeShard,
+    BuiltShard,
     RejectLimit,
     Shard,
     build_shards,
+    built_shard,
     each_row,
     first_finished_row,
-    made_of,
     missing_shards,
     plan_shards,
 )
@@ -49,7 +49,7 @@ def main() -> str:
         store = open_bucket(params.bucket)
         state = folder_state(store, subset)
         key = digest(params.bucket, params.fetch.shard_bins, sha256_file(paths.SUBSET), state)
-        with unfinished("fetch", key) as folder:
+        with resumable("fetch", key) as folder:
             planned = plan_shards(subset, params.fetch.shard_bins, "size")
             require_space(folder, bytes_to_fetch(missing_shards(folder, planned)), WHAT)
             if not on_one_disk(folder, paths.RAW.parent):
@@ -84,10 +84,10 @@ def bytes_to_fetch(shards: Sequence[Shard]) -> int:
     return sum(size for size in sizes if size <= MAX_PHOTOGRAPH_BYTES)
 
 
-async def fetch_shard(reader: Reader, shard: Shard, advance: Callable[[int], object]) -> MadeShard:
+async def fetch_shard(reader: Reader, shard: Shard, advance: Callable[[int], object]) -> BuiltShard:
     """Read the photographs of drawn bins."""
     results = await each_row(partial(fetch_bin, reader), shard, advance)
-    return made_of(results, IMAGES, reader.take_retried())
+    return built_shard(results, IMAGES, reader.take_retried())
 
 
 async def fetch_bin(reader: Reader, drawn: Row) -> Row | Reject:

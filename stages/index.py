@@ -28,15 +28,15 @@ from stages.runtime.command import run_stage
 from stages.runtime.errors import UserError
 from stages.runtime.files import atomic_write, digest
 from stages.runtime.params import load_params
-from stages.runtime.work import unfinished
+from stages.runtime.work import resumable
 from stages.sharding.building import (
-    MadeShard,
+    BuiltShard,
     RejectLimit,
     Shard,
     build_shards,
+    built_shard,
     each_row,
     first_finished_row,
-    made_of,
     plan_shards,
 )
 from stages.sharding.executors import executor
@@ -53,7 +53,7 @@ def main() -> str:
     with explained(params.bucket):
         store = open_bucket(params.bucket)
         listing, left_out = list_bins(store, params.bucket.url, retried)
-        with unfinished("index", digest(params.bucket.url, table_digest(listing))) as folder:
+        with resumable("index", digest(params.bucket.url, table_digest(listing))) as folder:
             planned = plan_shards(listing, PART_RECORDS)
             before = first_finished_row(folder, planned)
             reader = Reader(store, witness=before["record_key"] if before else None)
@@ -110,10 +110,10 @@ def join_listings(records: pa.Table, photographs: pa.Table) -> pa.Table:
     return records.join(photographs, "id", join_type="inner").sort_by("id")
 
 
-async def index_shard(reader: Reader, shard: Shard, advance: Callable[[int], object]) -> MadeShard:
+async def index_shard(reader: Reader, shard: Shard, advance: Callable[[int], object]) -> BuiltShard:
     """Read and parse the records of listed bins."""
     results = await each_row(partial(index_bin, reader), shard, advance)
-    return made_of(results, INDEX_SCHEMA, reader.take_retried())
+    return built_shard(results, INDEX_SCHEMA, reader.take_retried())
 
 
 async def index_bin(reader: Reader, listed: Row) -> Row | Reject:

@@ -24,13 +24,13 @@ from stages.runtime.files import digest
 from stages.runtime.machine import usable_cores
 from stages.runtime.params import Resize, load_params
 from stages.runtime.space import on_one_disk, require_space
-from stages.runtime.work import publish_folder, unfinished
+from stages.runtime.work import publish_folder, resumable
 from stages.sharding.building import (
-    MadeShard,
+    BuiltShard,
     RejectLimit,
     Shard,
     build_shards,
-    made_of,
+    built_shard,
     missing_shards,
 )
 from stages.sharding.executors import executor
@@ -47,7 +47,7 @@ def main() -> str:
     sources = [plan_shard(path) for path in shard_paths(paths.RAW)]
     identities = [_identity(path) for path in shard_paths(paths.RAW)]
     key = digest(knobs.size, knobs.fit, knobs.quality, identities)
-    with unfinished("resize", key) as folder:
+    with resumable("resize", key) as folder:
         require_space(folder, bytes_to_write(knobs, missing_shards(folder, sources)), WHAT)
         if not on_one_disk(folder, paths.RESIZED.parent):
             require_space(paths.RESIZED.parent, bytes_to_write(knobs, sources), WHAT)
@@ -87,21 +87,21 @@ def read_rows(shard: Shard) -> list[Row]:
     return rows
 
 
-async def resize_shard(knobs: Resize, shard: Shard, advance: Callable[[int], object]) -> MadeShard:
+async def resize_shard(knobs: Resize, shard: Shard, advance: Callable[[int], object]) -> BuiltShard:
     """Resize a shard's photographs in a thread of its own; each core has one shard at a time."""
     loop = asyncio.get_running_loop()
     advance_here = partial(loop.call_soon_threadsafe, advance, 1)
     return await asyncio.to_thread(_resize_all, knobs, shard, advance_here)
 
 
-def _resize_all(knobs: Resize, shard: Shard, advance: Callable[[], object]) -> MadeShard:
+def _resize_all(knobs: Resize, shard: Shard, advance: Callable[[], object]) -> BuiltShard:
     # Every core has a shard of its own.
     torch.set_num_threads(1)
     results = []
     for row in read_rows(shard):
         results.append(resize_bin(knobs, row))
         advance()
-    return made_of(results, IMAGES)
+    return built_shard(results, IMAGES)
 
 
 def resize_bin(knobs: Resize, row: Row) -> Row | Reject:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from stages.runtime.errors import Stopped, UserError
 from stages.runtime.machine import allow_open_files
 from stages.runtime.space import disk_full, disk_full_text
-from stages.runtime.work import only_run_here
+from stages.runtime.work import exclusive_run
 
 # Errors of this machine, and what to do about them.
 _REMEDIES = {
@@ -40,7 +40,7 @@ def run_stage(name: str, main: Callable[..., str], **arguments: str) -> None:
     name = " ".join([name, *values.values()])
     allow_open_files()
     try:
-        with only_run_here(name):
+        with exclusive_run(name):
             print(f"{name}: {main(**values)}", flush=True)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

@@ -10,7 +10,7 @@ from stages.formats.tables import read_csv, write_csv
 from stages.runtime.errors import UserError
 from stages.runtime.files import digest, digest_files, write_text
 from stages.runtime.paths import SPLIT
-from stages.runtime.work import unfinished
+from stages.runtime.work import resumable
 from tools.audit.expected import Expected, find_expected
 from tools.audit.models import Ensemble, load_ensemble
 from tools.audit.page import Facts, make_thumbnails, render_page
@@ -42,7 +42,7 @@ def audit(
         refuse_strangers(source, counts)
         ensemble = load_ensemble(model)
         announce(source, counts, ensemble)
-        with unfinished(
+        with resumable(
             "audit", digest(source.identity, ensemble.identity, code_version())
         ) as folder:
             scored = score_photographs(source, ensemble, folder)
@@ -98,7 +98,7 @@ def count_trained_on(ids: Sequence[str]) -> int:
 
 
 def code_version() -> str:
-    """The version of this tool; unfinished() adds that of the stages' modules."""
+    """The version of this tool; resumable() adds that of the stages' modules."""
     return digest_files(sorted(Path(__file__).parent.glob("*.py")))
 
 
