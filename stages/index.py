@@ -41,7 +41,7 @@ from stages.sharding.building import (
 )
 from stages.sharding.executors import executor
 
-# The unit in which a killed run continues, and how many are read at once.
+# A killed run resumes after the last finished part; so many parts are read at once.
 PART_RECORDS = 5_000
 PARTS_AT_ONCE = 2
 

@@ -12,7 +12,7 @@ from stages.runtime.errors import UserError
 
 RECORDS = "metadata/"
 PHOTOGRAPHS = "bin-images/"
-# Seconds: without a byte, and for a whole answer, which hundreds at once on a slow line need.
+# Seconds without a byte, and for a whole answer: on a slow line, hundreds of them share it.
 STALL_TIMEOUT = 5
 ANSWER_TIMEOUT = 30
 
@@ -32,8 +32,7 @@ def open_bucket(bucket: params.Bucket) -> Store:
         parts.netloc,
         prefix=parts.path.strip("/") or None,
         region=bucket.region,
-        # Named for Amazon's own too, so that an AWS_ENDPOINT_URL meant for the DVC remote does not
-        # apply here.
+        # Set for Amazon too, so that an AWS_ENDPOINT_URL meant for the DVC remote has no effect.
         endpoint=endpoint,
         skip_signature=bucket.anonymous,
         credential_provider=None if bucket.anonymous else Credentials(),
@@ -43,6 +42,6 @@ def open_bucket(bucket: params.Bucket) -> Store:
             "read_timeout": timedelta(seconds=STALL_TIMEOUT),
             "timeout": timedelta(seconds=ANSWER_TIMEOUT),
         },
-        # The reader retries: it counts, and it knows what a right answer is.
+        # The reader retries instead: it counts retries, and checks the answers.
         retry_config={"max_retries": 0},
     )

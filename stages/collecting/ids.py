@@ -7,9 +7,9 @@ import pyarrow.compute as pc
 
 from stages.runtime.errors import UserError
 
-# Ids become parts of keys and of file names: no separators, dots, spaces or controls.
+# Ids become parts of keys and file names: no separators, dots, spaces or control characters.
 _BIN_ID = "[A-Za-z0-9_-]{1,64}"
-#: How the names of records and of photographs end, in small letters or capitals.
+#: How the names of records and photographs end, in lower or upper case.
 RECORD = r"\.json"
 PHOTOGRAPH = r"\.jpe?g"
 
@@ -19,10 +19,10 @@ def is_bin_id(text: str) -> bool:
 
 
 def named_by_id(listing: pa.Table, prefix: str, ending: str) -> tuple[pa.Table, list[str]]:
-    """The objects <id><ending> right below `prefix` with their `id`, and the keys of others there.
+    """The objects <id><ending> directly below `prefix`, with a column `id`, and the keys left out.
 
-    The others end so too, but their names aren't ids, like those that macOS puts beside a file
-    (._00001.jpg). Raises UserError where a bin has two files, 1.jpg and 1.JPG.
+    Keys with this ending whose names are not ids are left out, like the ._00001.jpg that macOS puts
+    beside a file. Raises UserError if a bin has two files, such as 1.jpg and 1.JPG.
     """
     pattern = f"^{re.escape(prefix)}(?P<id>[^/]+)(?i:{ending})$"
     names = pc.struct_field(pc.extract_regex(listing["key"], pattern), "id")
