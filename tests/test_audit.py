@@ -277,6 +277,22 @@ def test_ids_that_are_equal_as_numbers_are_two_bins(run: Run) -> None:
     assert audited()[columns].to_numpy().tolist() == [["100", 3, 2, "yes"], ["00100", 4, 4, "no"]]
 
 
+def test_counts_as_a_spreadsheet_saves_them_are_used_and_how_is_said(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_photographs({"00001": square(2, 1), "00002": square(4, 1)})
+    Path("counts.csv").write_bytes("ID\tExpected\r\n1\t3\r\n2\t4\r\n".encode("utf-16"))
+
+    assert run(*WITH_COUNTS, *SURE) == 1
+
+    columns = ["id", "expected", "seen", "alarm"]
+    found = audited()[columns].to_numpy().tolist()
+    assert found == [["00001", 3, 2, "yes"], ["00002", 4, 4, "no"]]
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "audit: counts.csv: read as UTF-16, tab-separated; restored the leading zeros of 2 ids"
+    )
+
+
 def test_a_bucket_and_a_folder_of_the_same_bins_are_audited_alike(
     run: Run, s3: S3, drawn: list[DrawnBin]
 ) -> None:
@@ -465,7 +481,7 @@ def test_an_error_of_the_machine_ends_the_audit_and_is_not_booked_to_a_photograp
         ([*WITH_COUNTS[:2], "nothing.csv"], "'nothing.csv': check this path"),
         ([*WITH_COUNTS[:2], "empty"], "audit: error: there are no records <id>.json in empty"),
         ([*WITH_COUNTS[:2], "others.csv"], "others.csv has none of the photographs' bins: its ids"
-         " are like 1, theirs like 00001"),
+         " are like B1, theirs like 00001"),
         ([*WITH_COUNTS, "--out", "counts.csv"], "'counts.csv': check this file"),
         (WITH_COUNTS, "no bin could be judged (mostly: unreadable photograph: no bytes): see"),
     ],
@@ -474,7 +490,7 @@ def test_what_is_wrong_with_the_inputs_is_one_line(
     run: Run, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_photographs({"00001": b"", "00002": b"", "00003": square(1, 1)})
-    Path("others.csv").write_text("id,expected\n1,1\n2,2\n")
+    Path("others.csv").write_text("id,expected\nB1,1\nB2,2\n")
     write_counts({"00001": 1, "00002": 2, "00003": 7})
     Path("empty").mkdir()
 

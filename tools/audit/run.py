@@ -81,6 +81,8 @@ def announce(source: Photographs, counts: Expected, ensemble: Ensemble) -> None:
         print(
             f"audit: left out {len(left_out)} with names that aren't ids, like {left_out[0]!a:.80}"
         )
+    if counts.notes:
+        print(f"audit: {counts.place}: {'; '.join(counts.notes)}")
     models = " and ".join(map(str, ensemble.folders))
     print(
         f"audit: {len(source.ids)} photographs of {source.place}, {len(counts.counts)} counts of"

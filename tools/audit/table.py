@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from stages.networks.calibration import probability_columns
-from tools.audit.expected import Expected
+from tools.audit.expected import NO_COUNT, Expected
 
 
 def audit_table(
@@ -51,7 +51,7 @@ def reasons(bins: pd.DataFrame, unjudged: pd.Series, labels: Sequence[int]) -> p
     """Why each bin could not be judged; "" where it was."""
     only = f"the model counts {spoken(labels)} only"
     reason = pd.Series(np.where(unjudged, only, ""), bins.index, dtype="str")
-    reason = reason.mask(bins["expected"].isna(), "no expected count")
+    reason = reason.mask(bins["expected"].isna(), NO_COUNT)
     reason = reason.mask(bins["record_problem"].fillna("") != "", bins["record_problem"])
     reason = reason.mask(bins["problem"].fillna("") != "", bins["problem"])
     return reason.mask(bins["problem"].isna(), "photograph missing")
