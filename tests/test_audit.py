@@ -167,7 +167,8 @@ def test_wrong_records_come_first_and_are_alarms(
     assert first.loc["00007", "suspicion"] == pytest.approx(1 - first.loc["00007", "p4"], abs=1e-5)
     out = capsys.readouterr().out.splitlines()
     assert out == [
-        "audit: 40 photographs of photographs, 40 counts of counts.csv, models/one on cpu",
+        "audit: comparing 40 photographs from photographs with 40 counts from counts.csv, using"
+        " models/one on cpu",
         "audit: 40 photographs, 3 alarms (7.5%), 0 not judged; audit/index.html",
     ]
 
@@ -217,7 +218,7 @@ def test_models_are_averaged_and_agree_with_evaluation(run: Run, models: Path) -
     of_mean = threshold_for(right_scores(models / "one", models / "two"), 0.4)
     page = Path("audit/index.html").read_text()
     assert f"probability below {100 * of_mean:.3g}%" in page
-    assert "Models, averaged: one, two." in page
+    assert "Models (averaged): one, two." in page
 
 
 def test_photographs_are_resized_as_the_pipeline_does(run: Run) -> None:
@@ -254,7 +255,7 @@ def test_what_cannot_be_judged_comes_last_with_its_reason(
     assert reasons.pop("00007").startswith("unreadable photograph: undecodable: ")
     assert reasons == {
         "00001": "",
-        "00002": "the model counts 1 to 5 only",
+        "00002": "the models only count 1 to 5 items",
         "00003": "no expected count",
         "00004": "no expected count",
         "00005": "unreadable photograph: not an image",
@@ -263,7 +264,7 @@ def test_what_cannot_be_judged_comes_last_with_its_reason(
     }
     assert table["seen"][["00002", "00005"]].tolist() == ["2", ""]
     out = capsys.readouterr().out
-    assert "left out 1 with names that aren't ids, like 'a b.jpg'" in out
+    assert "files left out, since their names are not ids: 1, like 'a b.jpg'" in out
     assert "7 photographs, 0 alarms (0.0%), 7 not judged" in out
 
 
@@ -289,7 +290,8 @@ def test_counts_as_a_spreadsheet_saves_them_are_used_and_how_is_said(
     found = audited()[columns].to_numpy().tolist()
     assert found == [["00001", 3, 2, "yes"], ["00002", 4, 4, "no"]]
     assert capsys.readouterr().out.splitlines()[0] == (
-        "audit: counts.csv: read as UTF-16, tab-separated; restored the leading zeros of 2 ids"
+        "audit: counts.csv: read as UTF-16, tab-separated; ids whose lost leading"
+        " zeros were restored: 2"
     )
 
 
@@ -429,7 +431,7 @@ def test_the_page_shows_the_first_alarms_with_their_photographs(run: Run) -> Non
     page = Path("audit/index.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 7
     assert all(f"Photograph of bin {bin_id}" in page for bin_id in audited()["id"][:7])
-    assert "The first 7 of 30; all are in audit.csv." in page
+    assert "Showing 7 of 30; audit.csv lists them all." in page
 
 
 @pytest.mark.parametrize(
@@ -476,12 +478,12 @@ def test_an_error_of_the_machine_ends_the_audit_and_is_not_booked_to_a_photograp
         (["photographs", "--top", "-1"], "error: argument --top: "),
         (["nowhere"], "audit: error: nowhere is not a folder, an s3:// URL or a Parquet file"),
         (["counts.csv"], "audit: error: counts.csv is not a folder, an s3:// URL or a Parquet"),
-        (["empty"], "audit: error: empty has no photographs: no bin-images/<id>.jpg, no <id>.jpg"),
-        (["photographs"], "audit: error: photographs has photographs but no counts: give --exp"),
+        (["empty"], "audit: error: empty has no photographs: there should be bin-images/<id>.jpg"),
+        (["photographs"], "audit: error: photographs has photographs but no counts: add --exp"),
         ([*WITH_COUNTS[:2], "nothing.csv"], "'nothing.csv': check this path"),
         ([*WITH_COUNTS[:2], "empty"], "audit: error: there are no records <id>.json in empty"),
-        ([*WITH_COUNTS[:2], "others.csv"], "others.csv has none of the photographs' bins: its ids"
-         " are like B1, theirs like 00001"),
+        ([*WITH_COUNTS[:2], "others.csv"], "no photograph has a count in others.csv: its ids are"
+         " like B1, those of the photographs like 00001; write both in the same way"),
         ([*WITH_COUNTS, "--out", "counts.csv"], "'counts.csv': check this file"),
         (WITH_COUNTS, "no bin could be judged (mostly: unreadable photograph: no bytes): see"),
     ],
@@ -537,7 +539,10 @@ def test_models_that_do_not_go_together_are_refused(
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("rm -r models", "there is no model in models/: `dvc pull` one, or give --model FOLDER"),
+        (
+            "rm -r models",
+            "there is no model in models/: get one with `dvc pull`, or add --model FOLDER",
+        ),
         ("rm models/one/validation.csv", "models/one is not a trained model: models/one/valid"),
         ("echo x > models/one/model.safetensors", "models/one/model.safetensors"),
     ],

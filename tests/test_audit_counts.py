@@ -189,7 +189,7 @@ def test_how_a_file_was_read_is_said_with_what_was_left_out(tmp_path: Path) -> N
     assert found.problems == {"1": UNCLEAR, "00001": UNCLEAR, "00003": "no expected count"}
     assert found.notes == [
         "read as UTF-16, semicolon-separated",
-        "restored the leading zeros of 2 ids",
-        "left out 2 bins, since ids lost their leading zeros (1 could mean 1 or 00001); export the"
+        "ids whose lost leading zeros were restored: 2",
+        "bins left out, since ids lost their leading zeros: 2 (1 could mean 1 or 00001); export the"
         " column id as text",
     ]

@@ -119,11 +119,14 @@ def test_the_column_quantity_has_the_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"id": ["1"]}, "its column image is missing; it should be binary"),
-        ({"image": [b"x"]}, "its column id is missing; it should be string"),
-        ({"id": [100], "image": [b"x"]}, "its column id is int64; it should be string"),
-        ({"id": ["1"], "image": ["x"]}, "its column image is string; it should be binary"),
-        ({"id": ["1"], "image": [b"x"], "quantity": [1.5]}, "quantity is double, not integer"),
+        ({"id": ["1"]}, "the column image is missing; it should be binary"),
+        ({"image": [b"x"]}, "the column id is missing; it should be string"),
+        ({"id": [100], "image": [b"x"]}, "the column id is int64; it should be string"),
+        ({"id": ["1"], "image": ["x"]}, "the column image is string; it should be binary"),
+        (
+            {"id": ["1"], "image": [b"x"], "quantity": [1.5]},
+            "quantity is double; it should be integer",
+        ),
         ({"id": ["1", "../x"], "image": [b"x"] * 2}, "row 2: '../x' is not a bin's id"),
         ({"id": [None, "1"], "image": [b"x"] * 2}, "row 1: None is not a bin's id"),
         ({"id": ["1", "1"], "image": [b"x"] * 2}, "two rows of the bin 1: keep one"),
@@ -148,7 +151,7 @@ def test_two_files_of_one_bin_are_refused(tmp_path: Path) -> None:
 def test_shards_without_counts_need_a_csv(tmp_path: Path) -> None:
     photographs = open_photographs(write_shard(tmp_path, id=["1"], image=[b"x"]))
 
-    with pytest.raises(UserError, match=r"has no column quantity: give --expected counts\.csv"):
+    with pytest.raises(UserError, match=r"has no column quantity: add --expected counts\.csv"):
         find_expected(None, photographs)
 
 

@@ -1,4 +1,4 @@
-"""The counts that the inventory system expects: a CSV, the records' JSON, or a column of shards."""
+"""Expected counts: from a CSV file, the JSON records, or a column of the Parquet files."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -23,7 +23,7 @@ _RECORDS_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class Expected:
-    """`counts` by id, why other bins that `place` names have none, and how it was read."""
+    """The counts by id, why other bins of `place` have none, and anything unusual about reading."""
 
     place: str
     counts: dict[str, int] = field(default_factory=dict)
@@ -33,21 +33,21 @@ class Expected:
 
     @property
     def left_out(self) -> list[str]:
-        """Files of records whose names are not ids."""
+        """Records whose file names are not ids."""
         return [] if self.records is None else self.records.left_out
 
     def items(self, ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-        """What the records of these bins list, as parse_record gives it."""
+        """The items in the records of these bins, as parse_record returns them."""
         items = {}
         for content in self.records.pick(ids) if self.records else ():
-            # A record that has changed since its count was read may list nothing.
+            # A record may have changed since its count was read.
             with suppress(RecordError):
                 items[content.id] = parse(content)["items"]
         return items
 
 
 def find_expected(path: Path | None, photographs: Photographs) -> Expected:
-    """The counts at `path`, or those beside the photographs. Raises UserError if there are none."""
+    """The counts at `path` or else beside the photographs. Raises UserError if there are none."""
     if path is not None and path.is_dir():
         return read_records(Files(str(path), open_folder(path), "", "json"))
     if path is not None:
@@ -57,14 +57,14 @@ def find_expected(path: Path | None, photographs: Photographs) -> Expected:
     if photographs.prefix:
         place = f"{photographs.place.rstrip('/')}/{RECORDS}"
         return read_records(Files(place, photographs.store, RECORDS, "json"))
-    raise UserError(
-        f"{photographs.place} has photographs but no counts: give --expected counts.csv"
-    )
+    raise UserError(f"{photographs.place} has photographs but no counts: add --expected counts.csv")
 
 
 def read_records(records: Files) -> Expected:
     if not records.ids:
-        raise UserError(f"there are no records <id>.json in {records.place}: give --expected")
+        raise UserError(
+            f"there are no records <id>.json in {records.place}: add --expected counts.csv"
+        )
     found = Expected(records.place, records=records)
     contents = chain.from_iterable(records.parts(0, _RECORDS_AT_ONCE))
     for content in tqdm(contents, "records", len(records.ids), disable=None, leave=False):
@@ -76,24 +76,24 @@ def read_records(records: Files) -> Expected:
 
 
 def parse(content: Content) -> Record:
-    """Raises RecordError also where the file could not be read."""
+    """Raises RecordError, also where the file could not be read."""
     if content.problem:
         raise RecordError(content.problem)
     return parse_record(content.data)
 
 
 def read_column(photographs: Shards) -> Expected:
-    found = Expected("their column quantity")
+    found = Expected("the column quantity")
     for path, rows in photographs.rows.items():
         if "quantity" not in rows.column_names:
-            raise UserError(f"{path} has no column quantity: give --expected counts.csv")
+            raise UserError(f"{path} has no column quantity: add --expected counts.csv")
         known = rows.filter(pc.field("quantity").is_valid()).to_pylist()
         found.counts.update({row["id"]: row["quantity"] for row in known})
     return found
 
 
 def read_counts(path: Path, photographs: Iterable[str]) -> Expected:
-    """A CSV, about photographs with these ids. Raises UserError where it cannot be read."""
+    """The counts in a CSV file for photographs with these ids. Raises UserError if unusable."""
     try:
         listed = parse_counts(path.read_bytes())
     except CountsError as error:
@@ -110,13 +110,13 @@ def read_counts(path: Path, photographs: Iterable[str]) -> Expected:
 
 
 def describe(listed: Listed, matched: Matched) -> list[str]:
-    """How a CSV was read, where that is not the usual way."""
+    """What was unusual about reading a CSV file."""
     notes = [f"read as {listed.form}"] if listed.form else []
     if matched.padded:
-        notes.append(f"restored the leading zeros of {matched.padded} ids")
+        notes.append(f"ids whose lost leading zeros were restored: {matched.padded}")
     if matched.unclear:
         notes.append(
-            f"left out {len(matched.unclear)} bins, since ids lost their leading zeros"
+            f"bins left out, since ids lost their leading zeros: {len(matched.unclear)}"
             f" ({next(iter(matched.unclear.values()))}); export the column id as text"
         )
     return notes

@@ -1,4 +1,4 @@
-"""An audit from its photographs to its files, in order."""
+"""An audit from start to finish: read, score, compare, write."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +34,7 @@ def audit(
     *,
     signed: bool,
 ) -> int:
-    """Write the table and the page into `out`; the number of alarms. Arguments as --help says."""
+    """Write the table and the page into `out` and return the number of alarms. See --help."""
     out.mkdir(parents=True, exist_ok=True)
     with explained_at(photographs, OPTIONS, anonymous=not signed):
         source = open_photographs(photographs, endpoint, region, signed=signed)
@@ -58,7 +58,7 @@ def audit(
                 count_trained_on(source.ids),
             )
             shown = table.loc[table["alarm"] == "yes", "id"].head(top).tolist()
-            # The photographs on the page are read again.
+            # Only these photographs are read again, for the page.
             thumbnails = make_thumbnails(source.pick(shown))
             page = render_page(facts, table, ensemble.labels, top, thumbnails, counts.items(shown))
             write_csv(out / TABLE, table)
@@ -67,32 +67,34 @@ def audit(
 
 
 def refuse_strangers(source: Photographs, counts: Expected) -> None:
-    """Raise UserError where no photograph's bin has a count: one side may write ids otherwise."""
+    """Raise UserError if no photograph has a count: the two may write ids differently."""
     if counts.counts and not counts.counts.keys() & set(source.ids):
         raise UserError(
-            f"{counts.place} has none of the photographs' bins: its ids are like"
-            f" {next(iter(counts.counts))}, theirs like {source.ids[0]}"
+            f"no photograph has a count in {counts.place}: its ids are like"
+            f" {next(iter(counts.counts))}, those of the photographs like {source.ids[0]}; write"
+            " both in the same way"
         )
 
 
 def announce(source: Photographs, counts: Expected, ensemble: Ensemble) -> None:
-    """Say what was found and is used, and what is left out."""
+    """Print what will be compared and what is left out."""
     if left_out := [*source.left_out, *counts.left_out]:
         print(
-            f"audit: left out {len(left_out)} with names that aren't ids, like {left_out[0]!a:.80}"
+            f"audit: files left out, since their names are not ids: {len(left_out)}, like"
+            f" {left_out[0]!a:.80}"
         )
     if counts.notes:
         print(f"audit: {counts.place}: {'; '.join(counts.notes)}")
     models = " and ".join(map(str, ensemble.folders))
     print(
-        f"audit: {len(source.ids)} photographs of {source.place}, {len(counts.counts)} counts of"
-        f" {counts.place}, {models} on {ensemble.device}",
+        f"audit: comparing {len(source.ids)} photographs from {source.place} with"
+        f" {len(counts.counts)} counts from {counts.place}, using {models} on {ensemble.device}",
         flush=True,
     )
 
 
 def count_trained_on(ids: Sequence[str]) -> int:
-    """How many of these bins data/split.csv has in train, where there is one."""
+    """How many of these bins are in the training set, if there is a data/split.csv."""
     if not SPLIT.exists():
         return 0
     sets = read_csv(SPLIT)
@@ -100,7 +102,7 @@ def count_trained_on(ids: Sequence[str]) -> int:
 
 
 def code_version() -> str:
-    """The version of this tool; unfinished() adds that of the stages' modules."""
+    """The version of this tool's code; unfinished() adds that of the stages."""
     return digest_files(sorted(Path(__file__).parent.glob("*.py")))
 
 
