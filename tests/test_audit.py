@@ -1,6 +1,7 @@
 """Audits as an analyst runs them: what they find, how they end, killed, and in how much memory."""
 
 import errno
+import html
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from stages import resize
 from stages.collecting.reading import Reader
+from stages.collecting.records import parse_record
 from stages.formats.tables import read_csv
 from stages.imaging import jpeg
 from stages.networks import inference
@@ -44,6 +46,7 @@ from tests.made import (
 from tools.audit import __main__ as audit
 from tools.audit import run as audit_run
 from tools.audit.models import Ensemble
+from tools.audit.plausibility import ADVICE, EITHER, PHOTOGRAPHS, RECORDS
 from tools.drawing import DrawnBin
 from tools.s3 import serving
 
@@ -276,6 +279,39 @@ def test_ids_that_are_equal_as_numbers_are_two_bins(run: Run) -> None:
 
     columns = ["id", "expected", "seen", "alarm"]
     assert audited()[columns].to_numpy().tolist() == [["100", 3, 2, "yes"], ["00100", 4, 4, "no"]]
+
+
+def test_wrong_records_and_unlike_photographs_are_told_apart_if_nearly_all_are_flagged(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = bin_rows(LABELS * 24)
+    write_resized(Path("wrong"), [row | {"quantity": 1 + row["quantity"] % 5} for row in rows])
+    write_resized(Path("unlike"), bin_rows(LABELS * 24, noise))
+
+    assert [run("wrong"), run("unlike")] == [1, 1]
+
+    last = [line for line in capsys.readouterr().out.splitlines() if " alarms (" in line]
+    assert last[0].endswith(f". {EITHER}{RECORDS}{ADVICE}")
+    assert last[1].endswith(f". {EITHER}{PHOTOGRAPHS}{ADVICE}")
+    assert f"{EITHER}{PHOTOGRAPHS}{ADVICE}" in html.unescape(Path("audit/index.html").read_text())
+
+
+def test_real_photographs_are_unlike_the_squares_that_a_model_learned_from(
+    run: Run, abid: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = sorted((abid / "originals-1k/bin-images").glob("*.jpg"))[:200]
+    records = [
+        parse_record((abid / f"originals-1k/metadata/{path.stem}.json").read_bytes())
+        for path in paths
+    ]
+    write_photographs({path.stem: path.read_bytes() for path in paths})
+    write_counts(
+        {path.stem: record["quantity"] for path, record in zip(paths, records, strict=True)}
+    )
+
+    assert run(*WITH_COUNTS) == 1
+
+    assert capsys.readouterr().out.endswith(f"{PHOTOGRAPHS}{ADVICE}\n")
 
 
 def test_counts_as_a_spreadsheet_saves_them_are_used_and_how_is_said(

@@ -74,6 +74,13 @@ def test_the_page_says_what_was_found_and_what_it_is_worth() -> None:
     assert "training set" not in rendered().words()
 
 
+def test_a_warning_about_the_alarms_stands_above_them() -> None:
+    page = rendered(FACTS._replace(warning="Check <ten> by hand."))
+
+    assert page.words().index("Check <ten> by hand.") < page.words().index("A bin is flagged")
+    assert "warning" not in [attributes.get("class") for _, attributes in rendered().tags]
+
+
 def test_the_alarms_come_in_order_each_with_its_photograph() -> None:
     page = rendered()
 
@@ -198,7 +205,8 @@ def test_a_browser_shows_the_page_without_a_network(
 ) -> None:
     items = {"00002": [item("Tea, 20 bags", 2), item("x" * 500)]}
     thumbnails = make_thumbnails(photographs()[:2])
-    text = render_page(FACTS, audited(), LABELS, 9, thumbnails, items)
+    facts = FACTS._replace(warning="Far more than expected. " * 9)
+    text = render_page(facts, audited(), LABELS, 9, thumbnails, items)
     (tmp_path / "index.html").write_text(text, "utf-8")
 
     page = browser.open(tmp_path / "index.html", width)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from stages.imaging import jpeg
@@ -43,13 +44,22 @@ class Ensemble:
     def validation_bins(self) -> int:
         return len(self.releases[0].validation)
 
+    @property
+    def _validation(self) -> list[pd.DataFrame]:
+        return [release.validation.sort_values("id") for release in self.releases]
+
+    @cached_property
+    def validation_probabilities(self) -> Floats:
+        """The mean over the models, [validation bins by id, labels]."""
+        columns = probability_columns(self.labels)
+        mean: Floats = np.mean([table[columns].to_numpy() for table in self._validation], axis=0)
+        return mean
+
     def threshold(self, false_alarm: float) -> float:
         """The score below which that share of the correct records of validation lies."""
-        columns = probability_columns(self.labels)
-        tables = [release.validation.sort_values("id") for release in self.releases]
-        probabilities = np.mean([table[columns].to_numpy() for table in tables], axis=0)
-        places = [self.labels.index(count) for count in tables[0]["actual"]]
-        return threshold_for(probabilities[np.arange(len(places)), places], false_alarm)
+        places = [self.labels.index(count) for count in self._validation[0]["actual"]]
+        right = self.validation_probabilities[np.arange(len(places)), places]
+        return threshold_for(right, false_alarm)
 
     def pixels(self, data: bytes) -> jpeg.Pixels:
         """A photograph as the resize stage prepares it, [size, size, 3]. Raises ImageError."""

@@ -35,6 +35,7 @@ class Facts(NamedTuple):
     false_alarm: float
     threshold: float
     trained_on: int
+    warning: str = ""
 
 
 def render_page(

@@ -15,6 +15,7 @@ from tools.audit.expected import Expected, find_expected
 from tools.audit.models import Ensemble, load_ensemble
 from tools.audit.page import Facts, make_thumbnails, render_page
 from tools.audit.photographs import OPTIONS, Photographs, open_photographs
+from tools.audit.plausibility import warn
 from tools.audit.scores import score_photographs
 from tools.audit.table import audit_table
 
@@ -48,6 +49,8 @@ def audit(
             scored = score_photographs(source, ensemble, folder)
             threshold = ensemble.threshold(false_alarm)
             table = audit_table(scored, counts, ensemble.labels, threshold)
+            trained_on = find_trained_on(source.ids)
+            validation = ensemble.validation_probabilities
             facts = Facts(
                 source.place,
                 counts.place,
@@ -55,7 +58,8 @@ def audit(
                 ensemble.validation_bins,
                 false_alarm,
                 threshold,
-                count_trained_on(source.ids),
+                len(trained_on),
+                warn(table, ensemble.labels, false_alarm, validation, trained_on),
             )
             shown = table.loc[table["alarm"] == "yes", "id"].head(top).tolist()
             # Only these photographs are read again, for the page.
@@ -63,7 +67,7 @@ def audit(
             page = render_page(facts, table, ensemble.labels, top, thumbnails, counts.items(shown))
             write_csv(out / TABLE, table)
             write_text(out / PAGE, page)
-    return summarize(len(source.ids), table, out)
+    return summarize(len(source.ids), table, out, facts.warning)
 
 
 def refuse_strangers(source: Photographs, counts: Expected) -> None:
@@ -93,12 +97,12 @@ def announce(source: Photographs, counts: Expected, ensemble: Ensemble) -> None:
     )
 
 
-def count_trained_on(ids: Sequence[str]) -> int:
-    """How many of these bins are in the training set, if there is a data/split.csv."""
+def find_trained_on(ids: Sequence[str]) -> set[str]:
+    """Which of these bins are in the training set, if there is a data/split.csv."""
     if not SPLIT.exists():
-        return 0
+        return set()
     sets = read_csv(SPLIT)
-    return int(sets.loc[sets["set"] == "train", "id"].isin(ids).sum())
+    return set(sets.loc[sets["set"] == "train", "id"]).intersection(ids)
 
 
 def code_version() -> str:
@@ -106,8 +110,8 @@ def code_version() -> str:
     return digest_files(sorted(Path(__file__).parent.glob("*.py")))
 
 
-def summarize(photographs: int, table: pd.DataFrame, out: Path) -> int:
-    """Print the last line; the number of alarms. Raises UserError where no bin could be judged."""
+def summarize(photographs: int, table: pd.DataFrame, out: Path, warning: str) -> int:
+    """Print the last line and return the alarms. Raises UserError if no bin could be judged."""
     alarms = int((table["alarm"] == "yes").sum())
     not_judged = int((table["alarm"] == "").sum())
     if not_judged == len(table):
@@ -116,5 +120,6 @@ def summarize(photographs: int, table: pd.DataFrame, out: Path) -> int:
     print(
         f"audit: {photographs} photographs, {alarms} alarms"
         f" ({alarms / (len(table) - not_judged):.1%}), {not_judged} not judged; {out / PAGE}"
+        + (f". {warning}" if warning else "")
     )
     return alarms
