@@ -258,7 +258,7 @@ def test_what_cannot_be_judged_comes_last_with_its_reason(
     assert reasons.pop("00007").startswith("unreadable photograph: undecodable: ")
     assert reasons == {
         "00001": "",
-        "00002": "the models only count 1 to 5 items",
+        "00002": "the models count only 1 to 5 items",
         "00003": "no expected count",
         "00004": "no expected count",
         "00005": "unreadable photograph: not an image",

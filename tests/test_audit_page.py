@@ -142,7 +142,7 @@ def test_what_was_not_judged_is_counted_by_reason() -> None:
     assert rendered().rows == [
         ["Reason", "Bins", "Ids"],
         ["photograph missing", "1", "00013"],
-        ["the models only count 1 to 5 items", "1", "00009"],
+        ["the models count only 1 to 5 items", "1", "00009"],
         ["unreadable photograph: not an image", "1", "00007"],
     ]
 

@@ -97,6 +97,7 @@ def find_columns(text: str) -> tuple[str, int, int]:
         first = text.lstrip().partition("\n")[0].rstrip()
         raise CountsError(
             f"the first line is {first!a:.80}, but should name the columns id and expected"
+            " (or quantity)"
         )
     ((separator, names),) = found
     ids = [place for place, name in enumerate(names) if name == "id"]

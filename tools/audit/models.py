@@ -41,10 +41,6 @@ class Ensemble:
         return digest(*(release.settings for release in self.releases))
 
     @property
-    def validation_bins(self) -> int:
-        return len(self.releases[0].validation)
-
-    @property
     def _validation(self) -> list[pd.DataFrame]:
         return [release.validation.sort_values("id") for release in self.releases]
 

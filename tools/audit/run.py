@@ -47,20 +47,8 @@ def audit(
             "audit", digest(source.identity, ensemble.identity, code_version())
         ) as folder:
             scored = score_photographs(source, ensemble, folder)
-            threshold = ensemble.threshold(false_alarm)
-            table = audit_table(scored, counts, ensemble.labels, threshold)
-            trained_on = find_trained_on(source.ids)
-            validation = ensemble.validation_probabilities
-            facts = Facts(
-                source.place,
-                counts.place,
-                [path.name for path in ensemble.folders],
-                ensemble.validation_bins,
-                false_alarm,
-                threshold,
-                len(trained_on),
-                warn(table, ensemble.labels, false_alarm, validation, trained_on),
-            )
+            table = audit_table(scored, counts, ensemble.labels, ensemble.threshold(false_alarm))
+            facts = gather_facts(source, counts, ensemble, table, false_alarm)
             shown = table.loc[table["alarm"] == "yes", "id"].head(top).tolist()
             # Only these photographs are read again, for the page.
             thumbnails = make_thumbnails(source.pick(shown))
@@ -94,6 +82,27 @@ def announce(source: Photographs, counts: Expected, ensemble: Ensemble) -> None:
         f"audit: comparing {len(source.ids)} photographs from {source.place} with"
         f" {len(counts.counts)} counts from {counts.place}, using {models} on {ensemble.device}",
         flush=True,
+    )
+
+
+def gather_facts(
+    source: Photographs,
+    counts: Expected,
+    ensemble: Ensemble,
+    table: pd.DataFrame,
+    false_alarm: float,
+) -> Facts:
+    trained_on = find_trained_on(source.ids)
+    validation = ensemble.validation_probabilities
+    return Facts(
+        photographs=source.place,
+        expected=counts.place,
+        models=[path.name for path in ensemble.folders],
+        validation_bins=len(validation),
+        false_alarm=false_alarm,
+        threshold=ensemble.threshold(false_alarm),
+        trained_on=len(trained_on),
+        warning=warn(table, ensemble.labels, false_alarm, validation, trained_on),
     )
 
 

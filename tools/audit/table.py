@@ -49,7 +49,7 @@ def expected_table(expected: Expected) -> pd.DataFrame:
 
 def reasons(bins: pd.DataFrame, unjudged: pd.Series, labels: Sequence[int]) -> pd.Series:
     """Why each bin could not be judged, or ""."""
-    only = f"the models only count {spoken(labels)} items"
+    only = f"the models count only {spoken(labels)} items"
     reason = pd.Series(np.where(unjudged, only, ""), bins.index, dtype="str")
     reason = reason.mask(bins["expected"].isna(), NO_COUNT)
     reason = reason.mask(bins["record_problem"].fillna("") != "", bins["record_problem"])
