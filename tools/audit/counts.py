@@ -1,14 +1,14 @@
-"""A CSV of counts as spreadsheets and exports write it: from its bytes to the count of each id.
+"""CSV files of counts as spreadsheets and databases export them: from bytes to a count per id.
 
-Only what has one meaning is read. A count that could be two numbers, or a row that could be about
-two bins, would become a false alarm or hide a wrong record.
+Only what is unambiguous is read. A count that could be two numbers, or a row that could mean two
+bins, would cause a false alarm or hide a wrong record.
 """
 
 import csv
 import io
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -44,16 +44,16 @@ class Matched(NamedTuple):
 
 
 def parse_counts(data: bytes) -> Listed:
-    """Raises CountsError."""
+    """Read the bytes of a CSV file. Raises CountsError if it is unusable or ambiguous."""
     text, encoding = decode(data)
-    # Excel's own first line, `sep=;`. It stays as an empty one, so that lines keep their numbers.
+    # Excel's first line `sep=;` is emptied rather than removed, so that lines keep their numbers.
     text = re.sub(r"\Asep=.(?=[\r\n])", "", text, flags=re.IGNORECASE)
     separator, id_column, count_column = find_columns(text)
     rows: dict[str, int | None] = {}
     for line, cells in read_rows(text, separator):
         bin_id = parse_id(line, cells[id_column])
         if bin_id in rows:
-            # Even with the same count: an export of items has several rows of a bin.
+            # Even with the same count, since an export of items has several rows per bin.
             raise CountsError(
                 f"line {line} lists the bin {bin_id} again: keep one row for each bin"
             )
@@ -76,7 +76,7 @@ def decode(data: bytes) -> tuple[str, str]:
 def decode_utf(data: bytes) -> tuple[str, str]:
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return data.decode("utf-16"), "UTF-16"
-    # Without a byte order mark, the zero byte of the header's first letter tells.
+    # Without a byte order mark, the zero byte of the header's first letter gives it away.
     if data[:1] == b"\0":
         return data.decode("utf-16-be"), "UTF-16"
     if data[1:2] == b"\0":
@@ -166,10 +166,28 @@ def parse_count(line: int, bin_id: str, cell: str, separator: str) -> int | None
 
 
 def match_ids(rows: Mapping[str, int | None], photographs: Iterable[str]) -> Matched:
-    """Give ids that a spreadsheet took for numbers the leading zeros of their photographs.
+    """Restore the leading zeros of ids that a spreadsheet took for numbers."""
+    meanings = find_meanings(rows, photographs)
+    claims = defaultdict(list)
+    for row, bins in meanings.items():
+        for bin_id in bins:
+            claims[bin_id].append(row)
+    matched, unclear = {}, {}
+    for bin_id, claiming in claims.items():
+        meant = meanings[claiming[0]]
+        if len(claiming) == len(meant) == 1:
+            matched[bin_id] = rows[claiming[0]]
+        else:
+            unclear[bin_id] = f"{' or '.join(claiming)} could mean {' or '.join(meant)}"
+    padded = sum(bin_id not in rows for bin_id in matched)
+    return Matched(matched, padded, unclear)
 
-    `1` means the bin 00001 where that is the only photograph that it can mean. Where there is also
-    a bin 1, it means that bin if any id of the file still has its zeros, and is unclear otherwise.
+
+def find_meanings(rows: Collection[str], photographs: Iterable[str]) -> dict[str, list[str]]:
+    """The bins that each row's id can mean: only itself if no photograph has more zeros.
+
+    `1` can mean the photograph 00001 unless that has a row of its own. If there is also a
+    photograph 1, it means only that one as long as any id of the file still has its zeros.
     """
     same_number = defaultdict(list)
     for bin_id in filter(is_number, photographs):
@@ -182,21 +200,7 @@ def match_ids(rows: Mapping[str, int | None], photographs: Iterable[str]) -> Mat
             return [row]
         return [one for one in bins if one == row or (one.endswith(row) and one not in rows)]
 
-    meanings = {row: meant(row) or [row] for row in rows}
-    claims = defaultdict(list)
-    for row, bins in meanings.items():
-        for bin_id in bins:
-            claims[bin_id].append(row)
-    unclear = {
-        bin_id: f"{' or '.join(claiming)} could mean {' or '.join(meanings[claiming[0]])}"
-        for bin_id, claiming in claims.items()
-        if len(claiming) > 1 or len(meanings[claiming[0]]) > 1
-    }
-    matched = {
-        bin_id: rows[claiming[0]] for bin_id, claiming in claims.items() if bin_id not in unclear
-    }
-    padded = sum(bin_id not in rows for bin_id in matched)
-    return Matched(matched, padded, unclear)
+    return {row: meant(row) or [row] for row in rows}
 
 
 def is_number(bin_id: str) -> bool:
