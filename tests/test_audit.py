@@ -376,7 +376,8 @@ def test_keys_open_a_private_bucket_and_appear_nowhere(
     assert codes == [2, 2]
     assert signed in (0, 1)
     out, errors = capfd.readouterr()
-    assert "refuses access: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in errors
+    assert "does not allow anonymous reads; add --signed" in errors
+    assert "refuses access: the credentials are not valid there. Check AWS_ACCESS_KEY_ID" in errors
     for text in (out, errors, *(path.read_text() for path in Path("audit").iterdir())):
         assert "-of-mine" not in text
         assert "another-secret" not in text

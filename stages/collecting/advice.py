@@ -11,7 +11,6 @@ from obstore.exceptions import (
     BaseError,
     InvalidPathError,
     PermissionDeniedError,
-    UnauthenticatedError,
 )
 
 from stages.collecting.failures import (
@@ -19,6 +18,7 @@ from stages.collecting.failures import (
     EXPIRED,
     NO_CREDENTIALS,
     OTHER_REGION,
+    UNSIGNED,
     UNTRUSTED,
     WRONG_CREDENTIALS,
     StoreError,
@@ -66,16 +66,16 @@ def _advice(error: BaseError, names: Names, *, anonymous: bool) -> str:
         return known
     proxy = "" if code else _proxy(text)
     # A listing raises its HTTP status inside a generic error, as text.
-    if isinstance(error, PermissionDeniedError | UnauthenticatedError) or "403 Forbidden" in text:
-        if anonymous:
-            return (
-                f"refuses access: it does not allow anonymous reads; {names.sign}, and set"
-                f" {_VARIABLES} in the environment{proxy}"
-            )
+    denied = isinstance(error, PermissionDeniedError) or "403 Forbidden" in text
+    if anonymous and (denied or code in UNSIGNED):
+        return (
+            f"refuses access: it does not allow anonymous reads; {names.sign}, and set"
+            f" {_VARIABLES} in the environment{proxy}"
+        )
+    if denied:
         return f"refuses access: check {_VARIABLES}, and what they may read{proxy}"
-    return (
-        f"cannot be read: {_cause(text)}. Check {names.endpoint} and the network{proxy}; {_RESUME}"
-    )
+    cause = _cause(text, code)
+    return f"cannot be read: {cause}. Check {names.endpoint} and the network{proxy}; {_RESUME}"
 
 
 def _advice_by_code(text: str, names: Names) -> dict[str, str]:
@@ -129,13 +129,15 @@ def _requested(text: str) -> str:
     return url[1] if url else ""
 
 
-def _cause(text: str) -> str:
-    """What the operating system said, in the dump of the error's sources, or else the error."""
-    if "status code" not in text:
-        for field in ("message", "error"):
-            if said := re.search(rf'\b{field}: "([^"\n]{{1,200}})"', text):
-                return said[1]
-    return _first_line(text)
+def _cause(text: str, code: str) -> str:
+    """What the server or the operating system said; the latter is in the dump of sources."""
+    line = _first_line(text).rpartition(" - ")[2]
+    if "status code" in text:
+        return f"{line} ({code})" if code else line
+    for field in ("message", "error"):
+        if said := re.search(rf'\b{field}: "([^"\n]{{1,200}})"', text):
+            return said[1]
+    return line
 
 
 def _first_line(text: str) -> str:

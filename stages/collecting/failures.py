@@ -26,6 +26,8 @@ WRONG_CREDENTIALS = {
     "NotSignedUp",
     "SignatureDoesNotMatch",
 }
+#: For requests without a signature; the last is rclone's.
+UNSIGNED = {"MissingAuthenticationToken", "MissingSecurityHeader", "UnsupportedAlgorithm"}
 #: Codes of our own, for failures before any request is sent.
 NO_CREDENTIALS = "NoCredentials"
 UNTRUSTED = "UntrustedCertificate"
@@ -34,6 +36,7 @@ _ALIKE_FOR_ALL = {
     *EXPIRED,
     CLOCK,
     *WRONG_CREDENTIALS,
+    *UNSIGNED,
     NO_CREDENTIALS,
     UNTRUSTED,
 }

@@ -112,8 +112,8 @@ def make_parser() -> argparse.ArgumentParser:
     s3.add_argument(
         "--signed",
         action="store_true",
-        help="sign requests with the environment variables AWS_ACCESS_KEY_ID and"
-        " AWS_SECRET_ACCESS_KEY, for a private bucket",
+        help="for a private bucket: sign requests with the credentials of the AWS command line"
+        " (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, SSO or a role)",
     )
     return parser
 

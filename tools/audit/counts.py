@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import NamedTuple
 
-from stages.collecting.records import is_bin_id
+from stages.collecting.ids import is_bin_id
 
 COUNT_NAMES = ("expected", "quantity")
 _SEPARATORS = {",": "", ";": "semicolon-separated", "\t": "tab-separated", "|": "pipe-separated"}
