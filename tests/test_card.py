@@ -128,6 +128,12 @@ def test_the_text_says_what_was_found_and_what_it_is_good_for() -> None:
         assert said in text
 
 
+@pytest.mark.parametrize(("model", "has"), [("vit", True), ("resnet34", False)])
+def test_a_model_of_transformers_names_its_pipeline(model: str, has: bool) -> None:
+    said = f'`transformers.pipeline("image-classification", "models/{model}")` counts the items'
+    assert (said in plain(card_of(model))) is has
+
+
 def test_a_model_that_finds_nothing_and_has_no_siblings_has_a_card() -> None:
     nothing = ALARMS.assign(**dict.fromkeys(RATES, 0.0))
     precision = precision_table(nothing, 22_000)

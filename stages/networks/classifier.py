@@ -93,12 +93,15 @@ def _check_scores(network: nn.Module, labels: list[int], size: int) -> None:
         raise ValueError(f"it gives {list(logits.shape)}, not a score for each of {labels}")
 
 
-def save_classifier(classifier: Classifier, model: Model, folder: Path) -> None:
-    """Write the files that the model's own library loads, and how to prepare images for it."""
+def save_classifier(classifier: Classifier, model: Model, folder: Path, fit: str) -> None:
+    """Write the files that the model's own library loads, and how to prepare images for it.
+
+    `fit` is how photographs become squares, as in stages.imaging.jpeg.resize.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     network = classifier.network.cpu().to(memory_format=torch.contiguous_format)
     library_of(model.library).save(network, model, classifier.labels, folder)
-    write_json(folder / PREPROCESSOR, _preprocessor_config(classifier))
+    write_json(folder / PREPROCESSOR, _preprocessor_config(classifier, fit))
 
 
 def load_classifier(folder: Path) -> Classifier:
@@ -109,7 +112,7 @@ def load_classifier(folder: Path) -> Classifier:
         names = config["id2label"]
         labels = [int(names[str(number)]) for number in range(len(names))]
         network = library.load(folder, labels)
-        size = preparation["size"]["height"]
+        size = preparation["crop_size"]["height"]
         _check_scores(network, labels, size)
         mean, std = preparation["image_mean"], preparation["image_std"]
     # As many ways to be wrong as above.
@@ -118,13 +121,19 @@ def load_classifier(folder: Path) -> Classifier:
     return Classifier(network, labels, size, mean, std)
 
 
-def _preprocessor_config(classifier: Classifier) -> dict[str, Any]:
+def _preprocessor_config(classifier: Classifier, fit: str) -> dict[str, Any]:
     """In the form of transformers, whose AutoImageProcessor reads it."""
+    side = classifier.size
+    square = {"height": side, "width": side}
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
-        "size": {"height": classifier.size, "width": classifier.size},
+        # The latter keeps the aspect ratio.
+        "size": square if fit == "squeeze" else {"max_height": side, "max_width": side},
         "resample": 3,
+        # What is smaller than this crop gets a black margin on both sides.
+        "do_center_crop": True,
+        "crop_size": square,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
