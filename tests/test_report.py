@@ -587,3 +587,23 @@ def test_the_texts_of_the_page_stand_out(made: Path, browser: Browser) -> None:
     )
     assert len(set(ratios)) >= 4
     assert min(ratios) >= 4.5
+
+
+@pytest.mark.parametrize(
+    ("quantities", "lines"), [(2, 2), (5, 2), (8, 2), (9, 1), (12, 1), (20, 1)]
+)
+def test_the_texts_of_a_confusion_fit_into_its_cells(quantities: int, lines: int) -> None:
+    # The widest texts: 100%, and numbers of five digits.
+    confusion = np.full((quantities, quantities), 22_222)
+    confusion[0] = 0
+    confusion[0, 0] = 22_222
+
+    figure = plots.confusion_figure("vit", confusion, list(range(quantities)))
+
+    figure.draw_without_rendering()
+    (panel,) = figure.axes
+    side = panel.get_window_extent().width / quantities
+    for text in panel.texts:
+        assert text.get_text().count("\n") + 1 == lines
+        assert text.get_window_extent().width < side
+        assert text.get_window_extent().height < side
