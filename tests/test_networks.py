@@ -1,9 +1,13 @@
 """Building, saving and loading networks of both libraries."""
 
+import errno
 import json
+import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ from stages.networks.classifier import (
     save_classifier,
 )
 from stages.networks.inference import normalizer
+from stages.networks.libraries import library_of
 from stages.networks.pretrained import record_source
 from stages.runtime.errors import UserError
 from stages.runtime.params import Model
@@ -407,6 +412,60 @@ def test_a_damaged_model_is_one_line_that_says_what_to_do(
 
     with pytest.raises(UserError, match=rf"{tmp_path}\S* is damaged \(.*\): remove it.*`dvc pull`"):
         load_classifier(tmp_path)
+
+
+MACHINES = [
+    OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
+    OSError(errno.EIO, os.strerror(errno.EIO)),
+    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    MemoryError(),
+]
+
+
+@every_network
+@pytest.mark.parametrize("error", MACHINES, ids=repr)
+def test_an_error_of_this_machine_is_not_the_models_fault(
+    name: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_classifier(random_classifier(NETWORKS[name]), NETWORKS[name], tmp_path, "squeeze")
+
+    def fail(*_: object) -> None:
+        raise error
+
+    library = library_of(NETWORKS[name].library)
+    for function in ("build", "load"):
+        monkeypatch.setattr(library, function, fail)
+    number = getattr(error, "errno", errno.ENOMEM)
+
+    uses: list[Callable[[], object]] = [
+        lambda: random_classifier(NETWORKS[name]),
+        lambda: load_classifier(tmp_path),
+    ]
+    for use in uses:
+        with pytest.raises(OSError, match=os.strerror(number)) as caught:
+            use()
+        assert caught.value.errno == number
+
+
+@pytest.mark.parametrize("name", ["mobilenet", "vit"])
+def test_too_many_open_files_are_not_a_damaged_model(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    save_classifier(random_classifier(NETWORKS[name]), NETWORKS[name], folder, "squeeze")
+    load_classifier(folder)
+    opened, limits = [], resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        with suppress(OSError):
+            while True:
+                opened.append(open(os.devnull))  # noqa: PTH123, SIM115
+        # One more is what config.json takes, and the weights take another meanwhile.
+        opened.pop().close()
+        with pytest.raises(OSError, match="Too many open files"):
+            load_classifier(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for file in opened:
+            file.close()
 
 
 def test_code_that_a_models_config_names_is_not_run(tmp_path: Path) -> None:

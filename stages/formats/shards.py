@@ -69,7 +69,7 @@ def whole_parquet(path: Path) -> Iterator[None]:
     """Turn what pyarrow raises when it reads a damaged `path` into a UserError that names it."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, MemoryError):
         raise
     except (pa.ArrowException, OSError) as error:
         # The file system's own errors have a number; pyarrow's for a damaged file have none.

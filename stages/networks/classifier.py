@@ -12,6 +12,7 @@ from stages.networks.libraries import library_of
 from stages.networks.model_files import CONFIG, PREPROCESSOR, damaged, read_json, reason_of
 from stages.networks.pretrained import check_pretrained
 from stages.runtime.errors import UserError
+from stages.runtime.machine import machine_error
 from stages.runtime.params import Model
 
 
@@ -68,7 +69,7 @@ def build_classifier(model: Model, pretrained: Path, labels: list[int], size: in
 
     The last layer starts at random where the weights have another number of labels.
     Raises UserError where params.yaml asks for what the library or the weights cannot do, and
-    where the weights are not those that were downloaded.
+    where the weights are not those that were downloaded; OSError where this machine fails.
     """
     if model.pretrained:
         check_pretrained(pretrained)
@@ -78,6 +79,8 @@ def build_classifier(model: Model, pretrained: Path, labels: list[int], size: in
         _check_scores(network, labels, size)
     # A configuration can be wrong in as many ways as there are networks.
     except Exception as error:  # noqa: BLE001
+        if of_machine := machine_error(error):
+            raise of_machine from None
         raise UserError(
             f"{model.library} cannot build {model.name} with this model's name, config and"
             f" resize.size: {reason_of(error)}"
@@ -105,7 +108,10 @@ def save_classifier(classifier: Classifier, model: Model, folder: Path, fit: str
 
 
 def load_classifier(folder: Path) -> Classifier:
-    """What save_classifier wrote, ready to evaluate. Raises UserError where it is damaged."""
+    """What save_classifier wrote, ready to evaluate.
+
+    Raises UserError where it is damaged, and OSError where this machine fails.
+    """
     config, preparation = read_json(folder / CONFIG), read_json(folder / PREPROCESSOR)
     library = library_of(config.get("library", "transformers"))
     try:
@@ -117,6 +123,8 @@ def load_classifier(folder: Path) -> Classifier:
         mean, std = preparation["image_mean"], preparation["image_std"]
     # As many ways to be wrong as above.
     except Exception as error:  # noqa: BLE001
+        if of_machine := machine_error(error):
+            raise of_machine from None
         raise damaged(folder, f"its files do not fit together: {reason_of(error)}") from None
     return Classifier(network, labels, size, mean, std)
 

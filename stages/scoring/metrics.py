@@ -119,7 +119,7 @@ def _by_confidence(
     edges = np.linspace(0, 1, CONFIDENCE_INTERVALS + 1)
     interval = np.digitize(confidence, edges[1:-1], right=True)
     bins, confident, rightly = (
-        np.bincount(interval, weights * values, minlength=CONFIDENCE_INTERVALS)
+        np.bincount(interval, weights * values, minlength=CONFIDENCE_INTERVALS).astype(np.float64)
         for values in (1.0, np.float64(confidence), right)
     )
     some = bins > 0
