@@ -84,7 +84,19 @@ def test_the_hub_reads_the_front_matter(model: str, library: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"subset.seed": 11, "split.seed": 12}, "(seeds 11 and 12)"),
+        (
+            {"subset.seed": 11, "split.seed": 12},
+            "(bins drawn with seed 11, sets drawn with seed 12)",
+        ),
+        ({"subset.ids": "mine.csv"}, "(bins of mine.csv, sets drawn with seed 0)"),
+        (
+            {"split.by": "file", "split.file": "its.csv"},
+            "(bins drawn with seed 0, sets of its.csv)",
+        ),
+        (
+            {"split.by": "file", "split.file": "its.csv"},
+            "The sets are those of a list, which need not keep siblings together",
+        ),
         (
             {"subset.quantities": [2, 4, 6], "resize.size": 96},
             "to tell 2, 4, 6 items apart in a 96x96",

@@ -63,6 +63,14 @@ def test_deps_are_the_stage_and_the_packages_that_it_imports_from(name: str) -> 
     assert code == packages
 
 
+def test_the_stages_that_read_lists_depend_on_their_folder() -> None:
+    reading = {
+        name for name in STAGES if CODE / "sampling/lists.py" in imported_files(CODE / f"{name}.py")
+    }
+    assert reading == {name for name in STAGES if "lists" in STAGES[name]["deps"]}
+    assert (ROOT / "lists/README.md").exists(), "DVC needs the folder in every clone"
+
+
 def test_packages_import_in_one_direction() -> None:
     imported: dict[Path, set[Path]] = {}
     for source in CODE.glob("*/*.py"):

@@ -350,6 +350,22 @@ def test_a_split_by_image_says_what_the_leak_is_worth() -> None:
     assert "cannot be compared directly" not in page.words()
 
 
+@pytest.mark.usefixtures("project")
+def test_lists_of_ones_own_are_named_for_the_bins_and_the_split() -> None:
+    changes = {"subset.ids": "bins.csv", "split.by": "file", "split.file": "sets.csv"}
+    write_params(Path(), changes)
+    write_json(Path("data/split.json"), {"file": {"test_bins": 6, "with_sibling_seen": 4}})
+
+    page = made_page()
+
+    assert "split by sets.csv (siblings of test bins may be in train)." in page.words()
+    assert "4 have one in train or validation." in page.words()
+    assert "bins of bins.csv, which hold 1, 2, 3, 4, 5 items;" in page.words()
+    assert "by sets.csv" in {row[5] for row in page.rows if row[0] == "vit, this run"}
+    for said in ("siblings together", "cannot be compared directly", "(seed 0)", "; split by"):
+        assert said not in page.words()
+
+
 def test_the_page_has_the_md5s_of_dvc_lock(made: Path, page: Page) -> None:
     names = ["data/subset.parquet", "data/split.csv"]
 
