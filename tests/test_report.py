@@ -357,6 +357,22 @@ def test_a_split_by_image_says_what_the_leak_is_worth() -> None:
     assert "cannot be compared directly" not in page.words()
 
 
+@pytest.mark.usefixtures("project")
+def test_lists_of_ones_own_are_named_for_the_bins_and_the_split() -> None:
+    changes = {"subset.ids": "bins.csv", "split.by": "file", "split.file": "sets.csv"}
+    write_params(Path(), changes)
+    write_json(Path("data/split.json"), {"file": {"test_bins": 6, "with_sibling_seen": 4}})
+
+    page = made_page()
+
+    assert "split by sets.csv (siblings of test bins may be in train)." in page.words()
+    assert "4 have one in train or validation." in page.words()
+    assert "bins of bins.csv, which hold 1, 2, 3, 4, 5 items;" in page.words()
+    assert "by sets.csv" in {row[5] for row in page.rows if row[0] == "vit, this run"}
+    for said in ("siblings together", "cannot be compared directly", "(seed 0)", "; split by"):
+        assert said not in page.words()
+
+
 def test_the_page_has_the_md5s_of_dvc_lock(made: Path, page: Page) -> None:
     names = ["data/subset.parquet", "data/split.csv"]
 
@@ -594,3 +610,23 @@ def test_the_texts_of_the_page_stand_out(made: Path, browser: Browser) -> None:
     )
     assert len(set(ratios)) >= 4
     assert min(ratios) >= 4.5
+
+
+@pytest.mark.parametrize(
+    ("quantities", "lines"), [(2, 2), (5, 2), (8, 2), (9, 1), (12, 1), (20, 1)]
+)
+def test_the_texts_of_a_confusion_fit_into_its_cells(quantities: int, lines: int) -> None:
+    # The widest texts: 100%, and numbers of five digits.
+    confusion = np.full((quantities, quantities), 22_222)
+    confusion[0] = 0
+    confusion[0, 0] = 22_222
+
+    figure = plots.confusion_figure("vit", confusion, list(range(quantities)))
+
+    figure.draw_without_rendering()
+    (panel,) = figure.axes
+    side = panel.get_window_extent().width / quantities
+    for text in panel.texts:
+        assert text.get_text().count("\n") + 1 == lines
+        assert text.get_window_extent().width < side
+        assert text.get_window_extent().height < side

@@ -69,7 +69,7 @@ def whole_parquet(path: Path) -> Iterator[None]:
     """Turn what pyarrow raises for a damaged file into a UserError that names `path`."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, MemoryError):
         raise
     except (pa.ArrowException, OSError) as error:
         # Errors of the file system have a number; pyarrow's errors about a damaged file have none.
