@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from stages.runtime import paths
 from stages.runtime.errors import UserError
 from stages.runtime.files import digest, digest_files, write_text
-from stages.runtime.work import only_run_here, publish_folder, scratch
+from stages.runtime.work import exclusive_run, publish_folder, scratch
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3ServiceResource
@@ -92,7 +92,7 @@ def upload(inputs: Inputs, s3: "S3ServiceResource") -> None:
 def fetch(url: str, model: str, s3: "S3ServiceResource") -> None:
     """Put the job's model.tar.gz where the train stage puts its outputs."""
     bucket, key = split_url(url)
-    with only_run_here(f"train {model}"), scratch("sagemaker") as folder:
+    with exclusive_run(f"train {model}"), scratch("sagemaker") as folder:
         archive, unpacked = folder / "model.tar.gz", folder / "model"
         s3.Bucket(bucket).download_file(key, str(archive))
         unpack(archive, unpacked)

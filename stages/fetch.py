@@ -1,4 +1,4 @@
-"""Read the drawn bins' photographs, byte for byte, into the Parquet shards of data/raw."""
+"""Download the sampled bins' photographs, byte for byte, to the Parquet shards of data/raw."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -8,7 +8,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from obstore.store import LocalStore
 
-from stages.collecting.bucket import PHOTOGRAPHS, Store, explained, open_bucket
+from stages.collecting.advice import explained
+from stages.collecting.bucket import PHOTOGRAPHS, Store, open_bucket
 from stages.collecting.failures import ObjectError
 from stages.collecting.listing import list_objects
 from stages.collecting.reading import Reader, summary
@@ -18,24 +19,24 @@ from stages.runtime.command import run_stage
 from stages.runtime.files import digest, sha256_file
 from stages.runtime.params import load_params
 from stages.runtime.space import on_one_disk, readable, require_space
-from stages.runtime.work import publish_folder, unfinished
+from stages.runtime.work import publish_folder, resumable
 from stages.sharding.building import (
-    MadeShard,
+    BuiltShard,
     RejectLimit,
     Shard,
     build_shards,
+    built_shard,
     each_row,
     first_finished_row,
-    made_of,
     missing_shards,
     plan_shards,
 )
 from stages.sharding.executors import executor
 
-WHAT = "the photographs to fetch"
-# While one shard is written, others are read.
+NEEDED_FOR = "the photographs to fetch"
+# So that others are read while one is written.
 SHARDS_AT_ONCE = 3
-# The real ones have up to 260 kB, those of good cameras 10 MB.
+# Real ones have up to 260 kB; those of good cameras, 10 MB.
 MAX_PHOTOGRAPH_BYTES = 16 * 1024 * 1024
 
 
@@ -48,11 +49,11 @@ def main() -> str:
         store = open_bucket(params.bucket)
         state = folder_state(store, subset)
         key = digest(params.bucket, params.fetch.shard_bins, sha256_file(paths.SUBSET), state)
-        with unfinished("fetch", key) as folder:
+        with resumable("fetch", key) as folder:
             planned = plan_shards(subset, params.fetch.shard_bins, "size")
-            require_space(folder, bytes_to_fetch(missing_shards(folder, planned)), WHAT)
+            require_space(folder, bytes_to_fetch(missing_shards(folder, planned)), NEEDED_FOR)
             if not on_one_disk(folder, paths.RAW.parent):
-                require_space(paths.RAW.parent, bytes_to_fetch(planned), WHAT)
+                require_space(paths.RAW.parent, bytes_to_fetch(planned), NEEDED_FOR)
             before = first_finished_row(folder, planned)
             reader = Reader(store, witness=before["key"] if before else None)
             shards, rejects, retried = build_shards(
@@ -70,7 +71,7 @@ def main() -> str:
 
 
 def folder_state(store: Store, subset: pa.Table) -> str | None:
-    """What changes with any drawn photograph in a folder. None in S3: the subset has its etags."""
+    """A digest that changes with any sampled photograph of a folder; S3 has etags instead."""
     if not isinstance(store, LocalStore):
         return None
     listing = list_objects(store, PHOTOGRAPHS)
@@ -78,26 +79,26 @@ def folder_state(store: Store, subset: pa.Table) -> str | None:
 
 
 def bytes_to_fetch(shards: Sequence[Shard]) -> int:
-    """What the photographs of the shards take."""
+    """How much space the photographs of these shards take."""
     sizes = (size for shard in shards for size in shard.source["size"].to_pylist())
     return sum(size for size in sizes if size <= MAX_PHOTOGRAPH_BYTES)
 
 
-async def fetch_shard(reader: Reader, shard: Shard, advance: Callable[[int], object]) -> MadeShard:
-    """Read the photographs of drawn bins."""
+async def fetch_shard(reader: Reader, shard: Shard, advance: Callable[[int], object]) -> BuiltShard:
+    """Read the photographs of a shard."""
     results = await each_row(partial(fetch_bin, reader), shard, advance)
-    return made_of(results, IMAGES, reader.take_retried())
+    return built_shard(results, IMAGES, reader.take_retried())
 
 
-async def fetch_bin(reader: Reader, drawn: Row) -> Row | Reject:
+async def fetch_bin(reader: Reader, sampled: Row) -> Row | Reject:
     """Read one photograph, checked against the size and etag of the index."""
-    if drawn["size"] > MAX_PHOTOGRAPH_BYTES:
-        return Reject(drawn["id"], f"too large: {readable(drawn['size'])}")
+    if sampled["size"] > MAX_PHOTOGRAPH_BYTES:
+        return Reject(sampled["id"], f"too large: {readable(sampled['size'])}")
     try:
-        image = await reader.read(drawn["key"], drawn["size"], drawn["etag"])
+        image = await reader.read(sampled["key"], sampled["size"], sampled["etag"])
     except ObjectError as error:
-        return Reject(drawn["id"], str(error))
-    return {"id": drawn["id"], "quantity": drawn["quantity"], "image": image}
+        return Reject(sampled["id"], str(error))
+    return {"id": sampled["id"], "quantity": sampled["quantity"], "image": image}
 
 
 if __name__ == "__main__":

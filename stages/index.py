@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from stages.collecting.bucket import PHOTOGRAPHS, RECORDS, explained, open_bucket
+from stages.collecting.advice import explained
+from stages.collecting.bucket import PHOTOGRAPHS, RECORDS, Store, open_bucket
 from stages.collecting.failures import ObjectError
-from stages.collecting.listing import LISTING, list_objects
+from stages.collecting.ids import PHOTOGRAPH, RECORD, named_by_id
+from stages.collecting.listing import list_objects
 from stages.collecting.reading import Reader, summary
 from stages.collecting.records import (
     INDEX_SCHEMA,
     MAX_RECORD_BYTES,
     RecordError,
-    is_bin_id,
     parse_record,
 )
 from stages.formats.shards import Reject, Row, shard_paths, table_digest, whole_parquet
@@ -28,20 +28,20 @@ from stages.runtime.command import run_stage
 from stages.runtime.errors import UserError
 from stages.runtime.files import atomic_write, digest
 from stages.runtime.params import load_params
-from stages.runtime.work import unfinished
+from stages.runtime.work import resumable
 from stages.sharding.building import (
-    MadeShard,
+    BuiltShard,
     RejectLimit,
     Shard,
     build_shards,
+    built_shard,
     each_row,
     first_finished_row,
-    made_of,
     plan_shards,
 )
 from stages.sharding.executors import executor
 
-# The unit in which a killed run continues, and how many are read at once.
+# A killed run resumes after the last finished part; so many parts are read at once.
 PART_RECORDS = 5_000
 PARTS_AT_ONCE = 2
 
@@ -52,11 +52,8 @@ def main() -> str:
     retried = Counter[str]()
     with explained(params.bucket):
         store = open_bucket(params.bucket)
-        photographs = list_objects(store, PHOTOGRAPHS, retried)
-        listing = join_listings(list_objects(store, RECORDS, retried), photographs)
-        if not len(listing):
-            raise UserError(f"{params.bucket.url} has no {RECORDS}<id>.json: check bucket.url")
-        with unfinished("index", digest(params.bucket.url, table_digest(listing))) as folder:
+        listing, left_out = list_bins(store, params.bucket.url, retried)
+        with resumable("index", digest(params.bucket.url, table_digest(listing))) as folder:
             planned = plan_shards(listing, PART_RECORDS)
             before = first_finished_row(folder, planned)
             reader = Reader(store, witness=before["record_key"] if before else None)
@@ -69,42 +66,59 @@ def main() -> str:
                 executor=executor("local", PARTS_AT_ONCE),
             )
             indexed = concatenate(parts, paths.INDEX)
-            counts = summarize(len(listing), indexed, rejects)
+            counts = summarize(len(listing), indexed, rejects, left_out)
             write_json(paths.INDEX_COUNTS, counts)
-    left_out = f"{len(rejects)} records left out {counts['rejected'] or ''}".rstrip()
-    return f"{indexed} bins; {left_out}{summary(retried + of_records)}"
+    rejected = f"{len(rejects)} records rejected {counts['rejected'] or ''}".rstrip()
+    others = "".join(f"; {number} {what}" for what, number in counts["left_out"].items())
+    return f"{indexed} bins; {rejected}{others}{summary(retried + of_records)}"
+
+
+def list_bins(store: Store, url: str, retried: Counter[str]) -> tuple[pa.Table, dict[str, int]]:
+    """The bins that have a record and a photograph, and how many files are left out, by reason.
+
+    Raises UserError where there are no such bins.
+    """
+    records, odd_records = named_by_id(list_objects(store, RECORDS, retried), RECORDS, RECORD)
+    photographs, odd_photographs = named_by_id(
+        list_objects(store, PHOTOGRAPHS, retried), PHOTOGRAPHS, PHOTOGRAPH
+    )
+    bins = join_listings(records, photographs)
+    if not len(records):
+        raise UserError(f"{url} has no {RECORDS}<id>.json: check bucket.url")
+    if not len(photographs):
+        raise UserError(f"{url} has no {PHOTOGRAPHS}<id>.jpg: check bucket.url")
+    if not len(bins):
+        raise UserError(
+            f"{url} has {len(records)} records and {len(photographs)} photographs, but no bin has"
+            " both: check their names, <id>.json and <id>.jpg"
+        )
+    return bins, {
+        "records without a photograph": len(records) - len(bins),
+        "photographs without a record": len(photographs) - len(bins),
+        "files whose names are not ids": len(odd_records) + len(odd_photographs),
+    }
 
 
 def join_listings(records: pa.Table, photographs: pa.Table) -> pa.Table:
-    """A row per record, sorted by id, with its photograph's key, size, etag and stamp or nulls.
+    """A row per bin that has both, sorted by id: its photograph's key, size, etag and stamp.
 
     The record's own are in record_key, record_size, record_etag and record_stamp.
     """
-    records = _with_ids(records, RECORDS, ".json")
-    records = records.rename_columns({name: f"record_{name}" for name in LISTING.names})
-    photographs = _with_ids(photographs, PHOTOGRAPHS, ".jpg")
-    return records.join(photographs, "id", join_type="left outer").sort_by("id")
+    records = records.rename_columns(
+        [name if name == "id" else f"record_{name}" for name in records.column_names]
+    )
+    return records.join(photographs, "id", join_type="inner").sort_by("id")
 
 
-def _with_ids(listing: pa.Table, prefix: str, suffix: str) -> pa.Table:
-    files = listing.filter(pc.ends_with(listing["key"], suffix))
-    ids = pc.utf8_slice_codeunits(files["key"], len(prefix))
-    return files.append_column("id", pc.utf8_slice_codeunits(ids, 0, -len(suffix)))
-
-
-async def index_shard(reader: Reader, shard: Shard, advance: Callable[[int], object]) -> MadeShard:
+async def index_shard(reader: Reader, shard: Shard, advance: Callable[[int], object]) -> BuiltShard:
     """Read and parse the records of listed bins."""
     results = await each_row(partial(index_bin, reader), shard, advance)
-    return made_of(results, INDEX_SCHEMA, reader.take_retried())
+    return built_shard(results, INDEX_SCHEMA, reader.take_retried())
 
 
 async def index_bin(reader: Reader, listed: Row) -> Row | Reject:
     """Read and parse one record."""
     bin_id = listed["id"]
-    if not is_bin_id(bin_id):
-        return Reject(bin_id, "impossible id")
-    if listed["key"] is None:
-        return Reject(bin_id, "no photograph")
     if listed["record_size"] > MAX_RECORD_BYTES:
         return Reject(bin_id, "too large")
     try:
@@ -138,12 +152,15 @@ def concatenate(parts: Path, out: Path) -> int:
     return rows
 
 
-def summarize(records: int, indexed: int, rejects: list[Reject]) -> dict[str, Any]:
-    """What data/index.json says: how many records there are, and why some were left out."""
+def summarize(
+    records: int, indexed: int, rejects: list[Reject], left_out: dict[str, int]
+) -> dict[str, Any]:
+    """What data/index.json says: how many records were read, and what was not used, and why."""
     reasons = Counter(reject.reason.partition(":")[0] for reject in rejects)
     return {
         "records": records,
         "indexed": indexed,
+        "left_out": {what: number for what, number in left_out.items() if number},
         "rejected": dict(sorted(reasons.items())),
         "examples": [reject._asdict() for reject in rejects[:100]],
     }

@@ -6,13 +6,13 @@ from stages.runtime import paths
 from stages.runtime.command import run_stage
 from stages.runtime.files import digest
 from stages.runtime.params import load_params
-from stages.runtime.work import publish_folder, unfinished
+from stages.runtime.work import publish_folder, resumable
 
 
 def main(model: str) -> str:
     knobs = load_params().model(model)
     key = digest(knobs.library, knobs.name, knobs.revision, knobs.pretrained)
-    with unfinished(f"pretrained-{model}", key) as folder:
+    with resumable(f"pretrained-{model}", key) as folder:
         # It comes last; a run that was killed after it has the weights.
         if not (folder / SOURCE).exists():
             if knobs.pretrained:

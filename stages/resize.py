@@ -1,4 +1,4 @@
-"""Resize every photograph to a small square JPEG: data/resized; the undecodable are listed."""
+"""Resize every photograph to a small square JPEG in data/resized; list those that fail."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -24,35 +24,35 @@ from stages.runtime.files import digest
 from stages.runtime.machine import usable_cores
 from stages.runtime.params import Resize, load_params
 from stages.runtime.space import on_one_disk, require_space
-from stages.runtime.work import publish_folder, unfinished
+from stages.runtime.work import publish_folder, resumable
 from stages.sharding.building import (
-    MadeShard,
+    BuiltShard,
     RejectLimit,
     Shard,
     build_shards,
-    made_of,
+    built_shard,
     missing_shards,
 )
 from stages.sharding.executors import executor
 
-WHAT = "the resized photographs"
-# Photographs that tell how large the resized ones become.
+NEEDED_FOR = "the resized photographs"
+# How many photographs are resized to estimate the space for all.
 SAMPLE = 32
 
 
 def main() -> str:
     params = load_params()
-    knobs = params.resize
-    limit = RejectLimit("resize.max_rejects", knobs.max_rejects)
+    settings = params.resize
+    limit = RejectLimit("resize.max_rejects", settings.max_rejects)
     sources = [plan_shard(path) for path in shard_paths(paths.RAW)]
     identities = [_identity(path) for path in shard_paths(paths.RAW)]
-    key = digest(knobs.size, knobs.fit, knobs.quality, identities)
-    with unfinished("resize", key) as folder:
-        require_space(folder, bytes_to_write(knobs, missing_shards(folder, sources)), WHAT)
+    key = digest(settings.size, settings.fit, settings.quality, identities)
+    with resumable("resize", key) as folder:
+        require_space(folder, bytes_to_write(settings, missing_shards(folder, sources)), NEEDED_FOR)
         if not on_one_disk(folder, paths.RESIZED.parent):
-            require_space(paths.RESIZED.parent, bytes_to_write(knobs, sources), WHAT)
+            require_space(paths.RESIZED.parent, bytes_to_write(settings, sources), NEEDED_FOR)
         shards, undecodable, _ = build_shards(
-            partial(resize_shard, knobs),
+            partial(resize_shard, settings),
             folder,
             sources,
             limit,
@@ -70,13 +70,13 @@ def plan_shard(path: Path) -> Shard:
     """The shard of data/resized that a shard of data/raw becomes."""
     with whole_parquet(path):
         rows = pq.read_metadata(path).num_rows
-    # Absolute, for machines that share the disk but not the current directory.
+    # Absolute, because machines of a cluster share the disk, but not the current directory.
     return Shard(path.name, rows, path.absolute())
 
 
-def bytes_to_write(knobs: Resize, shards: Sequence[Shard]) -> int:
-    """About what the shards will take, to judge by some photographs of the first."""
-    some = [resize_bin(knobs, row) for shard in shards[:1] for row in read_rows(shard)[:SAMPLE]]
+def bytes_to_write(settings: Resize, shards: Sequence[Shard]) -> int:
+    """An estimate of the space for these shards, from some photographs of the first."""
+    some = [resize_bin(settings, row) for shard in shards[:1] for row in read_rows(shard)[:SAMPLE]]
     sizes = [len(result["image"]) for result in some if not isinstance(result, Reject)]
     return sum(sizes) * sum(shard.rows for shard in shards) // max(1, len(sizes))
 
@@ -87,35 +87,37 @@ def read_rows(shard: Shard) -> list[Row]:
     return rows
 
 
-async def resize_shard(knobs: Resize, shard: Shard, advance: Callable[[int], object]) -> MadeShard:
-    """Resize a shard's photographs in a thread of its own; each core has one shard at a time."""
+async def resize_shard(
+    settings: Resize, shard: Shard, advance: Callable[[int], object]
+) -> BuiltShard:
+    """Resize a shard's photographs in a thread of its own; each core works on one shard."""
     loop = asyncio.get_running_loop()
     advance_here = partial(loop.call_soon_threadsafe, advance, 1)
-    return await asyncio.to_thread(_resize_all, knobs, shard, advance_here)
+    return await asyncio.to_thread(_resize_all, settings, shard, advance_here)
 
 
-def _resize_all(knobs: Resize, shard: Shard, advance: Callable[[], object]) -> MadeShard:
-    # Every core has a shard of its own.
+def _resize_all(settings: Resize, shard: Shard, advance: Callable[[], object]) -> BuiltShard:
+    # Each core works on a shard of its own.
     torch.set_num_threads(1)
     results = []
     for row in read_rows(shard):
-        results.append(resize_bin(knobs, row))
+        results.append(resize_bin(settings, row))
         advance()
-    return made_of(results, IMAGES)
+    return built_shard(results, IMAGES)
 
 
-def resize_bin(knobs: Resize, row: Row) -> Row | Reject:
-    """One photograph, resized, or the reason why it cannot be."""
+def resize_bin(settings: Resize, row: Row) -> Row | Reject:
+    """Resize one photograph, or say why it cannot be resized."""
     try:
         pixels = jpeg.decode(row["image"])
     except jpeg.ImageError as error:
         return Reject(row["id"], str(error))
-    image = jpeg.encode(jpeg.resize(pixels, knobs.size, knobs.fit), knobs.quality)
+    image = jpeg.encode(jpeg.resize(pixels, settings.size, settings.fit), settings.quality)
     return {"id": row["id"], "quantity": row["quantity"], "image": image}
 
 
 def _identity(path: Path) -> tuple[str, int, int]:
-    """Enough to know a shard again in the next run, without reading gigabytes."""
+    """Enough to recognize a shard in the next run without reading gigabytes."""
     status = path.stat()
     return path.name, status.st_size, status.st_mtime_ns
 

@@ -1,6 +1,7 @@
 """Divide the bins into train, validation and test, siblings together: data/split.csv.
 
-data/split.json says how many test bins have siblings in train, also under the other protocol.
+data/split.json says how many test bins have siblings in train or validation, and how many would
+under the other protocol.
 """
 
 from contextlib import suppress
@@ -23,17 +24,17 @@ def main() -> str:
     unusable = {reject.id for reject in read_rejects(paths.QUARANTINE)}
     sets = split(bins, unusable, params)
     leaks = {params.by: count_leaks(sets)}
-    other = params.model_copy(update={"by": "image" if params.by == "group" else "group"})
-    # Groups may be too large for sizes that bins fit into; then only this protocol is counted.
-    with suppress(UserError):
-        leaks[other.by] = count_leaks(split(bins, unusable, other))
+    if params.by != "file":
+        other = params.model_copy(update={"by": "image" if params.by == "group" else "group"})
+        # Groups may be too large for sizes that bins fit into; then only this protocol is counted.
+        with suppress(UserError):
+            leaks[other.by] = count_leaks(split(bins, unusable, other))
     write_csv(paths.SPLIT, sets)
     write_json(paths.LEAKS, leaks)
     counts = sets["set"].value_counts()
-    return (
-        f"{counts['train']} train, {counts['validation']} validation, {counts['test']} test;"
-        f" {len(unusable)} unusable"
-    )
+    done = f"{counts['train']} train, {counts['validation']} validation, {counts['test']} test"
+    others = len(bins) - len(sets) - len(unusable)
+    return f"{done}; {len(unusable)} unusable" + (f", {others} in no set" if others else "")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw the experiment's bins from the index: data/subset.parquet, with their sibling groups."""
+"""Choose the experiment's bins from the index: data/subset.parquet, with their sibling groups."""
 
 import pandas as pd
 import pyarrow as pa
@@ -10,6 +10,7 @@ from stages.runtime import paths
 from stages.runtime.command import run_stage
 from stages.runtime.errors import UserError
 from stages.runtime.params import Subset, load_params
+from stages.sampling.lists import read_list, refuse_unknown, some
 from stages.sampling.order import shuffled
 from stages.sampling.siblings import sibling_groups
 
@@ -17,14 +18,17 @@ COLUMNS = ["id", "quantity", "group", "key", "size", "etag"]
 
 
 def main() -> str:
-    params = load_params()
+    params = load_params().subset
     columns = ["id", "quantity", "items.list.element.asin", "key", "size", "etag"]
     with whole_parquet(paths.INDEX):
         index = pq.ParquetFile(paths.INDEX).read(columns)
-    subset = draw(with_groups(index), params.subset)
+    grouped = with_groups(index)
+    name = params.ids
+    subset = draw(grouped, params) if name is None else take(grouped, name, params.quantities)
     write_table(paths.SUBSET, subset)
     groups = pc.count_distinct(subset["group"]).as_py()
-    return f"{len(subset)} bins drawn, in {groups} sibling groups"
+    how = "drawn" if name is None else f"of {paths.LISTS / name}"
+    return f"{len(subset)} bins {how}, in {groups} sibling groups"
 
 
 def with_groups(index: pa.Table) -> pa.Table:
@@ -49,7 +53,29 @@ def draw(index: pa.Table, params: Subset) -> pa.Table:
             f" of subset.quantities {params.quantities}: lower subset.bins"
         )
     drawn = shuffled(fitting["id"].to_pylist(), "subset", params.seed)[: params.bins]
-    return fitting.filter(pc.is_in(fitting["id"], pa.array(drawn, pa.string()))).sort_by("id")
+    return with_ids(fitting, drawn)
+
+
+def take(index: pa.Table, name: str, quantities: list[int]) -> pa.Table:
+    """Exactly the bins of the file lists/`name`, sorted by id.
+
+    Raises UserError where the index lacks one of them, or one has none of the `quantities`.
+    """
+    ids = read_list(name, "subset.ids", ["id"])["id"]
+    refuse_unknown(name, ids, index["id"].to_pylist(), str(paths.INDEX))
+    taken = with_ids(index, ids)
+    pairs = zip(taken["id"].to_pylist(), taken["quantity"].to_pylist(), strict=True)
+    if others := [f"{bin_id} with {count}" for bin_id, count in pairs if count not in quantities]:
+        raise UserError(
+            f"{paths.LISTS / name} lists bins whose quantity is not in subset.quantities"
+            f" {quantities}: {some(others)}: remove them, or add their quantities"
+        )
+    return taken
+
+
+def with_ids(index: pa.Table, ids: list[str]) -> pa.Table:
+    """The bins with these ids, sorted by id."""
+    return index.filter(pc.is_in(index["id"], pa.array(ids, pa.string()))).sort_by("id")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ class Fault(Enum):
     CHANGED = "an object that changed after it was listed"
 
 
-_ERRORS = {
+#: The answer to each that the server gives itself: status and code.
+ERRORS = {
     Fault.INTERNAL_ERROR: (500, "InternalError"),
     Fault.SLOW_DOWN: (503, "SlowDown"),
     Fault.NOT_FOUND: (404, "NoSuchKey"),
@@ -171,8 +172,8 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.server.proxy.next_fault(self.path)
         if fault is Fault.RESET:
             self._reset()
-        elif fault in _ERRORS:
-            self._refuse(*_ERRORS[fault])
+        elif fault in ERRORS:
+            self._refuse(*ERRORS[fault])
         else:
             self._forward(fault)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from ruamel.yaml import YAML
 
-from stages.runtime.work import only_run_here
+from stages.runtime.work import exclusive_run
 from tests import lab
 from tests.conftest import changed_params
 from tests.faults import Fault, FaultProxy, at_random
@@ -167,5 +167,5 @@ def run_module(folder: Path, output: Path, module: str, *arguments: str) -> None
 def start_another(folder: Path) -> None:
     os.chdir(folder)
     os.environ.update(DVC_ROOT=str(folder))
-    with only_run_here("next"):
+    with exclusive_run("next"):
         pass

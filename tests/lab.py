@@ -38,7 +38,7 @@ KNOBS: dict[str, Any] = {
     "train.resnet34.library": "transformers",
     "train.resnet34.config": TINY_RESNET,
 }
-NEXT_STAGE = "from stages.runtime.work import only_run_here\nwith only_run_here('next'): pass"
+NEXT_STAGE = "from stages.runtime.work import exclusive_run\nwith exclusive_run('next'): pass"
 SECONDS = 600
 #: What `dvc repro` says where a kill has cut a file of DVC's own, and what to do then.
 REMEDIES = {

@@ -1,6 +1,7 @@
 """Audits as an analyst runs them: what they find, how they end, killed, and in how much memory."""
 
 import errno
+import html
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from stages import resize
 from stages.collecting.reading import Reader
+from stages.collecting.records import parse_record
 from stages.formats.tables import read_csv
 from stages.imaging import jpeg
 from stages.networks import inference
@@ -44,6 +46,7 @@ from tests.made import (
 from tools.audit import __main__ as audit
 from tools.audit import run as audit_run
 from tools.audit.models import Ensemble
+from tools.audit.plausibility import ADVICE, EITHER, PHOTOGRAPHS, RECORDS
 from tools.drawing import DrawnBin
 from tools.s3 import serving
 
@@ -167,7 +170,8 @@ def test_wrong_records_come_first_and_are_alarms(
     assert first.loc["00007", "suspicion"] == pytest.approx(1 - first.loc["00007", "p4"], abs=1e-5)
     out = capsys.readouterr().out.splitlines()
     assert out == [
-        "audit: 40 photographs of photographs, 40 counts of counts.csv, models/one on cpu",
+        "audit: comparing 40 photographs from photographs with 40 counts from counts.csv, using"
+        " models/one on cpu",
         "audit: 40 photographs, 3 alarms (7.5%), 0 not judged; audit/index.html",
     ]
 
@@ -217,7 +221,7 @@ def test_models_are_averaged_and_agree_with_evaluation(run: Run, models: Path) -
     of_mean = threshold_for(right_scores(models / "one", models / "two"), 0.4)
     page = Path("audit/index.html").read_text()
     assert f"probability below {100 * of_mean:.3g}%" in page
-    assert "Models, averaged: one, two." in page
+    assert "Models (averaged): one, two." in page
 
 
 def test_photographs_are_resized_as_the_pipeline_does(run: Run) -> None:
@@ -254,7 +258,7 @@ def test_what_cannot_be_judged_comes_last_with_its_reason(
     assert reasons.pop("00007").startswith("unreadable photograph: undecodable: ")
     assert reasons == {
         "00001": "",
-        "00002": "the model counts 1 to 5 only",
+        "00002": "the models count only 1 to 5 items",
         "00003": "no expected count",
         "00004": "no expected count",
         "00005": "unreadable photograph: not an image",
@@ -263,7 +267,7 @@ def test_what_cannot_be_judged_comes_last_with_its_reason(
     }
     assert table["seen"][["00002", "00005"]].tolist() == ["2", ""]
     out = capsys.readouterr().out
-    assert "left out 1 with names that aren't ids, like 'a b.jpg'" in out
+    assert "files left out, since their names are not ids: 1, like 'a b.jpg'" in out
     assert "7 photographs, 0 alarms (0.0%), 7 not judged" in out
 
 
@@ -275,6 +279,56 @@ def test_ids_that_are_equal_as_numbers_are_two_bins(run: Run) -> None:
 
     columns = ["id", "expected", "seen", "alarm"]
     assert audited()[columns].to_numpy().tolist() == [["100", 3, 2, "yes"], ["00100", 4, 4, "no"]]
+
+
+def test_wrong_records_and_unlike_photographs_are_told_apart_if_nearly_all_are_flagged(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = bin_rows(LABELS * 24)
+    write_resized(Path("wrong"), [row | {"quantity": 1 + row["quantity"] % 5} for row in rows])
+    write_resized(Path("unlike"), bin_rows(LABELS * 24, noise))
+
+    assert [run("wrong"), run("unlike")] == [1, 1]
+
+    last = [line for line in capsys.readouterr().out.splitlines() if " alarms (" in line]
+    assert last[0].endswith(f". {EITHER}{RECORDS}{ADVICE}")
+    assert last[1].endswith(f". {EITHER}{PHOTOGRAPHS}{ADVICE}")
+    assert f"{EITHER}{PHOTOGRAPHS}{ADVICE}" in html.unescape(Path("audit/index.html").read_text())
+
+
+def test_real_photographs_are_unlike_the_squares_that_a_model_learned_from(
+    run: Run, abid: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = sorted((abid / "originals-1k/bin-images").glob("*.jpg"))[:200]
+    records = [
+        parse_record((abid / f"originals-1k/metadata/{path.stem}.json").read_bytes())
+        for path in paths
+    ]
+    write_photographs({path.stem: path.read_bytes() for path in paths})
+    write_counts(
+        {path.stem: record["quantity"] for path, record in zip(paths, records, strict=True)}
+    )
+
+    assert run(*WITH_COUNTS) == 1
+
+    assert capsys.readouterr().out.endswith(f"{PHOTOGRAPHS}{ADVICE}\n")
+
+
+def test_counts_as_a_spreadsheet_saves_them_are_used_and_how_is_said(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_photographs({"00001": square(2, 1), "00002": square(4, 1)})
+    Path("counts.csv").write_bytes("ID\tExpected\r\n1\t3\r\n2\t4\r\n".encode("utf-16"))
+
+    assert run(*WITH_COUNTS, *SURE) == 1
+
+    columns = ["id", "expected", "seen", "alarm"]
+    found = audited()[columns].to_numpy().tolist()
+    assert found == [["00001", 3, 2, "yes"], ["00002", 4, 4, "no"]]
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "audit: counts.csv: read as UTF-16, tab-separated; ids whose lost leading"
+        " zeros were restored: 2"
+    )
 
 
 def test_a_bucket_and_a_folder_of_the_same_bins_are_audited_alike(
@@ -322,7 +376,8 @@ def test_keys_open_a_private_bucket_and_appear_nowhere(
     assert codes == [2, 2]
     assert signed in (0, 1)
     out, errors = capfd.readouterr()
-    assert "refuses access: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in errors
+    assert "does not allow anonymous reads; add --signed" in errors
+    assert "refuses access: the credentials are not valid there. Check AWS_ACCESS_KEY_ID" in errors
     for text in (out, errors, *(path.read_text() for path in Path("audit").iterdir())):
         assert "-of-mine" not in text
         assert "another-secret" not in text
@@ -413,7 +468,7 @@ def test_the_page_shows_the_first_alarms_with_their_photographs(run: Run) -> Non
     page = Path("audit/index.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 7
     assert all(f"Photograph of bin {bin_id}" in page for bin_id in audited()["id"][:7])
-    assert "The first 7 of 30; all are in audit.csv." in page
+    assert "Showing 7 of 30; audit.csv lists them all." in page
 
 
 @pytest.mark.parametrize(
@@ -460,12 +515,12 @@ def test_an_error_of_the_machine_ends_the_audit_and_is_not_booked_to_a_photograp
         (["photographs", "--top", "-1"], "error: argument --top: "),
         (["nowhere"], "audit: error: nowhere is not a folder, an s3:// URL or a Parquet file"),
         (["counts.csv"], "audit: error: counts.csv is not a folder, an s3:// URL or a Parquet"),
-        (["empty"], "audit: error: empty has no photographs: no bin-images/<id>.jpg, no <id>.jpg"),
-        (["photographs"], "audit: error: photographs has photographs but no counts: give --exp"),
+        (["empty"], "audit: error: empty has no photographs: there should be bin-images/<id>.jpg"),
+        (["photographs"], "audit: error: photographs has photographs but no counts: add --exp"),
         ([*WITH_COUNTS[:2], "nothing.csv"], "'nothing.csv': check this path"),
         ([*WITH_COUNTS[:2], "empty"], "audit: error: there are no records <id>.json in empty"),
-        ([*WITH_COUNTS[:2], "others.csv"], "others.csv has none of the photographs' bins: its ids"
-         " are like 1, theirs like 00001"),
+        ([*WITH_COUNTS[:2], "others.csv"], "no photograph has a count in others.csv: its ids are"
+         " like B1, those of the photographs like 00001; write both in the same way"),
         ([*WITH_COUNTS, "--out", "counts.csv"], "'counts.csv': check this file"),
         (WITH_COUNTS, "no bin could be judged (mostly: unreadable photograph: no bytes): see"),
     ],
@@ -474,7 +529,7 @@ def test_what_is_wrong_with_the_inputs_is_one_line(
     run: Run, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_photographs({"00001": b"", "00002": b"", "00003": square(1, 1)})
-    Path("others.csv").write_text("id,expected\n1,1\n2,2\n")
+    Path("others.csv").write_text("id,expected\nB1,1\nB2,2\n")
     write_counts({"00001": 1, "00002": 2, "00003": 7})
     Path("empty").mkdir()
 
@@ -521,7 +576,10 @@ def test_models_that_do_not_go_together_are_refused(
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("rm -r models", "there is no model in models/: `dvc pull` one, or give --model FOLDER"),
+        (
+            "rm -r models",
+            "there is no model in models/: get one with `dvc pull`, or add --model FOLDER",
+        ),
         ("rm models/one/validation.csv", "models/one is not a trained model: models/one/valid"),
         ("echo x > models/one/model.safetensors", "models/one/model.safetensors"),
     ],

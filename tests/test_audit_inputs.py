@@ -14,9 +14,9 @@ from stages.formats.shards import shard_name
 from stages.runtime.errors import UserError
 from tests.conftest import record_json
 from tests.made import bin_rows, square, write_resized, write_split
-from tools.audit.expected import Expected, find_expected, read_counts
+from tools.audit.expected import Expected, find_expected
 from tools.audit.photographs import Photographs, open_photographs
-from tools.audit.run import count_trained_on
+from tools.audit.run import find_trained_on
 from tools.audit.table import audit_table, spoken
 
 SECRET = "AKIAIOSFODNN7EXAMPLE"  # noqa: S105 - Amazon's example
@@ -29,67 +29,10 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> str:
     return str(folder)
 
 
-def counts_of(folder: Path, text: str | bytes) -> Expected:
-    path = folder / "counts.csv"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return read_counts(path)
-
-
 def contents_of(photographs: Photographs, start: int = 0, size: int = 3) -> list[tuple[str, bytes]]:
     parts = list(photographs.parts(start, size))
     assert all(len(part) == size for part in parts[:-1])
     return [(content.id, content.data) for part in parts for content in part]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "id,expected\n00100,3\n100,4\n-7,\n",
-        'quantity,note,id\r\n3,"a, b",00100\r\n4,,100\r\n,,-7\r\n',
-        "\ufeffid,expected,quantity\n00100,3,9\n100, 4 ,9\n-7,,9\n",
-    ],
-)
-def test_counts_are_read_with_ids_as_texts(tmp_path: Path, text: str) -> None:
-    counts = counts_of(tmp_path, text)
-
-    assert counts.counts == {"00100": 3, "100": 4}
-    assert counts.problems == {"-7": "no expected count"}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("id,expected\n00100,3\n100,4\n00100,5\n", "lists the bin 00100 twice"),
-        ("id,expected\n7,\n7,1\n", "lists the bin 7 twice"),
-        ("id,expected\n7,1\n8,three\n", "line 3: the count of 8 is 'three', not a whole number"),
-        ("id,expected\n7,3.0\n", "the count of 7 is '3.0', not a whole number"),
-        ("id,expected\n7,-1\n", "the count of 7 is '-1'"),
-        ("id,expected\n7,\u0663\n", r"the count of 7 is '\\u0663'"),
-        ("id,expected\n7,9999999999\n", "the count of 7 is '9999999999'"),
-        ("id,expected\n../../etc/passwd,3\n", "line 2: '../../etc/passwd' is not a bin's id"),
-        # Cells that a spreadsheet would execute.
-        ("id,expected\n=1+1,3\n", "line 2: '=1\\+1' is not a bin's id"),
-        ("id,expected\n\"-1+cmd|' /C calc'!A0\",3\n", "is not a bin's id"),
-        ("id,expected\n-HYPERLINK(1),3\n", "is not a bin's id"),
-        ("id,expected\n\t=1,3\n", "is not a bin's id"),
-        ("id,expected\n<script>,3\n", "'<script>' is not a bin's id"),
-        ('id,expected\n"7\n",3\n', r"line 3: '7\\n' is not a bin's id"),
-        ("id,expected\n,3\n", "line 2: '' is not a bin's id"),
-        (f"id,expected\n{'x' * 10_000},3\n", "line 2: 'xxx"),
-        ("id;expected\n7;3\n", "first line is 'id;expected', but should name the columns id and"),
-        ("bin,expected\n7,3\n", "should name the columns id"),
-        ("", "first line is ''"),
-        (b"id,expected\n\xff,3\n", "is not UTF-8"),
-        ('id,expected\n7,"3\n', "is not a CSV: "),
-    ],
-)
-def test_counts_that_cannot_be_used_are_refused(
-    tmp_path: Path, text: str | bytes, message: str
-) -> None:
-    with pytest.raises(UserError, match=message) as caught:
-        counts_of(tmp_path, text)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 300
 
 
 def test_files_whose_names_are_not_ids_are_left_out(tmp_path: Path) -> None:
@@ -176,11 +119,14 @@ def test_the_column_quantity_has_the_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"id": ["1"]}, "its column image is missing; it should be binary"),
-        ({"image": [b"x"]}, "its column id is missing; it should be string"),
-        ({"id": [100], "image": [b"x"]}, "its column id is int64; it should be string"),
-        ({"id": ["1"], "image": ["x"]}, "its column image is string; it should be binary"),
-        ({"id": ["1"], "image": [b"x"], "quantity": [1.5]}, "quantity is double, not integer"),
+        ({"id": ["1"]}, "the column image is missing; it should be binary"),
+        ({"image": [b"x"]}, "the column id is missing; it should be string"),
+        ({"id": [100], "image": [b"x"]}, "the column id is int64; it should be string"),
+        ({"id": ["1"], "image": ["x"]}, "the column image is string; it should be binary"),
+        (
+            {"id": ["1"], "image": [b"x"], "quantity": [1.5]},
+            "quantity is double; it should be integer",
+        ),
         ({"id": ["1", "../x"], "image": [b"x"] * 2}, "row 2: '../x' is not a bin's id"),
         ({"id": [None, "1"], "image": [b"x"] * 2}, "row 1: None is not a bin's id"),
         ({"id": ["1", "1"], "image": [b"x"] * 2}, "two rows of the bin 1: keep one"),
@@ -205,7 +151,7 @@ def test_two_files_of_one_bin_are_refused(tmp_path: Path) -> None:
 def test_shards_without_counts_need_a_csv(tmp_path: Path) -> None:
     photographs = open_photographs(write_shard(tmp_path, id=["1"], image=[b"x"]))
 
-    with pytest.raises(UserError, match=r"has no column quantity: give --expected counts\.csv"):
+    with pytest.raises(UserError, match=r"has no column quantity: add --expected counts\.csv"):
         find_expected(None, photographs)
 
 
@@ -255,12 +201,12 @@ def test_alarms_are_below_the_threshold_and_equal_scores_in_the_order_of_their_i
     assert table["alarm"].tolist() == ["yes"] + ["no"] * 303
 
 
-def test_bins_of_train_are_counted_with_ids_as_texts(
+def test_bins_of_train_are_found_with_ids_as_texts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert count_trained_on(["00100"]) == 0
+    assert find_trained_on(["00100"]) == set()
 
     write_split(Path("data/split.csv"), {"00100": "train", "7": "train", "00007": "test"})
 
-    assert count_trained_on(["00100", "100", "00007", "8"]) == 1
+    assert find_trained_on(["00100", "100", "00007", "8"]) == {"00100"}

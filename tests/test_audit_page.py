@@ -62,22 +62,29 @@ def test_the_page_says_what_was_found_and_what_it_is_worth() -> None:
     words = rendered(FACTS._replace(trained_on=1234)).words()
 
     for text in (
-        "3 alarms among 4 records compared with photographs (75.0%).",
-        "whose count, judging by the photograph, has a probability below 3.22%.",
-        "About 5% of the right records of the 9,900 validation photographs are below it:",
-        "of the 4 records here, about 0 would be alarms even if all were right.",
-        "1,234 of these bins are in the train set of data/split.csv: their records were learned",
+        "3 of 4 bins flagged (75.0%).",
+        "when its recorded count has a probability below 3.22%, judging by its photograph.",
+        "the recorded counts of about 95% of the 9,900 validation photographs.",
+        "Even if all 4 records here were correct, about 0 would be flagged.",
+        "1,234 of these bins are in the training set (data/split.csv): bins from the training set",
         "Photographs: s3://bins. Expected counts: counts.csv.",
-        "Models, averaged: resnet34, vit.",
+        "Models (averaged): resnet34, vit.",
     ):
         assert text in words
-    assert "train set" not in rendered().words()
+    assert "training set" not in rendered().words()
+
+
+def test_a_warning_about_the_alarms_stands_above_them() -> None:
+    page = rendered(FACTS._replace(warning="Check <ten> by hand."))
+
+    assert page.words().index("Check <ten> by hand.") < page.words().index("A bin is flagged")
+    assert "warning" not in [attributes.get("class") for _, attributes in rendered().tags]
 
 
 def test_the_alarms_come_in_order_each_with_its_photograph() -> None:
     page = rendered()
 
-    found = re.findall(r"(\d+) Record says (\d+), photograph looks like (\d+)", page.words())
+    found = re.findall(r"(\d+) Record says (\d+), photo looks like (\d+)", page.words())
     assert found == [("00002", "3", "5"), ("100", "4", "1"), ("00012", "2", "3")]
     sources = {content.id: content.data for content in photographs()}
     images = [attributes for tag, attributes in page.tags if tag == "img"]
@@ -114,7 +121,7 @@ def test_a_photograph_that_can_no_longer_be_read_leaves_its_card() -> None:
 
     page = Page(render_page(FACTS, audited(), LABELS, 200, make_thumbnails(gone), {}))
 
-    assert page.words().count("photograph no longer there") == 3
+    assert page.words().count("photograph no longer available") == 3
 
 
 def test_thumbnails_are_small_upright_and_drawn_anew() -> None:
@@ -133,9 +140,9 @@ def test_thumbnails_are_small_upright_and_drawn_anew() -> None:
 
 def test_what_was_not_judged_is_counted_by_reason() -> None:
     assert rendered().rows == [
-        ["reason", "bins", "ids"],
+        ["Reason", "Bins", "Ids"],
         ["photograph missing", "1", "00013"],
-        ["the model counts 1 to 5 only", "1", "00009"],
+        ["the models count only 1 to 5 items", "1", "00009"],
         ["unreadable photograph: not an image", "1", "00007"],
     ]
 
@@ -146,9 +153,9 @@ def test_an_audit_without_alarms_has_a_page_too() -> None:
 
     words = Page(render_page(FACTS, table, LABELS, 200, {}, {})).words()
 
-    assert "0 alarms among 1 record compared" in words
-    assert "Alarms, the surest first None." in words
-    assert "Not judged" not in words
+    assert "0 of 1 bin flagged (0.0%)." in words
+    assert "Flagged bins, most suspicious first None." in words
+    assert "could not be judged" not in words
 
 
 def test_the_items_of_the_record_are_listed_shortened() -> None:
@@ -198,7 +205,8 @@ def test_a_browser_shows_the_page_without_a_network(
 ) -> None:
     items = {"00002": [item("Tea, 20 bags", 2), item("x" * 500)]}
     thumbnails = make_thumbnails(photographs()[:2])
-    text = render_page(FACTS, audited(), LABELS, 9, thumbnails, items)
+    facts = FACTS._replace(warning="Far more than expected. " * 9)
+    text = render_page(facts, audited(), LABELS, 9, thumbnails, items)
     (tmp_path / "index.html").write_text(text, "utf-8")
 
     page = browser.open(tmp_path / "index.html", width)

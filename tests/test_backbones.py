@@ -92,7 +92,7 @@ def test_any_backbone_is_trained_frozen_saved_and_loaded(
     classifier.network.eval()
     train_one_step(classifier)
     before = logits(classifier)
-    save_classifier(classifier, knobs, tmp_path)
+    save_classifier(classifier, knobs, tmp_path, "squeeze")
     loaded = load_classifier(tmp_path)
 
     changed = [key for key in start if not torch.equal(trained[key], start[key])]

@@ -12,7 +12,8 @@ import pytest
 from obstore.store import S3Store
 
 from stages.collecting import reading
-from stages.collecting.bucket import Store, explained, open_bucket
+from stages.collecting.advice import explained
+from stages.collecting.bucket import Store, open_bucket
 from stages.collecting.failures import ObjectError
 from stages.collecting.listing import list_objects
 from stages.collecting.reading import Reader

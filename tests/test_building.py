@@ -12,11 +12,11 @@ from stages.formats.shards import Reject, Row, shard_name, shard_paths
 from stages.runtime.errors import UserError
 from stages.sharding import building
 from stages.sharding.building import (
-    MadeShard,
+    BuiltShard,
     RejectLimit,
     Shard,
     build_shards,
-    made_of,
+    built_shard,
     plan_shards,
 )
 from stages.sharding.executors import executor
@@ -40,10 +40,10 @@ def build(
 ) -> tuple[list[list[str]], list[Reject]]:
     """The ids in each shard, and the rejects."""
 
-    async def make(shard: Shard, advance: Callable[[int], object]) -> MadeShard:
+    async def make(shard: Shard, advance: Callable[[int], object]) -> BuiltShard:
         results = [work(number) for number in shard.source]
         advance(len(results))
-        return made_of(results, SCHEMA)
+        return built_shard(results, SCHEMA)
 
     done, rejects, _ = build_shards(
         make, folder, shards, limit, unit="", executor=executor("local", at_once=1)

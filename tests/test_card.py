@@ -84,7 +84,19 @@ def test_the_hub_reads_the_front_matter(model: str, library: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"subset.seed": 11, "split.seed": 12}, "(seeds 11 and 12)"),
+        (
+            {"subset.seed": 11, "split.seed": 12},
+            "(bins drawn with seed 11, sets drawn with seed 12)",
+        ),
+        ({"subset.ids": "mine.csv"}, "(bins of mine.csv, sets drawn with seed 0)"),
+        (
+            {"split.by": "file", "split.file": "its.csv"},
+            "(bins drawn with seed 0, sets of its.csv)",
+        ),
+        (
+            {"split.by": "file", "split.file": "its.csv"},
+            "The sets are those of a list, which need not keep siblings together",
+        ),
         (
             {"subset.quantities": [2, 4, 6], "resize.size": 96},
             "to tell 2, 4, 6 items apart in a 96x96",
@@ -126,6 +138,12 @@ def test_the_text_says_what_was_found_and_what_it_is_good_for() -> None:
         "to change inventory without a person looking",
     ):
         assert said in text
+
+
+@pytest.mark.parametrize(("model", "has"), [("vit", True), ("resnet34", False)])
+def test_a_model_of_transformers_names_its_pipeline(model: str, has: bool) -> None:
+    said = f'`transformers.pipeline("image-classification", "models/{model}")` counts the items'
+    assert (said in plain(card_of(model))) is has
 
 
 def test_a_model_that_finds_nothing_and_has_no_siblings_has_a_card() -> None:

@@ -233,6 +233,22 @@ def test_weights_that_are_not_finite_leave_the_checkpoint_of_before(
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_checkpoint_that_memory_has_no_room_for_is_not_called_damaged(
+    bins: Bins, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = new_trainer(bins)
+    save_checkpoint(path, trainer.state, (0, 0))
+
+    def fail(*_: object, **__: object) -> None:
+        torch.empty(2**60)
+
+    monkeypatch.setattr("torch.load", fail)
+
+    with pytest.raises(OSError, match="Cannot allocate memory") as caught:
+        restore_checkpoint(path, trainer.state, ALONE)
+    assert caught.value.errno == errno.ENOMEM
+
+
 @pytest.mark.parametrize("length", [0, 4, 100, 1000, -1])
 def test_a_torn_checkpoint_is_named_and_not_used(
     length: int, bins: Bins, path: Path, capsys: pytest.CaptureFixture[str]

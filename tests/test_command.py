@@ -10,13 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Never
 
+import pyarrow as pa
 import pytest
 from safetensors import SafetensorError
 
 from stages import split
 from stages.runtime.command import run_stage
 from stages.runtime.errors import Stopped, UserError
-from stages.runtime.machine import allow_open_files, usable_cores
+from stages.runtime.machine import allow_open_files, machine_error, usable_cores
 from tests.conftest import REPOSITORY, write_params
 
 MISSING = "make the stage's inputs with `dvc repro` or `dvc pull`"
@@ -76,6 +77,8 @@ def system(number: int, file: str | None = None) -> OSError:
         (system(errno.EMFILE), "Too many open files: run `ulimit -n 4096` in this shell, and run"),
         (system(errno.ENFILE), "close other programs on this machine, and run again"),
         (system(errno.ENOMEM), "free some memory, or use a machine with more, and run again"),
+        (MemoryError("Unable to allocate 4. TiB"), "4. TiB: free some memory, or use a machine"),
+        (MemoryError(), "Cannot allocate memory: free some memory, or use a machine with more"),
         (system(errno.ENOTDIR, "data/a"), "'data/a': check this file and its folder, and run"),
         # A full disk, whoever says so: the system, pyarrow, safetensors, a library that wraps it.
         (system(errno.ENOSPC, "data/a/b"), f"no room for data/a/b: the disk of {{here}} {FULL}"),
@@ -198,3 +201,32 @@ def test_only_the_cores_given_to_the_process_are_usable() -> None:
         assert usable_cores() == 1
     finally:
         os.sched_setaffinity(0, given)
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (system(errno.EMFILE, "model"), errno.EMFILE),
+        (system(errno.EIO, "model"), errno.EIO),
+        (system(errno.ENOSPC, "model"), errno.ENOSPC),
+        (MemoryError(), errno.ENOMEM),
+        # As torch, pyarrow and safetensors say it.
+        (RuntimeError("unable to open file <m>: Too many open files (24)"), errno.EMFILE),
+        (RuntimeError("Error code 12 (Cannot allocate memory)"), errno.ENOMEM),
+        (pa.ArrowMemoryError("malloc of size 64 failed"), errno.ENOMEM),
+        (SafetensorError("I/O error: Input/output error (os error 5)"), errno.EIO),
+        (ValueError("wrong"), None),
+        (OSError("no file named model.safetensors"), None),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "model"), None),
+    ],
+    ids=repr,
+)
+def test_an_error_of_the_machine_is_told_from_one_of_its_input(
+    error: Exception, number: int | None
+) -> None:
+    wrapped = ValueError("cannot be loaded")
+    wrapped.__context__ = error
+
+    for one in (error, wrapped):
+        found = machine_error(one)
+        assert (found.errno if found else None) == number

@@ -28,6 +28,7 @@ from stages.training.epochs import (
     split_into_batches,
     split_into_parts,
 )
+from stages.training.messages import report_start
 from stages.training.processes import Processes
 from tests.made import (
     Large,
@@ -505,7 +506,8 @@ def test_only_full_batches_go_to_the_compiled_network(
             sizes.append(len(images))
             return module(images)
 
-        return forward
+        # Not the function with which it is tried.
+        return forward if isinstance(module, nn.Module) else module
 
     monkeypatch.setattr("torch.compile", compiled)
     list(new_trainer(sets, knobs_with(epochs=1, compile=True)).train())
@@ -515,6 +517,21 @@ def test_only_full_batches_go_to_the_compiled_network(
     list(new_trainer(sets, knobs_with(epochs=1, compile="auto")).train())
     list(new_trainer(sets, knobs_with(epochs=1, compile=False)).train())
     assert sizes == [8, 8, 8]
+
+
+def test_a_training_that_could_not_be_compiled_says_so_in_one_line(
+    sets: Sets, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = new_trainer(sets, knobs_with(epochs=1))
+    report_start("vit", trainer, resumed=False)
+    assert "torch.compile" not in capsys.readouterr().out
+    trainer.compiling_problem = "No working C++ compiler found"
+
+    report_start("vit", trainer, resumed=False)
+
+    (line,) = (one for one in capsys.readouterr().out.splitlines() if "torch.compile" in one)
+    assert line.startswith("vit: warning: trains more slowly without torch.compile")
+    assert "(No working C++ compiler found): it needs a C++ compiler" in line
 
 
 def test_the_schedule_is_laid_out_over_all_steps_of_all_epochs(

@@ -21,7 +21,7 @@ import pytest
 from obstore.exceptions import GenericError
 
 from stages import fetch, index
-from stages.collecting import bucket, reading
+from stages.collecting import advice, bucket, reading
 from stages.collecting.bucket import open_bucket
 from stages.collecting.listing import list_objects
 from stages.formats.shards import Reject, read_rejects
@@ -477,7 +477,7 @@ def test_a_listing_without_an_end_is_named() -> None:
     with (
         listing_server(keys, ignoring_it, endless=True) as (source, requests),
         pytest.raises(UserError, match="lists the same objects over and over"),
-        bucket.explained(source),
+        advice.explained(source),
     ):
         list_objects(open_bucket(source), "metadata/")
     assert len(requests) < 300

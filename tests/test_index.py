@@ -76,7 +76,13 @@ def test_every_record_is_a_row_with_its_photograph(
         assert row["key"] == f"bin-images/{row['id']}.jpg"
         assert row["size"] == len(drawn_bin.photograph)
         assert (row["etag"] is None) == (bucket.endpoint is None)
-    assert counts() == {"records": 121, "indexed": 121, "rejected": {}, "examples": []}
+    assert counts() == {
+        "records": 121,
+        "indexed": 121,
+        "left_out": {},
+        "rejected": {},
+        "examples": [],
+    }
 
 
 @pytest.mark.usefixtures("workspace")
@@ -95,25 +101,17 @@ def test_an_unpadded_twin_is_a_bin_of_its_own(make_bucket: MakeBucket) -> None:
 
 
 @pytest.mark.usefixtures("workspace")
-def test_unusable_records_are_left_out_and_counted(make_bucket: MakeBucket) -> None:
-    records = {f"{number:05d}": record_json(2) for number in range(1, 9)}
+def test_unusable_records_are_rejected_and_counted(make_bucket: MakeBucket) -> None:
+    records = {f"{number:05d}": record_json(2) for number in range(1, 8)}
     records |= {"00003": b"{", "00004": b"<html>", "00005": record_json(2.5), "00006": b"[]"}
-    objects = with_photographs(records) | {
-        "bin-images/00099.jpg": b"a photograph without a record",
-        "metadata/odd id.json": record_json(1),
-        "bin-images/odd id.jpg": b"its photograph",
-        "metadata/README.txt": b"no record",
-    }
-    del objects["bin-images/00007.jpg"]
-    run_index(make_bucket(objects), max_rejects=0.7)
-    assert [row["id"] for row in indexed()] == ["00001", "00002", "00008"]
+    run_index(make_bucket(with_photographs(records)), max_rejects=0.7)
+    assert [row["id"] for row in indexed()] == ["00001", "00002", "00007"]
     assert counts() == {
-        "records": 9,
+        "records": 7,
         "indexed": 3,
+        "left_out": {},
         "rejected": {
-            "impossible id": 1,
             "no integer EXPECTED_QUANTITY": 1,
-            "no photograph": 1,
             "not JSON": 2,
             "not JSON of a record": 1,
         },
@@ -122,10 +120,59 @@ def test_unusable_records_are_left_out_and_counted(make_bucket: MakeBucket) -> N
             {"id": "00004", "reason": "not JSON"},
             {"id": "00005", "reason": "no integer EXPECTED_QUANTITY"},
             {"id": "00006", "reason": "not JSON of a record"},
-            {"id": "00007", "reason": "no photograph"},
-            {"id": "odd id", "reason": "impossible id"},
         ],
     }
+
+
+@pytest.mark.usefixtures("workspace")
+def test_a_part_of_the_bucket_is_enough_and_what_is_left_out_is_counted(
+    make_bucket: MakeBucket,
+) -> None:
+    records = {f"{number:05d}": record_json(2) for number in range(1, 31)}
+    objects = with_photographs({"00007": record_json(2), "00012": record_json(3)})
+    objects |= {f"metadata/{bin_id}.json": data for bin_id, data in records.items()} | {
+        "bin-images/00099.jpg": b"a photograph without a record",
+        "metadata/odd id.json": record_json(1),
+        "metadata/._00007.json": b"what macOS keeps beside a file",
+        "bin-images/._00007.jpg": b"what macOS keeps beside a file",
+        "metadata/README.txt": b"not a record",
+    }
+    write_params(bucket_params(make_bucket(objects)) | {"index.max_rejects": 0.0})
+    said = index.main()
+    assert [row["id"] for row in indexed()] == ["00007", "00012"]
+    left_out = {
+        "records without a photograph": 28,
+        "photographs without a record": 1,
+        "files whose names are not ids": 3,
+    }
+    assert counts()["left_out"] == left_out
+    for what, number in left_out.items():
+        assert f"; {number} {what}" in said
+
+
+@pytest.mark.usefixtures("workspace")
+def test_endings_may_be_in_capitals_and_jpeg(make_bucket: MakeBucket) -> None:
+    objects = {}
+    for bin_id, record, photograph in [
+        ("1", ".json", ".JPG"),
+        ("2", ".JSON", ".jpeg"),
+        ("3", ".json", ".JPEG"),
+    ]:
+        objects[f"metadata/{bin_id}{record}"] = record_json(2)
+        objects[f"bin-images/{bin_id}{photograph}"] = b"a photograph"
+    run_index(make_bucket(objects))
+    assert [row["key"] for row in indexed()] == [
+        "bin-images/1.JPG",
+        "bin-images/2.jpeg",
+        "bin-images/3.JPEG",
+    ]
+
+
+def test_two_photographs_of_a_bin_are_refused(workspace: Path, tmp_path: Path) -> None:
+    objects = with_photographs({"1": record_json(2)}) | {"bin-images/1.JPG": b"another one"}
+    with pytest.raises(UserError, match=r"the bin 1 has two files, .*JPG and .*jpg: keep one"):
+        run_index(folder_bucket(tmp_path / "bucket", objects))
+    assert not (workspace / "data").exists()
 
 
 def test_too_many_unusable_records_stop_before_anything_is_written(
@@ -156,9 +203,19 @@ def test_a_record_that_vanished_after_the_listing_is_left_out(
     assert counts()["rejected"] == {"unreadable": 1}
 
 
-def test_a_bucket_without_records_is_named(workspace: Path, tmp_path: Path) -> None:
-    bucket = folder_bucket(tmp_path / "bucket", {"bin-images/00001.jpg": b"a photograph"})
-    with pytest.raises(UserError, match=r"has no metadata/<id>\.json: check bucket\.url"):
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (["bin-images/00001.jpg"], r"has no metadata/<id>\.json: check bucket\.url"),
+        (["metadata/00001.json"], r"has no bin-images/<id>\.jpg: check bucket\.url"),
+        (["metadata/1.json", "bin-images/01.jpg"], "1 records and 1 photographs, but no bin has"),
+    ],
+)
+def test_a_bucket_without_bins_is_named(
+    workspace: Path, tmp_path: Path, keys: list[str], said: str
+) -> None:
+    bucket = folder_bucket(tmp_path / "bucket", dict.fromkeys(keys, b"{}"))
+    with pytest.raises(UserError, match=said):
         run_index(bucket)
     assert not (workspace / "data").exists()
 
@@ -234,7 +291,8 @@ def test_the_real_bins_are_indexed(abid: Path) -> None:
         url=folder.resolve().as_uri(), region="us-east-1", endpoint=None, anonymous=True
     )
     run_index(bucket)
-    assert counts() == {"records": 1013, "indexed": 1013, "rejected": {}, "examples": []}
+    assert (counts()["records"], counts()["indexed"]) == (1013, 1013)
+    assert counts()["left_out"] == counts()["rejected"] == {}
     rows = indexed()
     assert sum(1 <= row["quantity"] <= 5 for row in rows) == 641
     assert sum(row["image_fname"] is not None for row in rows) == 14

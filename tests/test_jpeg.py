@@ -101,6 +101,7 @@ def difference(one: Pixels, two: Pixels) -> Pixels:
         ("P", "GIF", {"transparency": 3}),
         ("RGBA", "WEBP", {"lossless": True}),
         ("RGB", "WEBP", {"exif": ROTATED}),
+        ("RGB", "AVIF", {"exif": ROTATED}),
         ("P", "BMP", {}),
     ],
 )
@@ -237,6 +238,42 @@ def test_a_truncated_photograph_is_refused_wherever_it_ends(data: bytes, end_mar
             decode(data[:end])
 
 
+@pytest.mark.parametrize("cut", [1, 2])
+@pytest.mark.parametrize(
+    "data",
+    [
+        image_file(painted()),
+        image_file(painted(), exif=ROTATED),
+        image_file(painted("L")),
+        image_file(painted("CMYK")),
+        image_file(painted(), restart_marker_blocks=1),
+    ],
+    ids=["colour", "EXIF", "grey", "CMYK", "restarts"],
+)
+def test_a_whole_picture_may_lack_its_end_mark(data: bytes, cut: int) -> None:
+    np.testing.assert_array_equal(decode(data[:-cut]), decode(data))
+
+
+def one_scan_of_several() -> bytes:
+    data = image_file(painted(), progressive=True)
+    second = data.index(b"\xff\xda", data.index(b"\xff\xda") + 2)
+    # The tables of the second scan stand before it.
+    return data[: data.rindex(b"\xff\xc4", 0, second)]
+
+
+def before_a_restart() -> bytes:
+    data = image_file(painted(), restart_marker_blocks=1)
+    return data[: data.index(b"\xff\xd3")]
+
+
+@pytest.mark.parametrize(
+    "data", [one_scan_of_several(), before_a_restart()], ids=["scan", "restart"]
+)
+def test_a_picture_that_is_cut_between_its_parts_is_refused(data: bytes) -> None:
+    with pytest.raises(ImageError, match="truncated or damaged"):
+        decode(data)
+
+
 def between_restarts() -> bytes:
     data = image_file(painted(), restart_marker_blocks=1)
     return data[: data.index(b"\xff\xd1")] + data[data.index(b"\xff\xd3") :]
@@ -269,7 +306,7 @@ def test_a_photograph_that_lacks_a_piece_is_refused(data: bytes) -> None:
     ("data", "reason"),
     [
         (b"", "no bytes"),
-        (b"<html><body>503 Slow Down</body></html>", "not an image"),
+        (b"<html><body>503 Slow Down</body></html>", r"not read \(a web page or XML\): save it as"),
         (b"\0" * 4096, "not an image"),
         (b"\xff\xd8\xff", "undecodable: a JPEG with a broken header"),
         (with_jpeg_size(jpeg_file(), 0, 40), "undecodable: a JPEG with a broken header"),
@@ -282,7 +319,14 @@ def test_a_photograph_that_lacks_a_piece_is_refused(data: bytes) -> None:
         (image_file(painted(), "BMP").replace(b"\x18\0\0\0\0\0", b"\x63\0\0\0\0\0", 1), "."),
         (image_file(painted(), "GIF")[:20], "."),
         (image_file(painted(), "WEBP")[:-1], "undecodable"),
-        (image_file(painted(), "TIFF"), "not an image"),
+        (image_file(painted(), "AVIF")[:-40], "undecodable"),
+        (
+            image_file(painted(), "TIFF"),
+            r"format that is not read \(TIFF or a camera's raw format\)",
+        ),
+        (image_file(painted(), "JPEG2000"), r"\(JPEG 2000\): save it as JPEG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", r"\(HEIC\): save it as JPEG"),
+        (b"%PDF-1.7\n", r"\(PDF\)"),
     ],
     ids=[
         "empty",
@@ -299,7 +343,11 @@ def test_a_photograph_that_lacks_a_piece_is_refused(data: bytes) -> None:
         "odd BMP",
         "cut GIF",
         "cut WebP",
+        "cut AVIF",
         "TIFF",
+        "JPEG 2000",
+        "HEIC",
+        "PDF",
     ],
 )
 def test_anything_but_a_whole_picture_is_refused_with_the_reason(data: bytes, reason: str) -> None:

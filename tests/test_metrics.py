@@ -232,4 +232,5 @@ def test_a_reliability_worked_by_hand() -> None:
     assert table["confidence"].tolist() == pytest.approx([0.475, 0.51, 0.975])
     assert table["accuracy"].tolist() == [0.5, 1.0, 0.5]
     assert table["test_bins"].tolist() == [2, 1, 2]
-    assert expected_calibration_error(table) == pytest.approx((2 * 0.025 + 0.49 + 2 * 0.475) / 5)
+    error = expected_calibration_error(right, confidence, np.ones(5))
+    assert error == pytest.approx((2 * 0.025 + 0.49 + 2 * 0.475) / 5)

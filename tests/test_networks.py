@@ -1,9 +1,13 @@
 """Building, saving and loading networks of both libraries."""
 
+import errno
 import json
+import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +16,20 @@ import pytest
 import torch
 import torchvision
 import transformers
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stages.imaging import jpeg
-from stages.networks.classifier import build_classifier, load_classifier, save_classifier
+from stages.networks.classifier import (
+    Classifier,
+    build_classifier,
+    load_classifier,
+    save_classifier,
+)
 from stages.networks.inference import normalizer
+from stages.networks.libraries import library_of
 from stages.networks.pretrained import record_source
 from stages.runtime.errors import UserError
 from stages.runtime.params import Model
@@ -252,7 +263,7 @@ def test_what_was_saved_is_loaded_with_all_that_is_needed_to_use_it(
     knobs = NETWORKS[name]
     classifier = random_classifier(knobs, labels=[1, 3, 10])
     before = logits(classifier)
-    save_classifier(classifier, knobs, tmp_path)
+    save_classifier(classifier, knobs, tmp_path, "squeeze")
 
     loaded = load_classifier(tmp_path)
 
@@ -269,7 +280,7 @@ def test_the_same_weights_give_the_same_bytes_in_any_memory_format(
         classifier = random_classifier(NETWORKS[name])
         if folder == "second":
             classifier.network.to(memory_format=torch.channels_last)
-        save_classifier(classifier, NETWORKS[name], tmp_path / folder)
+        save_classifier(classifier, NETWORKS[name], tmp_path / folder, "squeeze")
 
     first, second = (
         {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()}
@@ -283,7 +294,7 @@ def test_the_same_weights_give_the_same_bytes_in_any_memory_format(
 def test_transformers_loads_a_saved_model_by_itself(knobs: Model, tmp_path: Path) -> None:
     classifier = random_classifier(knobs.model_copy(update={"mean": [0.53, 0.45, 0.36]}))
     before = logits(classifier)
-    save_classifier(classifier, knobs, tmp_path)
+    save_classifier(classifier, knobs, tmp_path, "squeeze")
 
     network = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
 
@@ -291,14 +302,63 @@ def test_transformers_loads_a_saved_model_by_itself(knobs: Model, tmp_path: Path
     assert network.config.label2id == {"1": 0, "2": 1, "3": 2, "4": 3, "5": 4}
     with torch.inference_mode():
         assert torch.equal(network(noise_images()).logits, before)
+
+
+@pytest.mark.parametrize("fit", ["squeeze", "pad"])
+@pytest.mark.parametrize(
+    ("height", "width", "tolerance"),
     # Resizing rounds to whole values, of which one is 1 / 255 / 0.5.
-    for shape, tolerance in [((SIZE, SIZE, 3), 1e-5), ((75, 50, 3), 0.008)]:
-        pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
-        prepared = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"]
-        resized = torch.from_numpy(jpeg.resize(pixels, SIZE, "squeeze")).permute(2, 0, 1)
-        expected = normalizer(classifier)(resized[None] / 255)
-        torch.testing.assert_close(prepared, expected, rtol=0, atol=tolerance)
+    [(SIZE, SIZE, 1e-5), (75, 50, 0.008), (50, 75, 0.008), (20, 12, 0.008)],
+)
+def test_transformers_prepares_photographs_as_the_model_was_trained(
+    fit: str, height: int, width: int, tolerance: float, tmp_path: Path
+) -> None:
+    classifier = random_classifier(VIT.model_copy(update={"mean": [0.53, 0.45, 0.36]}))
+    save_classifier(classifier, VIT, tmp_path, fit)
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    prepared = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"]
+
+    resized = torch.from_numpy(jpeg.resize(pixels, SIZE, fit)).permute(2, 0, 1)
+    expected = normalizer(classifier)(resized[None] / 255)
+    torch.testing.assert_close(prepared, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("fit", ["squeeze", "pad"])
+def test_a_pipeline_of_transformers_counts_real_photographs_as_the_model_does(
+    fit: str, abid: Path, tmp_path: Path
+) -> None:
+    classifier = random_classifier(VIT)
+    save_classifier(classifier, VIT, tmp_path, fit)
+    photographs = sorted((abid / "originals-1k/bin-images").glob("*.jpg"))[:40]
+
+    counted = transformers.pipeline("image-classification", str(tmp_path))
+    found = {
+        name: [
+            scores_by_pipeline(counted, photograph) - scores(classifier, photograph, name)
+            for photograph in photographs
+        ]
+        for name in ("squeeze", "pad")
+    }
+
+    # The pipeline may round the shorter side to a neighbouring pixel, one of only 32 here.
+    errors = {name: float(np.abs(differences).mean()) for name, differences in found.items()}
+    (other,) = errors.keys() - {fit}
+    assert errors[fit] < errors[other] / 2
+
+
+def scores_by_pipeline(counted: Any, photograph: Path) -> NDArray[np.float64]:
+    by_label = {row["label"]: row["score"] for row in counted(str(photograph), top_k=5)}
+    return np.array([by_label[str(label)] for label in LABELS])
+
+
+def scores(classifier: Classifier, photograph: Path, fit: str) -> NDArray[np.float64]:
+    pixels = jpeg.resize(jpeg.decode(photograph.read_bytes()), SIZE, fit)
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+    with torch.inference_mode():
+        logits = classifier.logits(normalizer(classifier)(image))
+    return logits.softmax(1)[0].double().numpy()
 
 
 def test_torchvision_loads_a_saved_model_by_itself(tmp_path: Path) -> None:
@@ -307,7 +367,7 @@ def test_torchvision_loads_a_saved_model_by_itself(tmp_path: Path) -> None:
     )
     classifier = random_classifier(knobs)
     before = logits(classifier)
-    save_classifier(classifier, knobs, tmp_path)
+    save_classifier(classifier, knobs, tmp_path, "squeeze")
 
     config = json.loads((tmp_path / "config.json").read_text())
     network = torchvision.models.get_model(config["name"], num_classes=5, **config["config"])
@@ -347,16 +407,70 @@ def lose_a_weight(folder: Path) -> None:
 def test_a_damaged_model_is_one_line_that_says_what_to_do(
     name: str, damage: Callable[[Path], object], tmp_path: Path
 ) -> None:
-    save_classifier(random_classifier(NETWORKS[name]), NETWORKS[name], tmp_path)
+    save_classifier(random_classifier(NETWORKS[name]), NETWORKS[name], tmp_path, "squeeze")
     damage(tmp_path)
 
     with pytest.raises(UserError, match=rf"{tmp_path}\S* is damaged \(.*\): remove it.*`dvc pull`"):
         load_classifier(tmp_path)
 
 
+MACHINES = [
+    OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
+    OSError(errno.EIO, os.strerror(errno.EIO)),
+    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    MemoryError(),
+]
+
+
+@every_network
+@pytest.mark.parametrize("error", MACHINES, ids=repr)
+def test_an_error_of_this_machine_is_not_the_models_fault(
+    name: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_classifier(random_classifier(NETWORKS[name]), NETWORKS[name], tmp_path, "squeeze")
+
+    def fail(*_: object) -> None:
+        raise error
+
+    library = library_of(NETWORKS[name].library)
+    for function in ("build", "load"):
+        monkeypatch.setattr(library, function, fail)
+    number = getattr(error, "errno", errno.ENOMEM)
+
+    uses: list[Callable[[], object]] = [
+        lambda: random_classifier(NETWORKS[name]),
+        lambda: load_classifier(tmp_path),
+    ]
+    for use in uses:
+        with pytest.raises(OSError, match=os.strerror(number)) as caught:
+            use()
+        assert caught.value.errno == number
+
+
+@pytest.mark.parametrize("name", ["mobilenet", "vit"])
+def test_too_many_open_files_are_not_a_damaged_model(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    save_classifier(random_classifier(NETWORKS[name]), NETWORKS[name], folder, "squeeze")
+    load_classifier(folder)
+    opened, limits = [], resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        with suppress(OSError):
+            while True:
+                opened.append(open(os.devnull))  # noqa: PTH123, SIM115
+        # One more is what config.json takes, and the weights take another meanwhile.
+        opened.pop().close()
+        with pytest.raises(OSError, match="Too many open files"):
+            load_classifier(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for file in opened:
+            file.close()
+
+
 def test_code_that_a_models_config_names_is_not_run(tmp_path: Path) -> None:
     folder, trace = tmp_path / "model", tmp_path / "trace"
-    save_classifier(random_classifier(VIT), VIT, folder)
+    save_classifier(random_classifier(VIT), VIT, folder, "squeeze")
     code = f"import pathlib; pathlib.Path({str(trace)!r}).touch()\nclass Trap: pass\n"
     (folder / "trap.py").write_text(code)
     names = {"AutoConfig": "trap.Trap", "AutoModelForImageClassification": "trap.Trap"}

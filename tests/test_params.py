@@ -75,7 +75,7 @@ def test_every_notation_of_a_number_is_a_float(tmp_path: Path, number: str) -> N
     assert (type(learning_rate), learning_rate) == (float, float(number))
 
 
-INT, FLOAT, BOOL = "valid integer", "valid number", "valid boolean"
+INT, FLOAT, BOOL = "be a whole number, not", "be a number, not", "be true or false, not"
 REFUSED = [
     # Another type: nothing is converted.
     *[(key, "5", INT) for key in ("subset.bins", "split.seed", f"{VIT}.epochs")],
@@ -83,28 +83,44 @@ REFUSED = [
     *[(key, 5.5, INT) for key in ("fetch.shard_bins", "evaluate.batch_size")],
     *[(key, "0.5", FLOAT) for key in ("index.max_rejects", f"{RESNET}.learning_rate")],
     *[(key, "no", BOOL) for key in ("bucket.anonymous", f"{RESNET}.horizontal_flip")],
-    ("subset.quantities", 3, "valid list"),
-    (f"{VIT}.config", [1], "valid dictionary"),
-    ("train", [], "valid dictionary"),
+    ("subset.quantities", 3, "should be a list, not 3"),
+    (f"{VIT}.config", [1], "should be a block of keys, not a list"),
+    ("train", [], "should be a block of keys, not a list"),
+    ("bucket", None, "should be a block of keys, not null"),
+    (f"{VIT}.pretrained", None, "should be true or false, not null"),
+    ("resize.size", True, "should be a whole number, not true"),
+    ("bucket.region", datetime.date(2001, 1, 1), "should be text, not 2001-01-01"),
     # Out of what it may be.
-    *[(key, 0, "equal to 1, not 0") for key in ("subset.bins", f"{VIT}.batch_size")],
-    *[(key, -1, "equal to 0, not -1") for key in ("split.seed", f"{VIT}.warmup_steps")],
-    *[(key, 1.1, "equal to 1, not 1.1") for key in ("fetch.max_rejects", f"{VIT}.color_jitter")],
-    *[(key, 1.0, "less than 1, not 1.0") for key in ("split.validation", "evaluate.false_alarm")],
-    *[(key, 0.0, "greater than 0, not 0.0") for key in (f"{VIT}.clip_norm", f"{VIT}.ema_decay")],
+    *[(key, 0, "should be 1 or more, not 0") for key in ("subset.bins", f"{VIT}.batch_size")],
+    *[(key, -1, "should be 0 or more, not -1") for key in ("split.seed", f"{VIT}.warmup_steps")],
+    *[
+        (key, 1.1, "should be 1 or less, not 1.1")
+        for key in ("fetch.max_rejects", f"{VIT}.color_jitter")
+    ],
+    *[
+        (key, 1.0, "should be less than 1, not 1.0")
+        for key in ("split.validation", "evaluate.false_alarm")
+    ],
+    *[
+        (key, 0.0, "should be more than 0, not 0.0")
+        for key in (f"{VIT}.clip_norm", f"{VIT}.ema_decay")
+    ],
     *[(f"{VIT}.learning_rate", value, "finite number") for value in (math.nan, math.inf)],
     ("subset.seed", 2**32, "less than 4294967296"),
-    ("fetch.shard_bins", 10_001, "equal to 10000"),
-    ("resize.size", 0, "equal to 8"),
-    ("resize.quality", 101, "equal to 100"),
+    ("fetch.shard_bins", 10_001, "10000 or less"),
+    ("resize.size", 0, "8 or more"),
+    ("resize.quality", 101, "100 or less"),
     ("resize.fit", "crop", "'squeeze' or 'pad', not 'crop'"),
-    ("split.by", "bin", "'group' or 'image'"),
+    ("split.by", "bin", "'group', 'image' or 'file'"),
     (f"{VIT}.library", "keras", "'torchvision' or 'transformers'"),
-    ("run.processes", "all", "'auto', not 'all'"),
-    ("run.processes", 0, "equal to 1, not 0"),
-    (f"{VIT}.compile", 1, "'auto', not 1"),
-    ("subset.quantities", [3], "at least 2 items"),
-    (f"{VIT}.mean", [0.5, 0.5], "at least 3 items"),
+    ("run.processes", "all", "should be 'auto' or a whole number, not 'all'"),
+    ("run.processes", 0, "should be 'auto' or 1 or more, not 0"),
+    (f"{VIT}.compile", 1, "should be 'auto' or true or false, not 1"),
+    ("subset.quantities", [], "should have two or more quantities, not 0"),
+    ("subset.quantities", [3], "should have two or more quantities, not 1"),
+    ("subset.quantities", [3, 1, 3], "has 3 more than once"),
+    (f"{VIT}.mean", [0.5, 0.5], "should have 3 values, for red, green and blue, not 2"),
+    (f"{VIT}.std", [0.5] * 4, "should have 3 values, for red, green and blue, not 4"),
     # Names and places.
     *[("bucket.url", url, "should be like s3://bucket") for url in ("", "bins", "S3://b", "s3://")],
     ("bucket.url", "https://bins.s3.amazonaws.com", "should be like s3://bucket"),
@@ -120,10 +136,18 @@ REFUSED = [
         (f"{RESNET}.config", {"a": value}, problem)
         for value, problem in (
             (math.nan, "finite number"),
-            (datetime.date(2001, 1, 1), "valid JSON value"),
-            ({1: 2}, "valid string"),
+            (datetime.date(2001, 1, 1), "should be text, a number"),
+            ({1: 2}, "should be text"),
         )
     ],
+    ("index", {"max_rejects": 0.5, 1: 2}, "should be a key that is text, not 1"),
+    # Names of files.
+    *[
+        (key, name, "should be like mine.csv, a file in the folder lists")
+        for key in ("subset.ids", "split.file")
+        for name in ("", "mine.txt", "lists/mine.csv", "../mine.csv", "/mine.csv", ".csv")
+    ],
+    ("subset.ids", 3, "should be text, not 3"),
     # Keys too many, and missing.
     *[(f"{block}colour", 1, "there is no such key") for block in ("", "bucket.", f"{VIT}.")],
     *[(key, ABSENT, "is missing") for key in ("bucket", "subset.seed", f"{RESNET}.optimizer")],
@@ -149,6 +173,9 @@ def test_a_wrong_element_is_named_by_its_place() -> None:
         (f"{VIT}.config", {}, f"{VIT}: config.model_type should be the type"),
         (f"{VIT}.config", {"model_type": 5}, f"{VIT}: config.model_type should be the type"),
         ("subset.bins", 1000, "split.train and split.test are 220000 bins together, subset.bins"),
+        ("split.by", "file", "split: by is file, but file is null: name a CSV in lists/"),
+        ("split.file", "mine.csv", "split: file is mine.csv, but by is group: set by to file too"),
+        ("train", {}, "train has no model: give it a block for each"),
         ("train.figures", FILE["train"]["vit"], "train.figures has the name of"),
     ],
 )
@@ -183,6 +210,19 @@ def test_no_block_that_dvc_yaml_lists_as_a_whole_has_such_a_key(published: Param
     assert "resize" not in listed
     for block in values.keys() & listed:
         assert not {"size", "nfiles"} & values[block].keys()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"subset.bins": 10, "subset.ids": "mine.csv"},
+        {"subset.bins": 10, "split.by": "file", "split.file": "mine.csv"},
+    ],
+    ids=["ids", "file"],
+)
+def test_a_list_is_as_long_as_it_is(changes: dict[str, Any]) -> None:
+    loaded = load_changed(changes)
+    assert "mine.csv" in {loaded.subset.ids, loaded.split.file}
 
 
 def test_all_faults_are_named_at_once() -> None:
@@ -224,7 +264,7 @@ def test_what_is_possible_is_taken(key: str, value: Any) -> None:
         ("[" * 2000, "is not valid YAML"),
         ("bins: \0", "is not valid YAML"),
         (TEXT.replace("  bins:", "  seed: 1\n  bins:"), r'found duplicate key "seed" .*\(line \d+'),
-        ("", "the file: .*, not None$"),
+        ("", "the file: .*, not null$"),
         ("[1, 2]", "the file: "),
     ],
     ids=lambda text: ascii(text[:20]),

@@ -63,6 +63,14 @@ def test_deps_are_the_stage_and_the_packages_that_it_imports_from(name: str) -> 
     assert code == packages
 
 
+def test_the_stages_that_read_lists_depend_on_their_folder() -> None:
+    reading = {
+        name for name in STAGES if CODE / "sampling/lists.py" in imported_files(CODE / f"{name}.py")
+    }
+    assert reading == {name for name in STAGES if "lists" in STAGES[name]["deps"]}
+    assert (ROOT / "lists/README.md").exists(), "DVC needs the folder in every clone"
+
+
 def test_packages_import_in_one_direction() -> None:
     imported: dict[Path, set[Path]] = {}
     for source in CODE.glob("*/*.py"):
@@ -232,6 +240,25 @@ def test_a_project_has_the_working_tree_without_outputs_and_settings(tmp_path: P
     copied = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
     assert copied == {".gitignore", ".dvc/.gitignore", "committed.py", "new é.py"}
     assert (target / "committed.py").read_text() == "changed"
+
+
+def test_a_clone_that_converts_line_endings_has_the_same_bytes(tmp_path: Path) -> None:
+    """DVC compares them, of the code too, and would run every stage again."""
+    source, clone = tmp_path / "source", tmp_path / "clone"
+    copy_working_tree(ROOT, source)
+    identity = ["-c", "user.name=Test", "-c", "user.email=test@localhost"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "All"]):
+        subprocess.run(["git", *identity, *command], cwd=source, check=True)
+    converting = ["-c", "core.autocrlf=true", "-c", "core.eol=crlf"]
+
+    command = ["git", "clone", "--quiet", *converting, str(source), str(clone)]
+    subprocess.run(command, check=True)
+
+    files = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
+    tracked = [path for path in files if path.parts[0] != ".git"]
+    assert len(tracked) > 100
+    for path in tracked:
+        assert (clone / path).read_bytes() == (source / path).read_bytes(), path
 
 
 def test_every_bin_is_accounted_for(project: Project) -> None:

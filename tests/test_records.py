@@ -6,11 +6,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from stages.collecting.ids import is_bin_id
 from stages.collecting.records import (
     INDEX_SCHEMA,
     MAX_RECORD_BYTES,
     RecordError,
-    is_bin_id,
     parse_record,
 )
 

@@ -179,7 +179,13 @@ def write_project() -> None:
 def write_inputs(rows: list[dict[str, Any]]) -> None:
     write_json(
         Path("data/index.json"),
-        {"records": 1234, "indexed": 1229, "rejected": {"no photograph": 5}, "examples": []},
+        {
+            "records": 1234,
+            "indexed": 1229,
+            "left_out": {"records without a photograph": 3},
+            "rejected": {"not JSON": 5},
+            "examples": [],
+        },
     )
     write_rejects(Path("data/quarantine.csv"), [Reject("77777", "not an image")])
     subset = [*rows, {"id": "77777", "quantity": 2}]
@@ -278,7 +284,8 @@ def test_the_page_has_the_numbers_of_both_models_and_of_the_baseline(page: Page)
         "0 have one in train or validation; split by image, 4 of 6 would",
         "8 photographs of bins to train, 2 to validate, 6 to test, split by group, siblings tog",
         "So these numbers cannot be compared directly",
-        "1,234 records, 1,229 of them usable (left out: 5 no photograph).",
+        "1,234 bins with a record and a photograph, 1,229 of them usable (rejected: 5 not JSON).",
+        "Left out: 3 records without a photograph.",
         "17 bins were drawn with 1, 2, 3, 4, 5 items",
         "1 of their photographs could not be used",
         "resized to 224x224 pixels (squeeze)",
@@ -348,6 +355,22 @@ def test_a_split_by_image_says_what_the_leak_is_worth() -> None:
     assert "4 have one in train or validation; split by group, 0 of 6 would" in page.words()
     assert "(siblings of test bins may be in train)." in page.words()
     assert "cannot be compared directly" not in page.words()
+
+
+@pytest.mark.usefixtures("project")
+def test_lists_of_ones_own_are_named_for_the_bins_and_the_split() -> None:
+    changes = {"subset.ids": "bins.csv", "split.by": "file", "split.file": "sets.csv"}
+    write_params(Path(), changes)
+    write_json(Path("data/split.json"), {"file": {"test_bins": 6, "with_sibling_seen": 4}})
+
+    page = made_page()
+
+    assert "split by sets.csv (siblings of test bins may be in train)." in page.words()
+    assert "4 have one in train or validation." in page.words()
+    assert "bins of bins.csv, which hold 1, 2, 3, 4, 5 items;" in page.words()
+    assert "by sets.csv" in {row[5] for row in page.rows if row[0] == "vit, this run"}
+    for said in ("siblings together", "cannot be compared directly", "(seed 0)", "; split by"):
+        assert said not in page.words()
 
 
 def test_the_page_has_the_md5s_of_dvc_lock(made: Path, page: Page) -> None:
@@ -587,3 +610,23 @@ def test_the_texts_of_the_page_stand_out(made: Path, browser: Browser) -> None:
     )
     assert len(set(ratios)) >= 4
     assert min(ratios) >= 4.5
+
+
+@pytest.mark.parametrize(
+    ("quantities", "lines"), [(2, 2), (5, 2), (8, 2), (9, 1), (12, 1), (20, 1)]
+)
+def test_the_texts_of_a_confusion_fit_into_its_cells(quantities: int, lines: int) -> None:
+    # The widest texts: 100%, and numbers of five digits.
+    confusion = np.full((quantities, quantities), 22_222)
+    confusion[0] = 0
+    confusion[0, 0] = 22_222
+
+    figure = plots.confusion_figure("vit", confusion, list(range(quantities)))
+
+    figure.draw_without_rendering()
+    (panel,) = figure.axes
+    side = panel.get_window_extent().width / quantities
+    for text in panel.texts:
+        assert text.get_text().count("\n") + 1 == lines
+        assert text.get_window_extent().width < side
+        assert text.get_window_extent().height < side

@@ -111,6 +111,7 @@ def test_a_damaged_file_is_named_in_one_line(
     [
         FileNotFoundError("data/raw has no Parquet shards"),
         PermissionError(errno.EACCES, "Permission denied"),
+        pa.ArrowMemoryError("malloc of size 64 failed"),
         KeyError("a bug"),
     ],
 )

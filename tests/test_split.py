@@ -27,7 +27,7 @@ By = Literal["group", "image"]
 def knobs(
     train: int, test: int, seed: int = 0, by: By = "group", validation: float = 0.05
 ) -> Split:
-    return Split(train=train, test=test, validation=validation, by=by, seed=seed)
+    return Split(train=train, test=test, validation=validation, by=by, file=None, seed=seed)
 
 
 def drawn_bins(count: int, seed: int = 0) -> pd.DataFrame:
@@ -51,7 +51,7 @@ def bins() -> pd.DataFrame:
 def real_bins(abid_index: pa.Table) -> pd.DataFrame:
     """All real bins with one to five items."""
     fitting = sum(quantity in QUANTITIES for quantity in abid_index["quantity"].to_pylist())
-    params = Subset(quantities=QUANTITIES, bins=fitting, seed=0)
+    params = Subset(quantities=QUANTITIES, bins=fitting, seed=0, ids=None)
     table: pd.DataFrame = draw(with_groups(abid_index), params).to_pandas()
     return table
 

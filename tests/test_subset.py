@@ -15,7 +15,7 @@ from tests.conftest import index_of, sibling_pairs, write_params
 
 
 def knobs(bins: int, seed: int = 0, quantities: tuple[int, ...] = (1, 2, 3, 4, 5)) -> Subset:
-    return Subset(quantities=list(quantities), bins=bins, seed=seed)
+    return Subset(quantities=list(quantities), bins=bins, seed=seed, ids=None)
 
 
 @pytest.fixture(scope="module")

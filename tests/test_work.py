@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from stages.runtime.work import FINISHED, only_run_here, publish_folder, scratch, unfinished
+from stages.runtime.work import FINISHED, exclusive_run, publish_folder, resumable, scratch
 from tests.conftest import REPOSITORY
 
 
@@ -21,7 +21,7 @@ class StopError(Exception):
 
 def break_off(stage: str, key: str) -> Path:
     """The folder of a run that wrote one part and failed."""
-    with suppress(StopError), unfinished(stage, key) as folder:
+    with suppress(StopError), resumable(stage, key) as folder:
         (folder / "part").write_text("done")
         raise StopError
     return folder
@@ -29,7 +29,7 @@ def break_off(stage: str, key: str) -> Path:
 
 def finish(stage: str, key: str) -> Path:
     """The folder of a run that wrote one part and ended well."""
-    with unfinished(stage, key) as folder:
+    with resumable(stage, key) as folder:
         (folder / "part").write_text("done")
     return folder
 
@@ -49,7 +49,7 @@ def dvc(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_work_survives_a_failure_and_goes_when_a_run_ends_well() -> None:
     folder = break_off("fetch", "key")
     (folder / ".half.partial").write_text("half")
-    with unfinished("fetch", "key") as again:
+    with resumable("fetch", "key") as again:
         assert again == folder
         assert [path.name for path in folder.iterdir()] == ["part"]
     assert left() == []
@@ -61,7 +61,7 @@ def test_work_on_other_inputs_starts_afresh_and_leaves_what_is_unfinished(
     stage: str, key: str
 ) -> None:
     folder = break_off("fetch", "key")
-    with unfinished(stage, key) as other:
+    with resumable(stage, key) as other:
         assert list(other.iterdir()) == []
     assert (folder / "part").exists()
 
@@ -95,18 +95,18 @@ def test_finished_work_waits_until_dvc_has_its_outputs() -> None:
     folder = finish("fetch", "key")
     # DVC was killed, after it had written dvc.lock for the stage before.
     write_lock(folder, seconds=-1)
-    with only_run_here("fetch"), unfinished("fetch", "key") as again:
+    with exclusive_run("fetch"), resumable("fetch", "key") as again:
         assert again == folder
         assert (again / "part").read_text() == "done"
     assert left() == [folder.name]
     # The same stage once more, by `dvc repro --force`.
     write_lock(folder, seconds=1)
-    with only_run_here("fetch"), unfinished("fetch", "key") as again:
+    with exclusive_run("fetch"), resumable("fetch", "key") as again:
         assert list(again.iterdir()) == []
     # Another stage, or this one on other inputs.
     other = finish("fetch", "other")
     assert left() == [other.name]
-    with only_run_here("resize"):
+    with exclusive_run("resize"):
         assert not other.exists()
     assert left() == []
 
@@ -114,9 +114,9 @@ def test_finished_work_waits_until_dvc_has_its_outputs() -> None:
 @pytest.mark.usefixtures("dvc")
 def test_other_stages_leave_work_that_is_unfinished_or_in_use() -> None:
     unfinished_work, finished = break_off("fetch", "key"), finish("resize", "key")
-    with FileLock(finished.with_suffix(".lock")), only_run_here("report"):
+    with FileLock(finished.with_suffix(".lock")), exclusive_run("report"):
         assert finished.exists()
-    with only_run_here("report"):
+    with exclusive_run("report"):
         assert not finished.exists()
     assert left() == [unfinished_work.name]
 
@@ -125,13 +125,13 @@ def test_an_experiment_in_a_copy_works_in_the_original_repository(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    with unfinished("fetch", "key") as folder:
+    with resumable("fetch", "key") as folder:
         assert folder.parent == tmp_path / ".cache"
     assert list(workspace.iterdir()) == []
 
 
 CODE = """\
-from stages.runtime.work import only_run_here, unfinished
+from stages.runtime.work import exclusive_run, resumable
 with {context} as folder:
     print('begun', flush=True)
     input()
@@ -141,8 +141,8 @@ with {context} as folder:
 @pytest.mark.parametrize(
     ("context", "said"),
     [
-        ("unfinished('fetch', 'key')", "fetch: waiting for another run with the same inputs"),
-        ("only_run_here('fetch')", "fetch: waiting for another run of this stage"),
+        ("resumable('fetch', 'key')", "fetch: waiting for another run with the same inputs"),
+        ("exclusive_run('fetch')", "fetch: waiting for another run of this stage"),
     ],
 )
 def test_a_second_run_waits_and_says_for_whom_but_not_for_a_killed_one(
@@ -174,9 +174,9 @@ def test_a_second_run_waits_and_says_for_whom_but_not_for_a_killed_one(
 def test_the_processes_of_one_training_do_not_wait_for_each_other(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with only_run_here("train ../../vit"):
+    with exclusive_run("train ../../vit"):
         monkeypatch.setenv("RANK", "1")
-        with only_run_here("train ../../vit"):
+        with exclusive_run("train ../../vit"):
             assert [path.parent for path in workspace.rglob("*.lock")] == [workspace / ".cache"]
 
 

@@ -134,6 +134,40 @@ def queue(place: Clone, name: str, setting: str) -> None:
     place.run("dvc", "exp", "run", "--queue", "--name", name, "--set-param", setting)
 
 
+def test_a_list_of_bins_runs_its_stages_when_it_changes(place: Clone) -> None:
+    subset = pd.read_parquet(place.folder / "data/subset.parquet")
+    ids = subset["id"].tolist()
+    path = place.folder / "lists/mine.csv"
+    settings = ["subset.ids=mine.csv", "split.by=file", "split.file=mine.csv"]
+    command = ["dvc", "exp", "run", *(word for one in settings for word in ("-S", one)), "split"]
+
+    def write(tests: int) -> None:
+        sets = ["test"] * tests + ["train"] * (len(ids) - tests)
+        pd.DataFrame({"id": ids, "set": sets}).to_csv(path, index=False)
+
+    write(20)
+    assert "split" in place.stages_run(place.run(*command))
+    write(30)
+    assert place.stages_run(place.run("dvc", "repro", "split"))[-2:] == ["subset", "split"]
+
+    sets = pd.read_csv(place.folder / "data/split.csv", dtype=str)
+    usable = set(sets["id"])
+    assert set(sets.loc[sets["set"] == "test", "id"]) == set(ids[:30]) & usable
+    place.run("git", "checkout", "--quiet", "params.yaml")
+    done = subprocess.run(
+        [*command, "--temp"],
+        cwd=place.folder,
+        env=place.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "there is no file lists/mine.csv" in done.stdout
+    assert "`git add lists/mine.csv` first" in done.stdout
+
+
 def test_sweeps_run_in_the_queue(place: Clone) -> None:
     queue(place, "rejects", "fetch.max_rejects=choice(0.06,0.07)")
     queue(place, "minutes", "run.checkpoint_minutes=range(11,13)")

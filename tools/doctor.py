@@ -205,7 +205,8 @@ def check_bucket() -> str:
     """That of the photographs: both folders are there, and an object of each can be read."""
     import obstore
 
-    from stages.collecting.bucket import PHOTOGRAPHS, RECORDS, explained, open_bucket
+    from stages.collecting.advice import explained
+    from stages.collecting.bucket import PHOTOGRAPHS, RECORDS, open_bucket
     from stages.runtime.params import load_params
 
     bucket = load_params().bucket

@@ -1,1 +1,1 @@
-"""The bucket: listing it, reading its objects checked, and parsing its records."""
+"""The bucket: listing it, reading and checking its objects, parsing its records."""

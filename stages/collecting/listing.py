@@ -1,4 +1,4 @@
-"""Listing a bucket: in parallel ranges where the server can, in sequence where it can't."""
+"""Listing a bucket: in parallel ranges if the server supports them, otherwise in sequence."""
 
 import asyncio
 from collections import Counter
@@ -18,23 +18,23 @@ from stages.collecting.failures import RefusedError, StoreError, TransientError,
 from stages.collecting.reading import patiently
 
 PAGE = 1000
-#: `stamp` tells whether an object changed on this machine: the etag or, in a folder, which has no
-#: etags, a text of inode, time and size. It may name unfinished work, but goes into no output.
+#: `stamp` tells whether an object has changed: the etag or, in a folder, a text of inode, time and
+#: size. It differs from machine to machine, so it may identify unfinished work, but not an output.
 LISTING = pa.schema(
     [("key", pa.string()), ("size", pa.int64()), ("etag", pa.string()), ("stamp", pa.string())]
 )
 
 
 class _OutOfOrderError(Exception):
-    """The server does not list in the order of keys, after the one that it was given."""
+    """The server does not list in key order, or not after the key that it was given."""
 
 
 def list_objects(store: Store, prefix: str, retried: Counter[str] | None = None) -> pa.Table:
     """Every object below `prefix`, which ends in "/", as LISTING, sorted by key.
 
-    S3 lists at most 1,000 keys a request, in the order of the keys, so a long listing is read in
-    parallel ranges, cut at the keys' first two digits. Some S3-compatible servers ignore the key to
-    start after, or do not sort; their listing is read in sequence.
+    S3 lists at most 1,000 keys per request, in key order. A long listing is therefore read in
+    parallel ranges, cut at the first two digits of the keys. Some S3-compatible servers do not
+    sort, or ignore the key to start after; these are listed in sequence.
     """
     found = uvloop.run(_list_objects(store, prefix, Counter() if retried is None else retried))
     return found.sort_by("key")
@@ -64,7 +64,7 @@ async def _list_ranges(
 async def _list_range(
     store: Store, prefix: str, retried: Counter[str], start: str, stop: str | None
 ) -> pa.Table:
-    """The objects whose key is above `start` and not above `stop`."""
+    """The objects with keys above `start`, up to and including `stop`."""
     tables = [LISTING.empty_table()]
     last = start
     async for page in _pages(store, prefix, retried, start):
@@ -77,9 +77,9 @@ async def _list_range(
 
 
 def _above(page: pa.Table, last: str | None) -> pa.Table:
-    """The page without the key `last` itself, which some servers repeat.
+    """The page without the key `last`, which some servers repeat.
 
-    Raises _OutOfOrderError where it isn't sorted, or begins before `last`.
+    Raises _OutOfOrderError if the page is not sorted, or begins before `last`.
     """
     keys = page["key"].combine_chunks()
     rises = pc.all(pc.less(keys[:-1], keys[1:])).as_py()
@@ -89,14 +89,14 @@ def _above(page: pa.Table, last: str | None) -> pa.Table:
 
 
 async def _list_in_sequence(store: Store, prefix: str, retried: Counter[str]) -> pa.Table:
-    """All pages one after another, in whatever order. Raises StoreError where they have no end."""
+    """Read page after page, in whatever order. Raises StoreError if they never end."""
     tables: list[pa.Table] = []
     seen: set[str] = set()
     async for page in _pages(store, prefix, retried):
         is_new = [key not in seen for key in page["key"].to_pylist()]
         seen.update(page["key"].to_pylist())
         if not any(is_new):
-            raise StoreError("lists the same objects over and over: its server is at fault")
+            raise StoreError("lists the same objects over and over: its server is faulty")
         tables.append(page.filter(pa.array(is_new)))
     return pa.concat_tables(tables)
 
@@ -104,7 +104,7 @@ async def _list_in_sequence(store: Store, prefix: str, retried: Counter[str]) ->
 async def _pages(
     store: Store, prefix: str, retried: Counter[str], start: str | None = None
 ) -> AsyncIterator[pa.Table]:
-    """The listing after the key `start`, PAGE objects at a time."""
+    """The objects after the key `start`, PAGE at a time."""
     stream: AsyncIterator[Any] | None = None
     last = start
 
@@ -120,7 +120,7 @@ async def _pages(
             raise
         except BaseError as error:
             failure = failure_of(error, store, prefix)
-            # A continuation token may have expired: the next attempt begins after the last key.
+            # A continuation token may have expired: try again from the last key.
             if isinstance(failure, RefusedError):
                 failure = error if last == start else TransientError("refused page", error)
             stream = None
@@ -139,6 +139,6 @@ def _table(store: Store, batch: Any) -> pa.Table:
     found = pa.table(batch)
     keys, stamps = found["path"].cast(pa.string()), found["e_tag"].cast(pa.string())
     stamps = pc.replace_substring(stamps, '"', "")
-    # A folder's etag is made of inode and time, which differ from machine to machine.
+    # In a folder, obstore makes etags of inode and time, which differ from machine to machine.
     etags = pa.nulls(len(keys), pa.string()) if isinstance(store, LocalStore) else stamps
     return pa.table([keys, found["size"].cast(pa.int64()), etags, stamps], schema=LISTING)

@@ -1,4 +1,4 @@
-"""Reading objects as they were listed: many at once, checked, and patiently."""
+"""Reading objects: many at once, checked against their listing, and with retries."""
 
 import asyncio
 import hashlib
@@ -31,14 +31,14 @@ from stages.collecting.failures import (
 
 T = TypeVar("T")
 
-# S3 answers in some 30 ms; 256 requests under way are 8,000 objects a second. A disk answers at
+# S3 answers in about 30 ms, so 256 concurrent requests read 8,000 objects/s. A disk answers at
 # once, and each of its readers needs an open file.
 REQUESTS = 256
 DISK_REQUESTS = 8
-# Of one task among many on a cluster.
+# For each of the many tasks on a cluster.
 TASK_REQUESTS = 32
-# Seconds for which a request is retried; with its time-out and a look at the whole store, an outage
-# is known within a minute.
+# Seconds for which a request is retried. Together with its time-out and a look at the whole store,
+# an outage is reported within a minute.
 DEADLINE = 35.0
 PROBE_SECONDS = 3.0
 LONGEST_WAIT = 4.0
@@ -47,9 +47,9 @@ LONGEST_WAIT = 4.0
 class Reader:
     """Reads the objects of a store, `requests` at once.
 
-    `witness` is the key of an object that was read before. Where the store refuses an object, the
-    witness tells whether it refuses all: credentials expire, and buckets are removed, in the middle
-    of a run.
+    `witness` is the key of an object that has been read before. When the store refuses an object,
+    reading the witness again tells whether it refuses everything: credentials expire, and buckets
+    are removed, in the middle of a run.
     """
 
     def __init__(self, store: Store, requests: int = REQUESTS, witness: str | None = None) -> None:
@@ -57,20 +57,20 @@ class Reader:
         self.witness = witness
         self.retried: Counter[str] = Counter()
         self._requests = min(requests, DISK_REQUESTS) if isinstance(store, LocalStore) else requests
-        # A semaphore belongs to one event loop, of which read_all has a new one each time.
+        # A semaphore belongs to one event loop, and read_all starts a new one each time.
         self._turns: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A cluster's task counts its own retries, and is one of many that read at once."""
+        """On a cluster, each task counts its own retries and shares the store with many others."""
         return Reader, (self.store, TASK_REQUESTS, self.witness)
 
     def take_retried(self) -> Counter[str]:
-        """What was retried since the last call, by kind."""
+        """The retries since the last call, by kind."""
         retried, self.retried = self.retried, Counter()
         return retried
 
     def read_all(self, rows: Sequence[dict[str, Any]]) -> list[bytes | ObjectError]:
-        """The objects of rows with key, size and etag, in their order, each or what is wrong."""
+        """The objects of `rows` (key, size, etag), in order; in place of one, what is wrong."""
 
         async def one(row: dict[str, Any]) -> bytes | ObjectError:
             try:
@@ -84,12 +84,12 @@ class Reader:
         return uvloop.run(all_of_them())
 
     async def read(self, key: str, size: int, etag: str | None) -> bytes:
-        """The object's bytes, of the listed size and etag, and of that MD5 where the etag is one.
+        """The object's bytes, checked against its listed size and etag, and its MD5 if known.
 
         An S3 etag of 32 hexadecimal digits is the content's MD5, except for objects encrypted with
-        keys of KMS or the customer. Those are refused, as obstore does not give the header that
-        tells them from damaged ones. Raises ObjectError for what is wrong with this object;
-        StoreError, OSError or obstore's own error where it isn't the object's fault.
+        keys of KMS or the customer. Those are refused, because obstore does not pass on the header
+        that tells them from damaged ones. Raises ObjectError if this object is at fault; otherwise
+        StoreError, OSError or obstore's own error.
         """
         async with self._turn():
             try:
@@ -110,7 +110,7 @@ class Reader:
         return self._turns[loop]
 
     async def _read_checked(self, key: str, size: int, etag: str | None) -> bytes:
-        """Where the content isn't what was listed, it is read once more."""
+        """Read again, once, if the content is not what was listed."""
 
         def read_once() -> Awaitable[bytes]:
             return _read_once(self.store, key, size, etag)
@@ -122,7 +122,7 @@ class Reader:
         return await patiently(read_once, self.retried)
 
     async def _check_store(self) -> None:
-        """Raise where the store gives nothing else either, so that the object is not to blame."""
+        """Raise if nothing else can be read either, so that the object is not to blame."""
         try:
             await patiently(self._probe, self.retried, PROBE_SECONDS)
         except TransientError as failed:
@@ -150,13 +150,13 @@ class Reader:
 async def patiently(
     request: Callable[[], Awaitable[T]], retried: Counter[str], seconds: float | None = None
 ) -> T:
-    """What `request` returns, retried for so long (DEADLINE) where its error may be transient."""
+    """Await `request`; retry transient errors for `seconds` (by default DEADLINE)."""
 
     def count(state: RetryCallState) -> None:
         retried[_kind(state)] += 1
 
     try:
-        # The usual case, without the work of setting up retries.
+        # The usual case, without the cost of setting up retries.
         return await request()
     except TransientError as failed:
         retried[failed.kind] += 1
@@ -184,7 +184,7 @@ async def _read_once(store: Store, key: str, size: int, etag: str | None) -> byt
         if etag is not None and found != etag:
             reason = "changed since it was listed: run `dvc repro --force index`"
             raise DamagedError("changed object", reason)
-        # Before it is read: the body may be far larger than what there is memory for.
+        # Before it is read: the body may be larger than memory.
         _check_size(result.meta["size"], size)
         data = bytes(await result.bytes_async())
     except (BaseError, FileNotFoundError) as error:
@@ -213,7 +213,7 @@ def _md5(data: bytes) -> str:
 
 
 def summary(retried: Counter[str]) -> str:
-    """Like "; retried 16: 9 x server error 503, 7 x network error", the most frequent first."""
+    """Like "; retried 16: 9 x server error 503, 7 x network error", most frequent first."""
     if not retried:
         return ""
     kinds = sorted(retried.items(), key=lambda item: (-item[1], item[0]))

@@ -33,13 +33,13 @@ INDEX_SCHEMA = pa.schema(
         ("etag", pa.string()),
     ]
 )
-#: Larger records need not be read. The largest of 11,000 real ones has 10 kB; hundreds are held
-#: at once.
+#: Larger records are not read, since hundreds are in memory at once. The largest of 11,000 real
+#: records has 10 kB.
 MAX_RECORD_BYTES = 4 * 1024 * 1024
 _INT32_MAX = 2**31 - 1
 _QUANTITY = "EXPECTED_QUANTITY"
 _CONTENTS = "BIN_FCSKU_DATA"
-# How a capital letter, or _, may be spelled too.
+# Another way to spell a capital letter or _ in JSON.
 _ESCAPED_CAPITAL = re.compile(rb"\\u00[45]")
 _ESCAPED = re.compile(rb"\\.")
 _STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
@@ -56,18 +56,13 @@ class Record(TypedDict):
 
 
 class RecordError(ValueError):
-    """The record cannot be used; the text is the reason, one of a few."""
-
-
-def is_bin_id(text: str) -> bool:
-    """Ids become parts of keys and of file names: no separators, dots, spaces or controls."""
-    return re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text) is not None
+    """The record cannot be used; the text is one of a few reasons."""
 
 
 def parse_record(data: bytes) -> Record:
-    """Parse a record's JSON. Raises RecordError where it has no usable quantity.
+    """Parse a record's JSON. Raises RecordError if it has no usable quantity.
 
-    A null, missing or ill-typed detail of an item is null: it says nothing about the count.
+    A missing or ill-typed detail of an item becomes null, because the count does not depend on it.
     """
     try:
         record = orjson.loads(data)
@@ -90,7 +85,7 @@ def parse_record(data: bytes) -> Record:
 
 
 def _may_repeat_a_key(data: bytes) -> bool:
-    """False for every real record, in 2 microseconds of the 16 that parsing one takes."""
+    """A quick check, false for every real record: 2 of the 16 microseconds of parsing one."""
     return (
         data.count(b'"EXPECTED_QUANTITY"') > 1
         or data.count(b'"BIN_FCSKU_DATA"') > 1
@@ -99,8 +94,8 @@ def _may_repeat_a_key(data: bytes) -> bool:
 
 
 def _refuse_repeated_keys(data: bytes) -> None:
-    """Raise RecordError where a key has several values: orjson keeps the last without a word."""
-    # How deeply json reads depends on Python and on the process: they may not decide on a record.
+    """Raise RecordError if a key has several values, of which orjson silently keeps the last."""
+    # How deeply json reads depends on the Python process, which must not decide about a record.
     if _levels(data) > _MOST_LEVELS:
         raise RecordError("nested too deeply")
     pairs: tuple[tuple[str, Any], ...] = json.loads(data, object_pairs_hook=tuple)
@@ -133,7 +128,7 @@ def _text(value: Any) -> str | None:
 
 
 def _integer(value: Any) -> int | None:
-    """A count: a true integer, from 0 to what the index's column holds."""
+    """A count: an integer that the index's column can hold, from 0."""
     if isinstance(value, bool) or not isinstance(value, int):
         return None
     return value if 0 <= value <= _INT32_MAX else None

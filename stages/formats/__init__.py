@@ -1,1 +1,1 @@
-"""The files that stages hand to each other: Parquet shards, CSV and JSON."""
+"""The files that stages pass to each other: Parquet shards, CSV and JSON."""

@@ -1,4 +1,4 @@
-"""Parquet shards: the unit in which bins are read, worked on, written and resumed."""
+"""Parquet shards: the unit in which bins are read, processed, written and resumed."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -32,10 +32,10 @@ def shard_name(number: int) -> str:
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Write Parquet that has the same bytes for the same table.
+    """Write Parquet, the same bytes for the same table.
 
-    A column of JPEGs is neither compressed nor given a dictionary nor statistics: they are
-    compressed already, and readers get at them fastest so.
+    JPEGs are compressed already, so their column has no compression, dictionary or statistics,
+    which makes it fastest to read.
     """
     images = "image" in table.schema.names
     with atomic_write(path) as temporary:
@@ -57,7 +57,7 @@ def table_digest(table: pa.Table) -> str:
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The folder's shards in the order of their names. Raises FileNotFoundError without any."""
+    """The folder's shards, sorted by name. Raises FileNotFoundError if there are none."""
     paths = sorted(folder.glob("*.parquet"))
     if not paths:
         raise FileNotFoundError(f"{folder} has no Parquet shards")
@@ -66,13 +66,13 @@ def shard_paths(folder: Path) -> list[Path]:
 
 @contextmanager
 def whole_parquet(path: Path) -> Iterator[None]:
-    """Turn what pyarrow raises when it reads a damaged `path` into a UserError that names it."""
+    """Turn what pyarrow raises for a damaged file into a UserError that names `path`."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, MemoryError):
         raise
     except (pa.ArrowException, OSError) as error:
-        # The file system's own errors have a number; pyarrow's for a damaged file have none.
+        # Errors of the file system have a number; pyarrow's errors about a damaged file have none.
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = " ".join(str(error).split())
@@ -83,7 +83,7 @@ def whole_parquet(path: Path) -> Iterator[None]:
 
 
 def write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
-    """A CSV of id and reason; only the header where there are none."""
+    """Write a CSV with the columns id and reason; only its header if there are no rejects."""
     table = pa.Table.from_pylist([reject._asdict() for reject in rejects], _REJECTS)
     sink = pa.BufferOutputStream()
     pyarrow.csv.write_csv(table, sink)

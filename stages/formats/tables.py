@@ -1,4 +1,4 @@
-"""CSV and JSON, written so that the same values give the same bytes."""
+"""CSV and JSON files; the same values give the same bytes."""
 
 import json
 from pathlib import Path
@@ -14,12 +14,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_csv(path: Path, table: pd.DataFrame, digits: int = 6) -> None:
-    """Six significant digits are enough for shares and losses, and the same on every machine."""
+    """Six significant digits are enough for shares and losses, and equal on all machines."""
     write_text(path, table.to_csv(index=False, lineterminator="\n", float_format=f"%.{digits}g"))
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """A table of write_csv. Ids, which groups are named by too, are strings: 00100 is not 100."""
+    """Read a table of write_csv. Ids and groups are strings, because 00100 is not 100."""
     return pd.read_csv(path, dtype={"id": str, "group": str}, keep_default_na=False)
 
 

@@ -18,30 +18,40 @@ Pixels = NDArray[np.uint8]
 #: Above this an image is a decompression bomb; Pillow's own limit, 89 million pixels.
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
 BOMB = "decompression bomb"
-#: The formats of Pillow that cameras and the web use. Of the others, EPS runs a foreign program,
-#: and TIFF fills in what is missing and writes to stderr.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+#: Pillow's formats of cameras and the web. Not EPS, which runs another program, and not TIFF, whose
+#: decoder fills in missing pieces and writes to stderr.
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP")
+#: What files of other formats begin with, to name them.
+_OTHER_FORMATS = {
+    "HEIC": rb".{4}ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)",
+    "TIFF or a camera's raw format": rb"II[*+]\0|MM\0[*+]",
+    "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
+    "JPEG XL": rb"\0\0\0\x0cJXL |\xff\x0a",
+    "PDF": rb"%PDF",
+    "a web page or XML": rb"(\xef\xbb\xbf)?\s*<",
+}
 JPEG_START = b"\xff\xd8\xff"
 START_OF_SCAN = b"\xff\xda"
-# The segment of EXIF and XMP: a JPEG without one has no orientation.
+END_OF_IMAGE = b"\xff\xd9"
+# The segment of EXIF and XMP; a JPEG without it has no orientation.
 APP1 = b"\xff\xe1"
-# libjpeg's words for a missing piece of the picture, which it fills in with grey.
+# libjpeg's words for a missing piece of the picture, which it fills with grey.
 _LOST = re.compile("remature end|bad (Huffman|arithmetic) code|instead of RST")
 
-# Pillow's warnings tell a user nothing, and would be exceptions under -W error.
+# Pillow's warnings do not help users, and would be exceptions under -W error.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class ImageError(ValueError):
-    """The bytes do not hold a whole picture; the text is the reason."""
+    """The bytes are not a whole picture; the text says why."""
 
 
 def decode(data: bytes) -> Pixels:
     """Decode to RGB, uint8 [height, width, 3], upright as EXIF or XMP says. Raises ImageError.
 
-    Transparency is ignored, and only the first picture of an animation is decoded. libjpeg-turbo
-    through simplejpeg is the fast way; whatever it refuses (other formats, rare kinds of JPEG) goes
-    to Pillow. A JPEG that lacks a piece is refused here, as Pillow accepts some of those.
+    Transparency is ignored, and only the first picture of an animation is decoded. simplejpeg
+    (libjpeg-turbo) is the fast path; what it refuses (other formats, rare kinds of JPEG) goes to
+    Pillow. A JPEG that lacks a piece is refused here, since Pillow would accept some of those.
     """
     pixels = _decode_jpeg(data)
     if pixels is not None and APP1 not in data[: data.find(START_OF_SCAN)]:
@@ -51,7 +61,7 @@ def decode(data: bytes) -> Pixels:
 
 
 def _decode_jpeg(data: bytes) -> Pixels | None:
-    """None where libjpeg-turbo refuses the file. Raises ImageError where a piece is missing."""
+    """None if libjpeg-turbo refuses the file. Raises ImageError if a piece is missing."""
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         _refuse_bomb(width, height)
@@ -59,20 +69,33 @@ def _decode_jpeg(data: bytes) -> Pixels | None:
     except ImageError:
         raise
     except ValueError as error:
-        if _LOST.search(str(error)):
-            raise ImageError(f"undecodable: truncated or damaged ({error})") from None
-        return None
+        if not _LOST.search(str(error)):
+            return None
+        if not data.endswith(END_OF_IMAGE) and _is_one_scan(data):
+            return _decode_jpeg(data.removesuffix(END_OF_IMAGE[:1]) + END_OF_IMAGE)
+        raise ImageError(f"undecodable: truncated or damaged ({error})") from None
     return pixels
+
+
+def _is_one_scan(data: bytes) -> bool:
+    """Whether the file's last scan holds the whole picture, as most cameras write it.
+
+    If such a JPEG lacks more than its end mark, libjpeg says so. Of a JPEG with several scans, the
+    last ones could be missing, and nobody could tell.
+    """
+    with _opened(data) as image:
+        components = data[data.rfind(START_OF_SCAN) + 4]
+        return not image.info.get("progressive") and components == len(image.getbands())
 
 
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """The image as Pillow sees it; what Pillow raises for broken bytes becomes an ImageError."""
+    """Open the image with Pillow; whatever it raises for broken bytes becomes an ImageError."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _refuse_bomb(image.width, image.height)
             yield image
-    # A shortage of memory is the machine's fault: the photograph may be good.
+    # A lack of memory is the machine's fault: the photograph may be good.
     except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -87,6 +110,9 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
 def _why_unidentified(data: bytes) -> str:
     if data.startswith(JPEG_START):
         return "undecodable: a JPEG with a broken header, or of a rare kind"
+    for name, start in _OTHER_FORMATS.items():
+        if re.match(start, data, re.DOTALL):
+            return f"of a format that is not read ({name}): save it as JPEG"
     return "not an image" if data else "no bytes"
 
 
@@ -104,7 +130,7 @@ def _rgb(image: Image.Image) -> Pixels:
 
 
 def _upright(pixels: Pixels, image: Image.Image) -> Pixels:
-    """`pixels` turned as the image's EXIF or XMP says; as they are where that is broken."""
+    """Turn `pixels` as the image's EXIF or XMP says; if that is broken, leave them."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except MemoryError:
@@ -148,5 +174,5 @@ def encode(pixels: Pixels, quality: int) -> bytes:
 
 
 def decode_into(data: bytes | memoryview, pixels: Pixels) -> None:
-    """Decode a JPEG of this project's own making into `pixels`, [height, width, 3]."""
+    """Decode a JPEG that `encode` made into `pixels`, [height, width, 3]."""
     simplejpeg.decode_jpeg(data, "RGB", buffer=pixels)

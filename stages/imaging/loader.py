@@ -24,18 +24,18 @@ from stages.runtime.machine import usable_cores
 from stages.runtime.work import scratch
 
 CPU = torch.device("cpu")
-# Batches that are decoded ahead of the one in use.
+# Batches decoded ahead of the one in use.
 PREFETCH = 2
-# The two files of pack_bins.
+# The two files that pack_bins writes.
 IMAGES = "images"
 TABLE = "bins.parquet"
 
 
 class Images:
-    """JPEG files, one after another in a single file, each of which is read when it is asked for.
+    """JPEG files, one after another in a single file, and read on demand.
 
-    The operating system keeps them in its page cache, once for all processes of a machine. They
-    are read, not mapped: mapped pages would count as memory of each process.
+    The operating system caches them once for all processes of a machine. They are read, not mapped,
+    because mapped pages would count as memory of each process.
     """
 
     def __init__(self, path: Path, offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
@@ -47,7 +47,7 @@ class Images:
         return len(self._offsets)
 
     def __getitem__(self, row: int) -> bytes:
-        # Without an IndexError, a loop over them would never end.
+        # A loop over the images ends with this IndexError.
         if row >= len(self):
             raise IndexError(row)
         return os.pread(self._file.fileno(), int(self._lengths[row]), int(self._offsets[row]))
@@ -67,9 +67,9 @@ class Bins:
 
 
 class Batch(NamedTuple):
-    """`images`: uint8 [batch, 3, size, size] in channels_last; `rows`: their places in the Bins.
+    """`images`: uint8 [batch, 3, size, size] in channels_last; `rows`: their positions in Bins.
 
-    On a CPU the images are overwritten when the next batch is taken.
+    On a CPU, the next batch overwrites the images.
     """
 
     images: Tensor
@@ -85,7 +85,7 @@ def load_bins(
     """
     with scratch(stage) as folder:
         pack_bins(resized, split, set_names, size, folder)
-        # The packed file goes with its name, but stays readable as long as it is open.
+        # The packed file is removed, but stays readable as long as it is open.
         return [open_bins(folder, name, size) for name in set_names]
 
 
@@ -94,8 +94,8 @@ def pack_bins(
 ) -> None:
     """Write the sets' photographs one after another into a file in `folder`, and a table of them.
 
-    Raises UserError where a set is empty, a bin is missing from the shards, or their photographs
-    are not `size` pixels wide and high.
+    Raises UserError if a set is empty, a bin is missing from the shards, or the photographs are not
+    `size` pixels wide and high.
     """
     sets = pa.Table.from_pandas(read_csv(split)[["id", "set"]], preserve_index=False)
     sets = sets.filter(pc.is_in(sets["set"], pa.array(set_names)))
@@ -125,7 +125,7 @@ def pack_bins(
 
 
 def _check_size(resized: Path, shard: pa.Table, size: int) -> None:
-    """Of the shard's first photograph: the resize stage makes all of them alike."""
+    """Check the shard's first photograph; the resize stage makes all of them alike."""
     for image in shard["image"][:1]:
         height, width, _ = jpeg.decode(image.as_py()).shape
         if (height, width) != (size, size):
@@ -136,7 +136,7 @@ def _check_size(resized: Path, shard: pa.Table, size: int) -> None:
 
 
 def open_bins(folder: Path, set_name: str, size: int) -> Bins:
-    """A set that pack_bins wrote to `folder`, of photographs of that size."""
+    """Open a set that pack_bins wrote to `folder`, of photographs of this size."""
     table = pq.read_table(folder / TABLE, filters=pc.field("set") == set_name)
     images = Images(folder / IMAGES, table["offset"].to_numpy(), table["length"].to_numpy())
     return Bins(
@@ -153,10 +153,10 @@ def load_batches(
     device: torch.device = CPU,
     threads: int | None = None,
 ) -> Iterator[Batch]:
-    """The bins at the rows of each of `batches`, decoded ahead into a few buffers that are reused.
+    """The bins at the rows of each of `batches`, decoded ahead into a few reused buffers.
 
-    Each core (or `threads` of them) decodes a piece of each batch, since the decoder releases
-    Python's lock. Empty batches stay empty.
+    Each core (or each of `threads`) decodes a piece of every batch, because the decoder releases
+    the GIL. Empty batches stay empty.
     """
     threads = threads or usable_cores()
     shape = (max(map(len, batches), default=0), bins.size, bins.size, 3)
@@ -171,7 +171,7 @@ def load_batches(
     def decode_ahead(number: int) -> None:
         rows = batches[number]
         if on_gpu:
-            # Its previous content may still be on its way to the GPU.
+            # Its previous content may still be on the way to the GPU.
             copied[number % len(buffers)].synchronize()
         pixels = buffers[number % len(buffers)].numpy()
         pieces = np.array_split(np.arange(len(rows)), threads)
@@ -195,7 +195,7 @@ def load_batches(
 
 
 def _decode_piece(
-    bins: Bins, rows: NDArray[np.int64], pixels: NDArray[np.uint8], places: NDArray[np.int64]
+    bins: Bins, rows: NDArray[np.int64], pixels: NDArray[np.uint8], positions: NDArray[np.int64]
 ) -> None:
-    for place in places:
-        jpeg.decode_into(bins.images[int(rows[place])], pixels[place])
+    for position in positions:
+        jpeg.decode_into(bins.images[int(rows[position])], pixels[position])

@@ -1,1 +1,1 @@
-"""Classifiers: building, saving and loading them, and their scores of photographs."""
+"""Classifiers: building, saving and loading them, and applying them to photographs."""

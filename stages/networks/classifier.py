@@ -12,6 +12,7 @@ from stages.networks.libraries import library_of
 from stages.networks.model_files import CONFIG, PREPROCESSOR, damaged, read_json, reason_of
 from stages.networks.pretrained import check_pretrained
 from stages.runtime.errors import UserError
+from stages.runtime.machine import machine_error
 from stages.runtime.params import Model
 
 
@@ -68,7 +69,7 @@ def build_classifier(model: Model, pretrained: Path, labels: list[int], size: in
 
     The last layer starts at random where the weights have another number of labels.
     Raises UserError where params.yaml asks for what the library or the weights cannot do, and
-    where the weights are not those that were downloaded.
+    where the weights are not those that were downloaded; OSError where this machine fails.
     """
     if model.pretrained:
         check_pretrained(pretrained)
@@ -78,6 +79,8 @@ def build_classifier(model: Model, pretrained: Path, labels: list[int], size: in
         _check_scores(network, labels, size)
     # A configuration can be wrong in as many ways as there are networks.
     except Exception as error:  # noqa: BLE001
+        if of_machine := machine_error(error):
+            raise of_machine from None
         raise UserError(
             f"{model.library} cannot build {model.name} with this model's name, config and"
             f" resize.size: {reason_of(error)}"
@@ -93,38 +96,52 @@ def _check_scores(network: nn.Module, labels: list[int], size: int) -> None:
         raise ValueError(f"it gives {list(logits.shape)}, not a score for each of {labels}")
 
 
-def save_classifier(classifier: Classifier, model: Model, folder: Path) -> None:
-    """Write the files that the model's own library loads, and how to prepare images for it."""
+def save_classifier(classifier: Classifier, model: Model, folder: Path, fit: str) -> None:
+    """Write the files that the model's own library loads, and how to prepare images for it.
+
+    `fit` is how photographs become squares, as in stages.imaging.jpeg.resize.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     network = classifier.network.cpu().to(memory_format=torch.contiguous_format)
     library_of(model.library).save(network, model, classifier.labels, folder)
-    write_json(folder / PREPROCESSOR, _preprocessor_config(classifier))
+    write_json(folder / PREPROCESSOR, _preprocessor_config(classifier, fit))
 
 
 def load_classifier(folder: Path) -> Classifier:
-    """What save_classifier wrote, ready to evaluate. Raises UserError where it is damaged."""
+    """What save_classifier wrote, ready to evaluate.
+
+    Raises UserError where it is damaged, and OSError where this machine fails.
+    """
     config, preparation = read_json(folder / CONFIG), read_json(folder / PREPROCESSOR)
     library = library_of(config.get("library", "transformers"))
     try:
         names = config["id2label"]
         labels = [int(names[str(number)]) for number in range(len(names))]
         network = library.load(folder, labels)
-        size = preparation["size"]["height"]
+        size = preparation["crop_size"]["height"]
         _check_scores(network, labels, size)
         mean, std = preparation["image_mean"], preparation["image_std"]
     # As many ways to be wrong as above.
     except Exception as error:  # noqa: BLE001
+        if of_machine := machine_error(error):
+            raise of_machine from None
         raise damaged(folder, f"its files do not fit together: {reason_of(error)}") from None
     return Classifier(network, labels, size, mean, std)
 
 
-def _preprocessor_config(classifier: Classifier) -> dict[str, Any]:
+def _preprocessor_config(classifier: Classifier, fit: str) -> dict[str, Any]:
     """In the form of transformers, whose AutoImageProcessor reads it."""
+    side = classifier.size
+    square = {"height": side, "width": side}
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
-        "size": {"height": classifier.size, "width": classifier.size},
+        # The latter keeps the aspect ratio.
+        "size": square if fit == "squeeze" else {"max_height": side, "max_width": side},
         "resample": 3,
+        # What is smaller than this crop gets a black margin on both sides.
+        "do_center_crop": True,
+        "crop_size": square,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -77,7 +77,7 @@ def save_release(
     `actual` [bins] are their quantities, and `probabilities` [bins, labels] the softmax of the
     network's scores of them. The network is moved to the CPU.
     """
-    save_classifier(classifier, model, folder)
+    save_classifier(classifier, model, folder, resize.fit)
     labels = np.array(classifier.labels)
     targets = (actual[:, None] == labels).argmax(axis=1)
     temperature = fit_temperature(probabilities, targets)

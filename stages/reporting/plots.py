@@ -22,6 +22,8 @@ SETS = {"train": "#5b7690", "validation": "#d9a13b", "test": "#c8385a"}
 REFERENCE = "#6b7683"
 MODELS = ["#1f6fb4", "#c2571a", "#3f7f3f", "#7a4fa3"]
 WIDTH = 4.8
+# With more quantities, the cells of a confusion are too small for the numbers of bins.
+MOST_COUNTED = 8
 DOTS_PER_INCH = 130
 
 
@@ -60,14 +62,18 @@ def curves_figure(model: str, curves: pd.DataFrame, majority_accuracy: float) ->
 
 
 def confusion_figure(model: str, confusion: NDArray[np.int64], labels: Sequence[int]) -> Figure:
-    """The share and number of each row's bins."""
+    """The share of each row's bins, and their number where the cells have room for both."""
     figure, (panel,) = _figure(height=WIDTH)
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    # In points, so that the text fits into a cell.
+    size = min(10.0, 72 / len(labels))
     panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for row, column in np.ndindex(*confusion.shape):
         color = "white" if shares[row, column] > 0.65 else "black"
-        text = f"{shares[row, column]:.0%}\n{confusion[row, column]:,}"
-        panel.text(column, row, text, ha="center", va="center", color=color)
+        text = f"{shares[row, column]:.0%}"
+        if len(labels) <= MOST_COUNTED:
+            text += f"\n{confusion[row, column]:,}"
+        panel.text(column, row, text, ha="center", va="center", color=color, fontsize=size)
     panel.set_xticks(range(len(labels)), map(str, labels))
     panel.set_yticks(range(len(labels)), map(str, labels))
     panel.set(title=f"Confusion of {model}", xlabel="predicted items", ylabel="items in the record")

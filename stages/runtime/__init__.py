@@ -1,1 +1,1 @@
-"""How a stage starts, goes on after a kill, and ends. Nothing here decides a byte of an output."""
+"""How a stage starts, resumes and ends. Nothing here decides a byte of an output."""

@@ -1,27 +1,14 @@
 """How every stage starts and ends: its --help, and errors as one readable line."""
 
 import argparse
-import errno
 import signal
 import sys
 from collections.abc import Callable
 
 from stages.runtime.errors import Stopped, UserError
-from stages.runtime.machine import allow_open_files
+from stages.runtime.machine import REMEDIES, allow_open_files, machine_error
 from stages.runtime.space import disk_full, disk_full_text
-from stages.runtime.work import only_run_here
-
-# Errors of this machine, and what to do about them.
-_REMEDIES = {
-    errno.EACCES: "give this user access to it, and run again",
-    errno.EPERM: "give this user access to it, and run again",
-    errno.EROFS: "make its disk writable, and run again",
-    errno.EIO: "check its disk, and run again",
-    errno.ESTALE: "mount its network disk anew, and run again",
-    errno.EMFILE: "run `ulimit -n 4096` in this shell, and run again",
-    errno.ENFILE: "close other programs on this machine, and run again",
-    errno.ENOMEM: "free some memory, or use a machine with more, and run again",
-}
+from stages.runtime.work import exclusive_run
 
 
 def run_stage(name: str, main: Callable[..., str], **arguments: str) -> None:
@@ -40,7 +27,7 @@ def run_stage(name: str, main: Callable[..., str], **arguments: str) -> None:
     name = " ".join([name, *values.values()])
     allow_open_files()
     try:
-        with only_run_here(name):
+        with exclusive_run(name):
             print(f"{name}: {main(**values)}", flush=True)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
@@ -63,11 +50,13 @@ def explain(error: Exception) -> str | None:
         return f"{disk_full_text(full)}; free some space, and run again"
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, MemoryError):
+        error = machine_error(error) or error
     if not isinstance(error, OSError):
         return None
     if isinstance(error, FileNotFoundError):
         return f"{error}: make the stage's inputs with `dvc repro` or `dvc pull`"
-    if error.errno in _REMEDIES:
-        return f"{error}: {_REMEDIES[error.errno]}"
+    if error.errno in REMEDIES:
+        return f"{error}: {REMEDIES[error.errno]}"
     # Libraries raise OSErrors without a file, too: those may be bugs.
     return f"{error}: check this file and its folder, and run again" if error.filename else None

@@ -1,4 +1,4 @@
-"""Outputs that are whole or absent, and digests of inputs."""
+"""Writing files whole or not at all, and digests of inputs."""
 
 import errno
 import hashlib
@@ -13,10 +13,10 @@ from stages.runtime.space import disk_full
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write; when the block ends well, flush it and rename it to `path`.
+    """Yield a temporary path to write; if the block succeeds, flush it and rename it to `path`.
 
-    `path` itself is never opened: it may be a hard link into DVC's cache. On a full disk, the
-    OSError names `path` even if the library that wrote doesn't.
+    `path` itself is never opened, because it may be a hard link into DVC's cache. When the disk is
+    full, the OSError names `path` even if the writing library does not.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")

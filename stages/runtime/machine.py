@@ -1,10 +1,22 @@
-"""What this process may use of its machine."""
+"""What this process may use of its machine, and the errors of the machine itself."""
 
+import errno
 import os
 from contextlib import suppress
 
 # Enough for the connections of fetch and the files of a training.
 OPEN_FILES = 4096
+#: Errors of a machine, and what to do about them; stages.runtime.space is about full disks.
+REMEDIES = {
+    errno.EACCES: "give this user access to it, and run again",
+    errno.EPERM: "give this user access to it, and run again",
+    errno.EROFS: "make its disk writable, and run again",
+    errno.EIO: "check its disk, and run again",
+    errno.ESTALE: "mount its network disk anew, and run again",
+    errno.EMFILE: "run `ulimit -n 4096` in this shell, and run again",
+    errno.ENFILE: "close other programs on this machine, and run again",
+    errno.ENOMEM: "free some memory, or use a machine with more, and run again",
+}
 
 
 def usable_cores() -> int:
@@ -24,3 +36,21 @@ def allow_open_files() -> None:
         wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
         if soft != resource.RLIM_INFINITY and soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def machine_error(error: BaseException) -> OSError | None:
+    """The error of this machine that is or caused this one; None where the input is at fault.
+
+    Some libraries say only in words what the system told them, or have exceptions of their own.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, MemoryError):
+            return OSError(errno.ENOMEM, str(seen) or os.strerror(errno.ENOMEM))
+        for number in (*REMEDIES, errno.ENOSPC, errno.EDQUOT):
+            if isinstance(seen, OSError) and seen.errno == number:
+                return seen
+            if os.strerror(number) in str(seen):
+                return OSError(number, " ".join(str(seen).split()))
+        seen = seen.__cause__ or seen.__context__
+    return None

@@ -47,6 +47,20 @@ def _compared(value: Any) -> Any:
     return value
 
 
+def _classes(quantities: list[int]) -> list[int]:
+    if len(quantities) < 2:
+        raise ValueError(f"should have two or more quantities, not {len(quantities)}")
+    if twice := sorted({one for one in quantities if quantities.count(one) > 1}):
+        raise ValueError(f"has {twice[0]} more than once")
+    return quantities
+
+
+def _per_channel(values: list[float]) -> list[float]:
+    if len(values) != 3:
+        raise ValueError(f"should have 3 values, for red, green and blue, not {len(values)}")
+    return values
+
+
 Share = Annotated[float, Field(ge=0, le=1)]
 ProperShare = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -64,6 +78,10 @@ Endpoint = Annotated[
 ]
 #: The key of a model in the train block, which is also the name of its folders.
 ModelName = Annotated[str, _like("[a-z0-9][a-z0-9_-]*", "vit or my-net2")]
+#: A file in the folder lists/, on which the stages that read it depend.
+ListName = Annotated[
+    str, _like(r"[A-Za-z0-9][A-Za-z0-9._-]*\.csv", "mine.csv, a file in the folder lists")
+]
 _PART = "[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
@@ -87,9 +105,10 @@ class Index(Block):
 
 
 class Subset(Block):
-    quantities: Annotated[list[Natural], Field(min_length=2)]
+    quantities: Annotated[list[Natural], AfterValidator(_classes)]
     bins: Count
     seed: Seed
+    ids: ListName | None
 
 
 class Fetch(Block):
@@ -109,8 +128,17 @@ class Split(Block):
     train: Count
     test: Count
     validation: ProperShare
-    by: Literal["group", "image"]
+    by: Literal["group", "image", "file"]
+    file: ListName | None
     seed: Seed
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.by == "file" and self.file is None:
+            raise ValueError("by is file, but file is null: name a CSV in lists/, like mine.csv")
+        if self.by != "file" and self.file is not None:
+            raise ValueError(f"file is {self.file}, but by is {self.by}: set by to file too")
+        return self
 
 
 class Model(Block):
@@ -135,8 +163,8 @@ class Model(Block):
     accumulation: Count
     epochs: Count
     # Of pixel values from 0 to 1.
-    mean: Annotated[list[Share], Field(min_length=3, max_length=3)]
-    std: Annotated[list[Annotated[Share, Field(gt=0)]], Field(min_length=3, max_length=3)]
+    mean: Annotated[list[Share], AfterValidator(_per_channel)]
+    std: Annotated[list[Annotated[Share, Field(gt=0)]], AfterValidator(_per_channel)]
     horizontal_flip: bool
     color_jitter: Share
     compile: Literal["auto"] | bool
@@ -188,11 +216,14 @@ class Params(Block):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
+        if not self.train:
+            raise ValueError("train has no model: give it a block for each")
         # models/pretrained and reports/figures are folders of other stages.
         for name in {"pretrained", "figures"} & self.train.keys():
             raise ValueError(f"train.{name} has the name of another stage's folder: rename it")
         wanted = self.split.train + self.split.test
-        if wanted > self.subset.bins:
+        sized = self.subset.ids is None and self.split.by != "file"
+        if sized and wanted > self.subset.bins:
             raise ValueError(
                 f"split.train and split.test are {wanted} bins together, subset.bins only"
                 f" {self.subset.bins}"
@@ -206,8 +237,7 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
     try:
         return Params.model_validate(values)
     except ValidationError as error:
-        problems = [_describe(problem, values) for problem in error.errors()]
-        raise UserError(f"{path}: " + "; ".join(problems)) from None
+        raise UserError(f"{path}: " + "; ".join(_describe(error, values))) from None
 
 
 def _read_yaml(path: Path) -> Any:
@@ -228,20 +258,67 @@ def _read_yaml(path: Path) -> Any:
         raise UserError(f"{path} is not valid YAML: {' '.join(words)}{line}") from None
 
 
-def _describe(problem: Any, values: Any) -> str:
-    key = ".".join("..." if _may_be_secret(part) else str(part) for part in _keys(problem, values))
-    match problem["type"]:
-        case "missing":
-            return f"{key} is missing"
-        case "extra_forbidden":
-            return f"{key}: there is no such key"
-        case "value_error":
-            # A check of this module, which says it all; without a key if it is about several.
-            return f"{key}: {problem['ctx']['error']}".removeprefix(": ")
-    found = problem["input"]
-    hidden = isinstance(found, dict | list) or _may_be_secret(found)
-    shown = "this" if hidden else reprlib.repr(found)
-    return f"{key or 'the file'}: {problem['msg']}, not {shown}"
+def _describe(error: ValidationError, values: Any) -> list[str]:
+    """A text for each problem, and one for all types of a key that the value is none of."""
+    texts: dict[tuple[str, str], str] = {}
+    wanted: dict[str, list[str]] = {}
+    for problem in error.errors():
+        keys, kind = _keys(problem, values), problem["type"]
+        key = ".".join("..." if _may_be_secret(part) else str(part) for part in keys)
+        match kind:
+            case "missing":
+                texts[key, kind] = f"{key} is missing"
+            case "extra_forbidden":
+                texts[key, kind] = f"{key}: there is no such key"
+            case "value_error":
+                # A check of this module, which says it all; without a key if it is about several.
+                texts[key, kind] = f"{key}: {problem['ctx']['error']}".removeprefix(": ")
+            case _:
+                wanted.setdefault(key, []).append(_wanted(problem))
+                types, found = " or ".join(wanted[key]), _shown(problem["input"])
+                texts[key, "type"] = f"{key or 'the file'}: should be {types}, not {found}"
+    return list(texts.values())
+
+
+# What a value should be, by pydantic's names of its problems.
+_WORDS = {
+    "bool_type": "true or false",
+    "dict_type": "a block of keys",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "{ge} or more",
+    "int_type": "a whole number",
+    "invalid_key": "a key that is text",
+    "invalid-json-value": "text, a number, true, false, null, or a list or block of these",
+    "less_than": "less than {lt}",
+    "less_than_equal": "{le} or less",
+    "list_type": "a list",
+    "literal_error": "{expected}",
+    "model_type": "a block of keys",
+    "string_type": "text",
+}
+
+
+def _wanted(problem: Any) -> str:
+    limits = {
+        name: f"{limit:g}" if isinstance(limit, float) else limit
+        for name, limit in problem.get("ctx", {}).items()
+    }
+    return _WORDS.get(problem["type"], "another kind of value").format(**limits)
+
+
+def _shown(value: Any) -> str:
+    """The value as YAML has it, where it is short and no password."""
+    if isinstance(value, dict):
+        return "a block of keys"
+    if isinstance(value, list):
+        return "a list"
+    if _may_be_secret(value):
+        return "this"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return reprlib.repr(value) if isinstance(value, str | int | float) else str(value)
 
 
 def _keys(problem: Any, values: Any) -> list[Any]:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+#: Lists of bins that people bring, tracked by git.
+LISTS = Path("lists")
 INDEX = Path("data/index.parquet")
 INDEX_COUNTS = Path("data/index.json")
 SUBSET = Path("data/subset.parquet")

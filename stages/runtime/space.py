@@ -1,4 +1,4 @@
-"""Space on disks: asked for before long work, and named where it runs out."""
+"""Disk space: checked before long work, and reported when it runs out."""
 
 import errno
 import shutil
@@ -24,10 +24,10 @@ def on_one_disk(some: Path, others: Path) -> bool:
 
 
 def disk_full(error: BaseException) -> BaseException | None:
-    """The error of a full disk or quota that is or caused this one, whichever library raised it.
+    """The error of a full disk or quota behind this one, whichever library raised it, or None.
 
-    Libraries written in Rust have the system's number in their text only; others raise an error of
-    their own while they handle the system's.
+    Libraries written in Rust have the system's error number only in their text. Others raise an
+    error of their own while they handle the system's.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -39,16 +39,16 @@ def disk_full(error: BaseException) -> BaseException | None:
 
 
 def disk_full_text(error: BaseException) -> str:
-    """Which file has no room, where the error of a full disk names it, and what its disk has."""
-    # Of a copy, the second file is the one that is written.
+    """Which file did not fit, if the error names it, and how much space its disk has."""
+    # When a file is copied, the second name is the one that is written.
     file = getattr(error, "filename2", None) or getattr(error, "filename", None)
-    folder = next(place for place in Path(file or "x").absolute().parents if place.exists())
+    folder = next(folder for folder in Path(file or "x").absolute().parents if folder.exists())
     free = readable(shutil.disk_usage(folder).free)
     return f"no room for {file or 'more'}: the disk of {folder} has {free} free"
 
 
 def readable(count: int) -> str:
-    """Bytes in the unit in which people count them."""
+    """A number of bytes as people write it, like 12.6 GB."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
             return f"{count / size:.1f} {unit}"

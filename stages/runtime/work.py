@@ -1,13 +1,13 @@
-"""Work that outlives a killed run: its finished parts wait in .cache for the next run.
+"""Work that survives a killed run: its finished parts stay in .cache for the next run.
 
-DVC deletes a stage's outputs before it runs the stage, so parts lie outside of them, in
-`.cache/<stage>-<digest>`, where the digest is of the stage's inputs and code. A killed run leaves
-this folder to the next run with the same digest, and a run that ends well removes it, unless DVC
-runs the stage: DVC still has to take the outputs into its cache, maybe gigabytes of them, and may
-be killed meanwhile. Therefore the folder is then marked as finished, and stays until any stage
-starts, except for the same one with the same digest before DVC has written dvc.lock. So nothing is
-left after a complete `dvc repro`, and after one that ends with another stage than `report`, at most
-the folder of its last stage.
+DVC deletes a stage's outputs before it runs the stage, so the parts are kept elsewhere, in
+`.cache/<stage>-<digest>`, where the digest covers the stage's inputs and code. A killed run leaves
+this folder to the next run with the same digest. A run that succeeds removes it, unless DVC runs
+the stage: DVC has yet to copy the outputs to its cache, perhaps gigabytes, and may be killed while
+it does. In that case the folder is only marked as finished. The next stage that starts removes it,
+unless that is the same stage with the same digest and DVC has not written dvc.lock since. So a
+complete `dvc repro` leaves nothing, and one that ends before `report` leaves at most the folder of
+its last stage.
 """
 
 import os
@@ -25,27 +25,27 @@ from filelock import FileLock, Timeout
 from stages.runtime.files import digest, digest_files, flush
 
 STAGES = Path(__file__).parent.parent
-# In a folder of work whose outputs are in place.
+# The mark in a folder of work whose outputs are in place.
 FINISHED = ".finished"
 
 
 @contextmanager
-def unfinished(stage: str, key: str) -> Iterator[Path]:
-    """Give the folder of a stage's finished parts, which a killed run leaves for the next one.
+def resumable(stage: str, key: str) -> Iterator[Path]:
+    """Yield the folder for a stage's finished parts, with what an interrupted run left in it.
 
-    `key` is a digest of all inputs that matter. The folder is locked while in use, and lies in
-    the original repository (DVC_ROOT) even for an experiment in a temporary copy of it.
+    `key` is a digest of all inputs that matter. The folder is locked while in use. It is in the
+    original repository (DVC_ROOT) even when an experiment runs in a temporary copy.
     """
     cache = Path(os.environ.get("DVC_ROOT", ".")) / ".cache"
     cache.mkdir(exist_ok=True)
     folder = cache / f"{stage}-{digest(key, _code_version())[:16]}"
     _remove_finished(cache, but=folder.name)
-    with _only_run(stage, "with the same inputs", folder.with_suffix(".lock")):
+    with _one_at_a_time(stage, "with the same inputs", folder.with_suffix(".lock")):
         if _dvc_has_outputs(folder / FINISHED):
-            # With `dvc repro --force`, for example, all is to be done anew.
+            # The stage runs although DVC has its outputs, as with `dvc repro --force`: start over.
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(exist_ok=True)
-        # What a killed run had half written, or had already finished.
+        # Half-written files of a killed run, and its mark.
         for leftover in [*folder.glob(".*.partial"), *folder.glob(FINISHED)]:
             leftover.unlink()
         yield folder
@@ -56,28 +56,28 @@ def unfinished(stage: str, key: str) -> Iterator[Path]:
 
 
 @contextmanager
-def only_run_here(stage: str) -> Iterator[None]:
-    """Let one run of a stage at a time write its outputs in the current directory.
+def exclusive_run(stage: str) -> Iterator[None]:
+    """Allow only one run of a stage at a time in the current directory.
 
-    A stage whose `dvc` was killed continues; the next run waits for it, and finds its work.
+    A stage keeps running when its `dvc` is killed. The next run waits for it, then uses its work.
     """
-    # Of the processes that torchrun starts together, the first.
+    # torchrun starts several processes of one run; the first holds the lock.
     if os.environ.get("RANK", "0") != "0":
         yield
         return
     cache = Path(".cache")
     cache.mkdir(exist_ok=True)
     name = _file_name(stage)
-    with _only_run(stage, "of this stage", cache / f"{name}.run.lock"):
+    with _one_at_a_time(stage, "of this stage", cache / f"{name}.run.lock"):
         _remove_finished(Path(os.environ.get("DVC_ROOT", "."), ".cache"), but=f"{name}-")
         yield
 
 
 @contextmanager
 def scratch(stage: str) -> Iterator[Path]:
-    """Give an empty folder for the time of the block, on the disk of the outputs.
+    """Yield an empty folder on the disk of the outputs, and remove it afterwards.
 
-    What a killed run left in it is removed. only_run_here sees to it that no other run uses it.
+    What a killed run left there is removed first. exclusive_run keeps other runs out of it.
     """
     folder = Path(".cache") / f"{_file_name(stage)}.scratch"
     shutil.rmtree(folder, ignore_errors=True)
@@ -89,9 +89,9 @@ def scratch(stage: str) -> Iterator[Path]:
 
 
 def publish_folder(folder: Path, out: Path) -> None:
-    """Replace `out` by all files of `folder`, as hard links where the disk has them, else copies.
+    """Replace `out` by the files of `folder`: hard links where the disk supports them, else copies.
 
-    `folder` keeps them, so a run that is killed here has nothing to repeat. Files whose names
+    `folder` keeps its files, so a run that is killed here has nothing to repeat. Files whose names
     begin with a dot are left out.
     """
     partial = out.with_name(f".{out.name}.partial")
@@ -113,13 +113,13 @@ def _link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-    # The library that wrote it may not have flushed it.
+    # The library that wrote the file may not have flushed it.
     flush(target)
 
 
 @contextmanager
-def _only_run(stage: str, which: str, lock_file: Path) -> Iterator[None]:
-    """Hold the lock; where another process holds it, say which one, and wait until it ends."""
+def _one_at_a_time(stage: str, which: str, lock_file: Path) -> Iterator[None]:
+    """Hold the lock. If another process holds it, say which one and wait until it ends."""
     lock = FileLock(lock_file)
     try:
         lock.acquire(blocking=False)
@@ -128,48 +128,49 @@ def _only_run(stage: str, which: str, lock_file: Path) -> Iterator[None]:
         lock.acquire()
     try:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        # On a full disk nobody is told; the stage's own writing will say that it is full.
+        # A full disk is reported by the stage's own writing.
         with suppress(OSError):
             lock_file.write_text(
                 f"process {os.getpid()} on {socket.gethostname()}, since {since}", "utf-8"
             )
         yield
     finally:
-        # While it is held: whoever waits notices that the file is gone, and makes another.
+        # Removed while the lock is held: a waiting process notices, and creates a new file.
         lock_file.unlink(missing_ok=True)
         lock.release()
 
 
 def _holder(lock_file: Path) -> str:
     with suppress(FileNotFoundError):
-        return lock_file.read_text("utf-8") or "it has just begun"
+        return lock_file.read_text("utf-8") or "it has just started"
     return "it has just ended"
 
 
 def _remove_finished(cache: Path, but: str) -> None:
-    """Remove finished folders, unless a run uses them or their names begin with `but`."""
+    """Remove finished folders, except those in use and those whose names begin with `but`."""
     for mark in cache.glob(f"*/{FINISHED}"):
         folder = mark.parent
         if folder.name.startswith(but):
             continue
         lock_file = folder.with_suffix(".lock")
         with suppress(Timeout), FileLock(lock_file).acquire(blocking=False):
-            # Another run may have taken it up since, and been killed.
+            # Another run may have resumed it since, and been killed.
             if mark.exists():
                 shutil.rmtree(folder, ignore_errors=True)
             lock_file.unlink(missing_ok=True)
 
 
 def _dvc_has_outputs(mark: Path) -> bool:
-    """Whether DVC has written dvc.lock since, as it does once it has the outputs of a stage."""
+    """Whether DVC has written dvc.lock since, as it does once it has cached a stage's outputs."""
     lock = Path("dvc.lock")
     return mark.exists() and lock.exists() and lock.stat().st_mtime_ns > mark.stat().st_mtime_ns
 
 
 def _code_version() -> str:
-    """Of the stage and of all packages that it has imported modules of, as dvc.yaml has its deps.
+    """A digest of the stage's code: its file, and every package that it imports from.
 
-    Some modules are imported later. Except for runtime, which decides no output.
+    Whole packages, as in the deps of dvc.yaml, because some modules are imported later. Without
+    runtime, which decides no byte of an output.
     """
     loaded = {Path(getattr(module, "__file__", None) or "") for module in sys.modules.values()}
     ours = {path for path in loaded if path.is_relative_to(STAGES)}
@@ -180,5 +181,5 @@ def _code_version() -> str:
 
 
 def _file_name(stage: str) -> str:
-    """For a stage with its arguments, which are not checked yet."""
+    """A file name for a stage and its arguments, which are not checked yet."""
     return re.sub(r"[^A-Za-z0-9_-]", "-", stage)

@@ -1,1 +1,1 @@
-"""Which bins are drawn and which set they go to, by seed and sibling group."""
+"""Which bins are sampled, and which set each belongs to, by seed and sibling group."""

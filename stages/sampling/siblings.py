@@ -9,10 +9,10 @@ import pandas as pd
 def padded_number(bin_id: str) -> int | None:
     """The number of a zero-padded id (00001 to 99999, 100000 and up); None for any other.
 
-    Un-padded ids (1 to 1200) belong to other bins than their padded twins and are in no sequence.
-    Some are siblings of padded bins all the same (1057 of 04131 and 04132, by their ASINs), and no
-    rule finds them: far-apart bins share an ASIN often, and now and then two. Each is a group of
-    its own, so up to 1,200 of the bucket's 536,434 bins may have a sibling in the other set.
+    Un-padded ids (1 to 1200) are other bins than their padded twins, and have no sequence. Some are
+    nevertheless siblings of padded bins (1057 of 04131 and 04132, by their ASINs), but no rule
+    finds them, since distant bins often share an ASIN, and sometimes two. Each un-padded id is a
+    group of its own, so up to 1,200 of the bucket's 536,434 bins may have a sibling in another set.
     """
     if re.fullmatch(r"\d{5}|[1-9]\d{5,17}", bin_id, re.ASCII) is None:
         return None
@@ -20,11 +20,11 @@ def padded_number(bin_id: str) -> int | None:
 
 
 def sibling_groups(ids: Sequence[str], contents: pd.DataFrame) -> list[str]:
-    """For each bin the id of the first bin of its group.
+    """For each bin, the id of the first bin in its group.
 
     `contents` has a row per item: `bin`, the position of its bin in `ids`, and `asin`. Two bins
-    are siblings when their padded ids are consecutive and both hold some ASIN; siblings of
-    siblings are one group.
+    are siblings if their padded ids are consecutive and they share an ASIN. Siblings of siblings
+    belong to one group.
     """
     numbers = pd.Series([padded_number(bin_id) for bin_id in ids], dtype="Int64")
     bins = pd.DataFrame({"id": ids, "number": numbers})

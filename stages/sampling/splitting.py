@@ -5,10 +5,13 @@ from collections.abc import Iterable
 
 import pandas as pd
 
+from stages.runtime import paths
 from stages.runtime.errors import UserError
 from stages.runtime.params import Split
+from stages.sampling.lists import read_list, refuse_unknown, some
 from stages.sampling.order import shuffled
 
+SETS = ("train", "validation", "test")
 #: Of each group the number of bins with each quantity.
 Contents = dict[str, dict[int, int]]
 
@@ -16,43 +19,93 @@ Contents = dict[str, dict[int, int]]
 def split(bins: pd.DataFrame, unusable: set[str], params: Split) -> pd.DataFrame:
     """A row per chosen bin: id, set ("train", "validation" or "test") and group, sorted by id.
 
-    `bins` has id, quantity and group. Test has `params.test` bins (as near below it as whole
-    groups allow). Train and validation have `params.train` together, of which `params.validation`
-    is validation's share. Each set has the quantities in the proportions of all. Bins that are
-    `unusable` are passed over; where too few remain for that, train has all the rest.
+    `bins` has id, quantity and group. Bins that are `unusable` are passed over.
     """
-    if params.train + params.test > len(bins):
+    usable = bins[~bins["id"].isin(unusable)].sort_values("id")
+    if params.file is None:
+        sets = draw_sets(usable, len(bins), params)
+    else:
+        sets = listed_sets(usable, bins["id"], params.file, params)
+    return usable.assign(set=sets).loc[sets.notna(), ["id", "set", "group"]]
+
+
+def draw_sets(bins: pd.DataFrame, drawn: int, params: Split) -> "pd.Series[str]":
+    """The set of each bin, drawn by seed; missing for those in none.
+
+    Test has `params.test` bins (as near below it as whole groups allow). Train and validation have
+    `params.train` together, of which `params.validation` is validation's share. Each set has the
+    quantities in the proportions of all. Where so many of the `drawn` bins are unusable that too
+    few remain for that, train has all the rest.
+    """
+    if params.train + params.test > drawn:
         raise UserError(
             f"split.train {params.train} and split.test {params.test} are more than the"
-            f" {len(bins)} bins of data/subset.parquet: lower them or raise subset.bins"
+            f" {drawn} bins of data/subset.parquet: lower them, or have more bins there by"
+            " subset.bins or subset.ids"
         )
-    bins = bins[~bins["id"].isin(unusable)].sort_values("id")
     if params.test >= len(bins):
         raise UserError(
             f"split.test {params.test} leaves nothing to train: {len(bins)} bins remain"
         )
     labels = bins["group"] if params.by == "group" else bins["id"]
-    # Dicts, as hundreds of thousands of Counters take seconds.
-    contents: Contents = defaultdict(dict)
-    for label, quantity in zip(labels.tolist(), bins["quantity"].tolist(), strict=True):
-        held = contents[label]
-        held[quantity] = held.get(quantity, 0) + 1
+    contents = contents_of(labels, bins["quantity"])
     counts = Counter(bins["quantity"])
     order = shuffled(contents, "split", params.seed)
     test = draw(order, contents, counts, params.test, "split.test")
     rest = [label for label in order if label not in test]
     left = count_bins(rest, contents)
     train = draw(rest, contents, counts, min(params.train, left), "split.train")
-    # In an order of its own: another share moves bins between train and validation only.
-    order = shuffled(train, "validation", params.seed)
-    size = round(params.validation * count_bins(train, contents))
-    validation = draw(order, contents, counts, size, "split.validation")
-    if train == validation:
-        raise UserError(f"split.validation {params.validation:g} leaves no sibling group to train")
+    validation = draw_validation({label: contents[label] for label in train}, counts, params)
     names = dict.fromkeys(test, "test") | dict.fromkeys(train, "train")
     names |= dict.fromkeys(validation, "validation")
-    sets = labels.map(names)
-    return bins.assign(set=sets).loc[sets.notna(), ["id", "set", "group"]]
+    return labels.map(names)
+
+
+def listed_sets(
+    bins: pd.DataFrame, ids: Iterable[str], name: str, params: Split
+) -> "pd.Series[str]":
+    """The set of each bin as the file lists/`name` has it; missing for those that it doesn't list.
+
+    Without validation in the file, `params.validation` takes its share of train, whole sibling
+    groups at a time. `ids` are those of the unusable bins too, which the file may list.
+    """
+    columns = read_list(name, "split.file", ["id", "set"])
+    listed = dict(zip(columns["id"], columns["set"], strict=True))
+    if unknown := sorted(set(listed.values()) - set(SETS)):
+        raise UserError(f"{paths.LISTS / name} has the sets {some(unknown)}: use {', '.join(SETS)}")
+    refuse_unknown(name, listed, ids, f"{paths.SUBSET} (take this file's bins by subset.ids)")
+    sets = bins["id"].map(listed)
+    shared = "validation" not in listed.values()
+    for needed in ("train", "test") if shared else SETS:
+        if not (sets == needed).any():
+            raise UserError(f"{paths.LISTS / name} has no usable bin in the set {needed}")
+    if shared:
+        train = bins[sets == "train"]
+        contents = contents_of(train["group"], train["quantity"])
+        validation = draw_validation(contents, Counter(train["quantity"]), params)
+        chosen = (sets == "train") & bins["group"].isin(validation)
+        sets = sets.mask(chosen, "validation")
+    return sets
+
+
+def contents_of(labels: "pd.Series[str]", quantities: "pd.Series[int]") -> Contents:
+    # Dicts, as hundreds of thousands of Counters take seconds.
+    contents: Contents = defaultdict(dict)
+    for label, quantity in zip(labels.tolist(), quantities.tolist(), strict=True):
+        held = contents[label]
+        held[quantity] = held.get(quantity, 0) + 1
+    return contents
+
+
+def draw_validation(train: Contents, counts: Counter[int], params: Split) -> set[str]:
+    """The groups of train that validate."""
+    # In an order of its own: another share moves bins between train and validation only.
+    order = shuffled(train, "validation", params.seed)
+    size = round(params.validation * count_bins(train, train))
+    validation = draw(order, train, counts, size, "split.validation")
+    if validation == train.keys():
+        raise UserError(f"split.validation {params.validation:g} leaves no sibling group to train")
+    return validation
 
 
 def draw(

@@ -1,1 +1,1 @@
-"""What a model's scores are worth: metrics, intervals, verification, comparison."""
+"""How good a model is: metrics, intervals, verification, comparison."""

@@ -44,6 +44,7 @@ def model_card(
         model=model,
         knobs=knobs,
         params=params,
+        chosen=chosen_by(params),
         sets=sets["set"].value_counts().to_dict(),
         intervals=intervals,
         alarms=tables["alarms"].to_dict("records")[0],
@@ -52,3 +53,11 @@ def model_card(
         temperature=tables["calibration"]["temperature"].iloc[-1],
     )
     return str(card).rstrip("\n") + "\n"
+
+
+def chosen_by(params: Params) -> str:
+    """What chose the bins and their sets: seeds, or lists of lists/."""
+    bins, sets = params.subset, params.split
+    of_bins = f"bins drawn with seed {bins.seed}" if bins.ids is None else f"bins of {bins.ids}"
+    of_sets = f"sets drawn with seed {sets.seed}" if sets.file is None else f"sets of {sets.file}"
+    return f"{of_bins}, {of_sets}"

@@ -72,11 +72,11 @@ def probability_metrics(
     targets = (actual[:, None] == np.array(labels)).argmax(axis=1)
     error = probabilities @ np.array(labels) - actual
     loss = negative_log_likelihood(probabilities, targets)
-    reliability = reliability_table(places == targets, probabilities.max(axis=1), weights)
+    right, confidence = places == targets, probabilities.max(axis=1)
     return {
         "rmse_of_mean": float(np.sqrt(np.average(error**2, weights=weights))),
         "nll": float(np.average(loss, weights=weights)),
-        "ece": expected_calibration_error(reliability),
+        "ece": expected_calibration_error(right, confidence, weights),
     }
 
 
@@ -93,28 +93,34 @@ def recall_and_precision(confusion: Floats) -> tuple[Floats, Floats]:
     return recall, precision
 
 
-def reliability_table(
-    right: NDArray[np.bool_], confidence: NDArray[np.floating], weights: Floats | None = None
-) -> pd.DataFrame:
+def reliability_table(right: NDArray[np.bool_], confidence: NDArray[np.floating]) -> pd.DataFrame:
     """How often predictions of about the same confidence are right: ideally as often as it says.
 
     A row for each interval of confidence with any predictions: their mean confidence, accuracy and
     number. There are CONFIDENCE_INTERVALS of equal width, closed on the right, as in section 2 of
     Guo et al., On Calibration of Modern Neural Networks, 2017 (arXiv:1706.04599).
     """
-    weights = np.ones(len(right)) if weights is None else weights
+    means, accuracy, bins = _by_confidence(right, confidence, np.ones(len(right)))
+    return pd.DataFrame({"confidence": means, "accuracy": accuracy, "test_bins": bins})
+
+
+def expected_calibration_error(
+    right: NDArray[np.bool_], confidence: NDArray[np.floating], weights: Floats
+) -> float:
+    """The mean distance between confidence and accuracy over all bins (eq. 3 of the same paper)."""
+    means, accuracy, bins = _by_confidence(right, confidence, weights)
+    return float(np.average(np.abs(means - accuracy), weights=bins))
+
+
+def _by_confidence(
+    right: NDArray[np.bool_], confidence: NDArray[np.floating], weights: Floats
+) -> tuple[Floats, Floats, Floats]:
+    """The columns of reliability_table, as arrays: a bootstrap needs them a thousand times."""
     edges = np.linspace(0, 1, CONFIDENCE_INTERVALS + 1)
     interval = np.digitize(confidence, edges[1:-1], right=True)
     bins, confident, rightly = (
-        np.bincount(interval, weights * values, minlength=CONFIDENCE_INTERVALS)
+        np.bincount(interval, weights * values, minlength=CONFIDENCE_INTERVALS).astype(np.float64)
         for values in (1.0, np.float64(confidence), right)
     )
     some = bins > 0
-    columns = {"confidence": confident[some] / bins[some], "accuracy": rightly[some] / bins[some]}
-    return pd.DataFrame(columns | {"test_bins": bins[some]})
-
-
-def expected_calibration_error(reliability: pd.DataFrame) -> float:
-    """The mean distance between confidence and accuracy over all bins (eq. 3 of the same paper)."""
-    distance = (reliability["confidence"] - reliability["accuracy"]).abs()
-    return float(np.average(distance, weights=reliability["test_bins"]))
+    return confident[some] / bins[some], rightly[some] / bins[some], bins[some]

@@ -1,1 +1,1 @@
-"""Making shards, one function call each, here or on a Ray cluster; finished shards are kept."""
+"""Building shards, one function call each, here or on a Ray cluster; finished ones are kept."""

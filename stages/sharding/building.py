@@ -1,4 +1,4 @@
-"""Shards: one function call makes one, finished ones are kept, and rejects are counted."""
+"""Building shards: one function builds one, finished ones are kept, rejects are counted."""
 
 import asyncio
 import gc
@@ -24,36 +24,36 @@ from stages.formats.shards import (
 from stages.runtime.errors import UserError
 
 _NAMED_REJECTS = 10
-# In a folder of work.
+# Subfolders of a stage's work folder.
 _SHARDS, _REJECTS = "shards", "rejects"
-# A shard is held in memory, and so are others beside it.
+# Several shards are held in memory at once.
 _MOST_SHARD_BYTES = 300_000_000
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file to be made, of `rows` rows, from the table `source`, or the one at that path."""
+    """A file to build: `rows` rows from `source`, which is a table or the path of one."""
 
     name: str
     rows: int
     source: Any
 
 
-class MadeShard(NamedTuple):
-    """What became of a shard's rows, and what was retried for them, by kind."""
+class BuiltShard(NamedTuple):
+    """A shard's finished rows, its rejects, and how many requests were retried, by kind."""
 
     table: pa.Table
     rejects: list[Reject]
     retried: Counter[str]
 
 
-#: Makes one shard, and calls its second argument with each number of finished rows. It is pickled
-#: for the machines of a cluster.
-MakeShard = Callable[[Shard, Callable[[int], object]], Awaitable[MadeShard]]
+#: Builds one shard, and reports progress by calling its second argument with a number of rows. It
+#: is pickled when it runs on a cluster.
+BuildShard = Callable[[Shard, Callable[[int], object]], Awaitable[BuiltShard]]
 
 
 class WrittenShard(NamedTuple):
-    """What is known of a shard once it lies in the folder."""
+    """The summary of a shard that has been written."""
 
     name: str
     rows: int
@@ -70,13 +70,13 @@ class RejectLimit:
 
 
 def plan_shards(table: pa.Table, rows: int, row_bytes: str | None = None) -> list[Shard]:
-    """The table's rows in their order, so many to a shard.
+    """Cut the table into shards of `rows` rows, in order.
 
-    Fewer where the sum of the column `row_bytes` would not fit into memory.
+    A shard has fewer rows where the sum of its column `row_bytes` would not fit into memory.
     """
     sizes = [0] * len(table) if row_bytes is None else table[row_bytes].to_pylist()
     starts = _starts(sizes, rows)
-    # Copies: a slice takes its whole table along to another machine.
+    # Copies, because pickling a slice sends its whole table to another machine.
     pieces = [
         table.take(pa.array(range(start, stop))) for start, stop in pairwise([*starts, len(table)])
     ]
@@ -84,12 +84,12 @@ def plan_shards(table: pa.Table, rows: int, row_bytes: str | None = None) -> lis
 
 
 def _starts(sizes: list[int], rows: int) -> list[int]:
-    """Where shards begin, of at most so many rows and _MOST_SHARD_BYTES, but one row at least."""
+    """Where each shard begins: at most `rows` and _MOST_SHARD_BYTES, but at least one row."""
     starts: list[int] = []
     held = 0
-    for place, size in enumerate(sizes):
-        if not starts or place - starts[-1] == rows or held + size > _MOST_SHARD_BYTES:
-            starts.append(place)
+    for position, size in enumerate(sizes):
+        if not starts or position - starts[-1] == rows or held + size > _MOST_SHARD_BYTES:
+            starts.append(position)
             held = 0
         held += size
     return starts
@@ -98,7 +98,7 @@ def _starts(sizes: list[int], rows: int) -> list[int]:
 async def each_row(
     work: Callable[[Row], Awaitable[Row | Reject]], shard: Shard, advance: Callable[[int], object]
 ) -> list[Row | Reject]:
-    """What `work` makes of the rows of a shard's table, all under way at once, in their order."""
+    """Apply `work` to all rows of a shard's table concurrently; results keep the rows' order."""
 
     async def one(row: Row) -> Row | Reject:
         result = await work(row)
@@ -108,32 +108,32 @@ async def each_row(
     return await asyncio.gather(*map(one, shard.source.to_pylist()))
 
 
-def made_of(
+def built_shard(
     results: Iterable[Row | Reject], schema: pa.Schema, retried: Counter[str] | None = None
-) -> MadeShard:
-    """The shard of the rows among the results, in their order."""
+) -> BuiltShard:
+    """Separate the results into rows and rejects."""
     rows, rejects = [], []
     for result in results:
         if isinstance(result, Reject):
             rejects.append(result)
         else:
             rows.append(result)
-    return MadeShard(pa.Table.from_pylist(rows, schema), rejects, retried or Counter())
+    return BuiltShard(pa.Table.from_pylist(rows, schema), rejects, retried or Counter())
 
 
-def write_shard(folder: Path, shard: Shard, made: MadeShard) -> WrittenShard:
-    """Put it into the folder of work, after its rejects: where it exists, they are known."""
-    write_rejects(_rejects_file(folder, shard.name), made.rejects)
-    write_table(folder / _SHARDS / shard.name, made.table)
-    return WrittenShard(shard.name, shard.rows, made.rejects, made.retried)
+def write_shard(folder: Path, shard: Shard, result: BuiltShard) -> WrittenShard:
+    """Write the rejects before the shard: if a shard exists, so do its rejects."""
+    write_rejects(_rejects_file(folder, shard.name), result.rejects)
+    write_table(folder / _SHARDS / shard.name, result.table)
+    return WrittenShard(shard.name, shard.rows, result.rejects, result.retried)
 
 
-#: Makes shards and writes them into a folder, in any order, here or elsewhere. Its arguments are
-#: make, folder, shards, advance and keep: it calls `advance` with each number of finished rows, and
-#: `keep` with each shard that is written.
+#: Builds shards and writes them to a folder, in any order, on this machine or others. Its arguments
+#: are build, folder, shards, advance (called with each number of finished rows) and keep (called
+#: with each written shard).
 Executor = Callable[
     [
-        MakeShard,
+        BuildShard,
         Path,
         Sequence[Shard],
         Callable[[int], object],
@@ -144,7 +144,7 @@ Executor = Callable[
 
 
 def build_shards(
-    make: MakeShard,
+    build: BuildShard,
     folder: Path,
     shards: Sequence[Shard],
     limit: RejectLimit,
@@ -152,11 +152,11 @@ def build_shards(
     unit: str,
     executor: Executor,
 ) -> tuple[Path, list[Reject], Counter[str]]:
-    """Have each shard made that `folder` doesn't have yet.
+    """Build the shards that are missing from `folder`.
 
-    Returns the folder of the shards, all rejects in the rows' order, and what was retried. Raises
-    UserError, naming the first ten, once more than `limit` are rejected; the shards with rejects
-    are then removed, so that the next run tries them again.
+    Returns the folder of the shards, all rejects in row order, and the retries by kind. Raises
+    UserError, naming the first ten rejects, once more than `limit` of the rows are rejected. Shards
+    with rejects are then removed, so that the next run tries them again.
     """
     done, retried = _prepare(folder), Counter[str]()
     total = sum(shard.rows for shard in shards)
@@ -177,17 +177,17 @@ def build_shards(
         _rare_collections(),
     ):
         progress.update(total - sum(shard.rows for shard in missing))
-        executor(make, folder, missing, progress.update, keep)
+        executor(build, folder, missing, progress.update, keep)
     return done, [reject for shard in shards for reject in rejects[shard.name]], retried
 
 
 def missing_shards(folder: Path, shards: Sequence[Shard]) -> list[Shard]:
-    """Those that build_shards has still to make there."""
+    """The shards that `folder` does not have yet."""
     return [shard for shard in shards if not (folder / _SHARDS / shard.name).exists()]
 
 
 def first_finished_row(folder: Path, shards: Sequence[Shard]) -> Row | None:
-    """A row of a planned table whose shard an earlier run made with it; None without any."""
+    """A row that an earlier run built successfully, or None."""
     missing = {shard.name for shard in missing_shards(folder, shards)}
     for shard in shards:
         if shard.name not in missing and isinstance(shard.source, pa.Table):
@@ -201,9 +201,9 @@ def first_finished_row(folder: Path, shards: Sequence[Shard]) -> Row | None:
 
 @contextmanager
 def _rare_collections() -> Iterator[None]:
-    """Rows are many small objects, none of them in a cycle.
+    """Let Python's cyclic garbage collector run rarely.
 
-    Python's collector, which goes over them time and again, took a sixth of index's time.
+    Rows are many small objects without cycles; collecting them took a sixth of index's time.
     """
     usual = gc.get_threshold()
     gc.freeze()
@@ -216,7 +216,7 @@ def _rare_collections() -> Iterator[None]:
 
 
 def _prepare(folder: Path) -> Path:
-    """Make its folders, without what a killed run had half written; the one of the shards."""
+    """Create the subfolders, remove what a killed run half wrote, return the shards' folder."""
     for inner in (folder / _SHARDS, folder / _REJECTS):
         inner.mkdir(exist_ok=True)
         for leftover in inner.glob(".*.partial"):
@@ -229,7 +229,7 @@ def _rejects_file(folder: Path, shard: str) -> Path:
 
 
 def _finished_rejects(folder: Path, shards: Sequence[Shard]) -> dict[str, list[Reject]]:
-    """The rejects of each shard that is there."""
+    """The rejects of every finished shard, by its name."""
     missing = {shard.name for shard in missing_shards(folder, shards)}
     names = [shard.name for shard in shards if shard.name not in missing]
     return {name: read_rejects(_rejects_file(folder, name)) for name in names}
@@ -241,7 +241,7 @@ def _are_too_many(rejects: dict[str, list[Reject]], total: int, limit: RejectLim
 
 
 def _without_rejects(rejects: dict[str, list[Reject]], done: Path) -> dict[str, list[Reject]]:
-    """Remove the shards that rejected something, so that they are tried again; the others."""
+    """Remove the shards that have rejects, so that they are tried again; returns the others."""
     for name, some in rejects.items():
         if some:
             (done / name).unlink()

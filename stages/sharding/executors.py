@@ -1,4 +1,4 @@
-"""Where shards are made: in this process, or on the machines of a Ray cluster."""
+"""Where shards are built: in this process, or on the machines of a Ray cluster."""
 
 import asyncio
 import logging
@@ -14,75 +14,75 @@ from urllib.parse import urlsplit
 import uvloop
 
 from stages.runtime.errors import UserError
-from stages.sharding.building import Executor, MakeShard, Shard, WrittenShard, write_shard
+from stages.sharding.building import BuildShard, Executor, Shard, WrittenShard, write_shard
 
 ROOT = Path(__file__).parent.parent.parent
 HEAD_SECONDS = 10
 
 
 def executor(name: Literal["local", "ray"], at_once: int) -> Executor:
-    """The executor that run.executor names; the local one makes `at_once` shards at a time."""
-    return make_on_ray if name == "ray" else partial(make_here, at_once)
+    """The executor that run.executor names; the local one builds `at_once` shards at a time."""
+    return build_on_ray if name == "ray" else partial(build_here, at_once)
 
 
-def make_here(
+def build_here(
     at_once: int,
-    make: MakeShard,
+    build: BuildShard,
     folder: Path,
     shards: Sequence[Shard],
     advance: Callable[[int], object],
     keep: Callable[[WrittenShard], object],
 ) -> None:
-    """In one event loop, which also lets shards be read while others are written."""
+    """Build shards in one event loop, so that some are read while others are written."""
 
-    async def make_all() -> None:
-        # For decoding and writing, which release Python's lock.
+    async def build_all() -> None:
+        # For decoding and writing, which release the GIL.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(at_once))
         turns = asyncio.Semaphore(at_once)
 
-        async def make_one(shard: Shard) -> None:
+        async def build_one(shard: Shard) -> None:
             async with turns:
-                keep(await make_and_write(make, folder, shard, advance))
+                keep(await build_and_write(build, folder, shard, advance))
 
         async with asyncio.TaskGroup() as group:
             for shard in shards:
-                group.create_task(make_one(shard))
+                group.create_task(build_one(shard))
 
     try:
-        uvloop.run(make_all())
+        uvloop.run(build_all())
     except BaseExceptionGroup as group:
-        # The first ended the others.
+        # The first failure cancelled the other shards.
         raise group.exceptions[0] from None
 
 
-async def make_and_write(
-    make: MakeShard, folder: Path, shard: Shard, advance: Callable[[int], object]
+async def build_and_write(
+    build: BuildShard, folder: Path, shard: Shard, advance: Callable[[int], object]
 ) -> WrittenShard:
-    made = await make(shard, advance)
-    return await asyncio.to_thread(write_shard, folder, shard, made)
+    result = await build(shard, advance)
+    return await asyncio.to_thread(write_shard, folder, shard, result)
 
 
-def make_on_ray(
-    make: MakeShard,
+def build_on_ray(
+    build: BuildShard,
     folder: Path,
     shards: Sequence[Shard],
     advance: Callable[[int], object],
     keep: Callable[[WrittenShard], object],
 ) -> None:
-    """Each shard in a task of the cluster at RAY_ADDRESS, which has a core to itself.
+    """Build each shard in a one-core task of the Ray cluster at RAY_ADDRESS.
 
-    This repository and the folder are on a disk that all machines share, at the same path. A task
-    whose machine is lost is run again on another one.
+    This repository and `folder` must be on a disk that all machines share, at the same path. Ray
+    repeats a task on another machine when its own is lost.
     """
     ray = _connected()
     cores = int(ray.cluster_resources().get("CPU", 1))
-    task = ray.remote(num_cpus=1)(_make_in_task)
-    shipped = ray.put((make, folder.absolute()))
+    task = ray.remote(num_cpus=1)(_build_in_task)
+    shipped = ray.put((build, folder.absolute()))
     waiting = list(reversed(shards))
     pending: list[Any] = []
     try:
         while waiting or pending:
-            # Twice the cores: the next task is there when one ends.
+            # Twice as many tasks as cores, so that no core waits for its next one.
             while waiting and len(pending) < 2 * cores:
                 pending.append(task.remote(shipped, waiting.pop()))
             (done,), pending = ray.wait(pending)
@@ -93,14 +93,14 @@ def make_on_ray(
         ray.shutdown()
 
 
-def _make_in_task(job: tuple[MakeShard, Path], shard: Shard) -> WrittenShard:
-    make, folder = job
-    return uvloop.run(make_and_write(make, folder, shard, lambda _: None))
+def _build_in_task(job: tuple[BuildShard, Path], shard: Shard) -> WrittenShard:
+    build, folder = job
+    return uvloop.run(build_and_write(build, folder, shard, lambda _: None))
 
 
 def _connected() -> Any:
     try:
-        import ray  # noqa: PLC0415 - a package that only this executor needs
+        import ray  # noqa: PLC0415 - only this executor needs it
     except ImportError:
         raise UserError(
             "run.executor is ray, which is not installed: pip install ray, or set run.executor to"
@@ -116,12 +116,12 @@ def _connected() -> Any:
 
 
 def _find_head() -> None:
-    """Raise UserError where nothing answers at RAY_ADDRESS, for which Ray itself waits minutes."""
+    """Raise UserError if nothing answers at RAY_ADDRESS; Ray itself would wait for minutes."""
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         raise UserError(
-            "run.executor is ray, but RAY_ADDRESS is not set: the address of a cluster's head, like"
-            " 10.0.0.1:6379, or auto on a machine of the cluster"
+            "run.executor is ray, but RAY_ADDRESS is not set: set it to the address of the"
+            " cluster's head, such as 10.0.0.1:6379, or to auto on a machine of the cluster"
         )
     if address == "auto":
         return
@@ -133,7 +133,7 @@ def _find_head() -> None:
 
 
 def _result(ray: Any, done: Any) -> WrittenShard:
-    """Raises what the task raised, as if it had run here."""
+    """What the task returned; raises what it raised."""
     try:
         written: WrittenShard = ray.get(done)
     except ray.exceptions.RayTaskError as error:

@@ -1,1 +1,1 @@
-"""Training a classifier, on one device or many, in a way that survives being killed."""
+"""Training a classifier on one device or many; an interrupted training resumes."""

@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from stages.runtime.errors import Stopped, UserError
 from stages.runtime.files import atomic_write
+from stages.runtime.machine import machine_error
 from stages.training.processes import Processes
 
 NAME = "checkpoint.pt"
@@ -115,8 +116,10 @@ def _load(path: Path, data: bytes | None) -> dict[str, Any] | None:
         return None
     try:
         saved: dict[str, Any] = torch.load(io.BytesIO(data), "cpu", weights_only=True)
-    # Of bytes in memory, so it is not the machine's fault.
     except (RuntimeError, ValueError, EOFError, LookupError, pickle.UnpicklingError) as error:
+        # Too little memory, for example: the checkpoint may be good.
+        if of_machine := machine_error(error):
+            raise of_machine from None
         reason = str(error).partition("\n")[0]
         print(f"{path} is damaged ({reason}): starting from the beginning", flush=True)
         return None

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -26,6 +26,7 @@ from stages.runtime.errors import UserError
 from stages.runtime.params import Model
 from stages.training.augmentation import flip, jitter_colors
 from stages.training.checkpoint import NotFiniteError, TrainingState, Watch
+from stages.training.compilation import compile_for
 from stages.training.epochs import EpochPlan, part_count, plan_epoch, split_into_batches
 from stages.training.losses import training_loss
 from stages.training.optimization import learning_rate, make_optimizer, set_learning_rate
@@ -77,7 +78,8 @@ class Trainer:
             freeze_backbone(classifier)
         self.state = start_state(classifier, knobs)
         self.module = self.processes.distribute(classifier.network)
-        self.compiled = compile_for(self.module, classifier.device, knobs)
+        device = classifier.device
+        self.compiled, self.compiling_problem = compile_for(self.module, device, knobs)
         self.normalize = normalizer(classifier)
 
     @property
@@ -314,12 +316,6 @@ def moving_average(decay: float) -> Callable[..., None]:
             average.copy_(value)
 
     return update
-
-
-def compile_for(module: nn.Module, device: torch.device, knobs: Model) -> Callable[[Tensor], Any]:
-    """By default compiled on a GPU only, since on a CPU that makes ResNet34 slower."""
-    wanted = device.type == "cuda" if knobs.compile == "auto" else knobs.compile
-    return torch.compile(module, dynamic=False) if wanted else module
 
 
 def seed_dropout(seed: int, epoch: int, step: int, rank: int, device: torch.device) -> None:

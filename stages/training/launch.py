@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from stages.runtime.command import explain
 from stages.runtime.errors import Stopped, UserError
+
+LAST_WORDS_SECONDS = 10
 
 
 def process_count(wanted: int | str) -> int:
@@ -82,7 +85,16 @@ def _run_one(work: Callable[..., str], arguments: tuple[str, ...], errors: Any) 
     except Exception as error:
         if line := explain(error):
             errors.put(UserError(line))
+        elif _is_lost_exchange(error):
+            # Another process failed first, and may still be about to say why: torchrun ends this
+            # one as soon as that one has ended.
+            time.sleep(LAST_WORDS_SECONDS)
         raise
+
+
+def _is_lost_exchange(error: Exception) -> bool:
+    """Whether it only says that another process is gone."""
+    return isinstance(error, DistError) or "/gloo/transport/" in str(error)
 
 
 def _run_beside_others(work: Callable[..., str], *arguments: str) -> str:
@@ -90,7 +102,7 @@ def _run_beside_others(work: Callable[..., str], *arguments: str) -> str:
     try:
         return work(*arguments)
     except RuntimeError as error:
-        if not isinstance(error, DistError) and "/gloo/transport/" not in str(error):
+        if not _is_lost_exchange(error):
             raise
         # Without its place in the C++ source, and without advice for programmers.
         reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0].splitlines()[0]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from stages.imaging.loader import Bins, open_bins, pack_bins
 from stages.runtime.errors import UserError
-from stages.runtime.work import unfinished
+from stages.runtime.work import resumable
 from stages.training.processes import Processes
 
 
@@ -26,7 +26,7 @@ def folder_of_work(stage: str, digest: Callable[[], str], processes: Processes) 
         )
     with ExitStack() as stack:
         if processes.is_first:
-            folder = stack.enter_context(unfinished(stage, key))
+            folder = stack.enter_context(resumable(stage, key))
             processes.agree(str(folder))
         else:
             folder = Path(processes.agree(""))

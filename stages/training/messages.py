@@ -1,5 +1,6 @@
 """What a training says: a line when it starts, and one after each epoch."""
 
+from stages.training.compilation import NEEDS
 from stages.training.engine import Epoch, Trainer
 
 
@@ -12,6 +13,12 @@ def report_start(model: str, trainer: Trainer, *, resumed: bool) -> None:
     )
     if resumed:
         print(f"{model}: continuing after epoch {state.epoch}, step {state.step}", flush=True)
+    if trainer.compiling_problem:
+        print(
+            f"{model}: warning: trains more slowly without torch.compile, which fails on this"
+            f" machine ({trainer.compiling_problem}): {NEEDS}",
+            flush=True,
+        )
     if knobs.warmup_steps >= knobs.epochs * steps:
         print(
             f"{model}: warning: train.{model}.warmup_steps ({knobs.warmup_steps}) covers all"

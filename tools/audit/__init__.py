@@ -1,1 +1,1 @@
-"""The audit: which bins hold something else than their inventory record says."""
+"""The audit: finds bins that do not hold what their inventory record says."""

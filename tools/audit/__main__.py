@@ -1,9 +1,9 @@
-"""Find the bins whose inventory record is probably wrong, judging by their photographs.
+"""Find bins whose inventory record is probably wrong, judging by their photographs.
 
-Writes two files into a folder: audit.csv, a row for each bin with the expected count and the one
-that the photograph shows, and index.html, a page of the alarms with their photographs, the surest
-first. An alarm is a bin whose photograph makes the expected count improbable; how improbable
-follows from --false-alarm.
+Writes two files into a folder: audit.csv, with the expected count of every bin and the count that
+its photograph shows, and index.html, a page of the flagged bins with their photographs, the most
+suspicious first. A bin is flagged (an alarm) when its recorded count is less likely than those of
+95% of correct records; --false-alarm changes that share.
 """
 
 import argparse
@@ -16,9 +16,12 @@ from stages.runtime.command import explain
 from stages.runtime.machine import allow_open_files
 
 EPILOG = """\
-expected counts, without --expected:
-  photographs in bin-images/   from the records beside them, metadata/<id>.json
-  Parquet shards               from their column `quantity`
+where expected counts come from without --expected:
+  photographs in bin-images/   the records metadata/<id>.json beside that folder
+  Parquet files                their column `quantity`
+
+CSV files may be comma-, semicolon- or tab-separated, as Excel and databases save them. Ids that
+lost their leading zeros in a spreadsheet are matched where only one photograph fits.
 
 examples:
   python -m tools.audit photographs --expected counts.csv
@@ -26,13 +29,13 @@ examples:
   python -m tools.audit data/resized --false-alarm 0.01 --out nightly
 
 exit codes, for a nightly job:
-  0   no alarms
-  1   alarms
-  2   an error: nothing could be audited
-  130 stopped by Ctrl-C
+  0    no bin is flagged
+  1    at least one bin is flagged
+  2    an error: there is no result
+  130  stopped by Ctrl-C
 
-An audit that was stopped or killed continues where it was when it is started again. Ids are texts:
-00100 and 100 are two bins. In a spreadsheet, import the column `id` of audit.csv as text.
+If an audit is stopped, run the same command again: it continues from there. Ids are text, not
+numbers: 00100 and 100 are two bins. Import the column `id` of audit.csv into a spreadsheet as text.
 """
 
 
@@ -40,7 +43,7 @@ def main() -> None:
     arguments = vars(make_parser().parse_args())
     allow_open_files()
     try:
-        # torch takes seconds to import; --help and a wrong option do not wait for it.
+        # Importing torch takes seconds, which --help and a wrong option need not wait for.
         from tools.audit.run import audit  # noqa: PLC0415
 
         alarms = audit(**arguments)
@@ -48,8 +51,8 @@ def main() -> None:
         print("audit: interrupted; the next run continues from here", file=sys.stderr)
         sys.exit(130)
     except FileNotFoundError as error:
-        fail(f"{error}: check this path, and run again")
-    except Exception as error:  # noqa: BLE001 - Python itself would exit with 1, the code of alarms
+        fail(f"{error}: check this path and run again")
+    except Exception as error:  # noqa: BLE001 - Python would exit with 1, which means alarms
         fail(explain(error) or "".join(traceback.format_exception(error)))
     sys.exit(1 if alarms else 0)
 
@@ -63,14 +66,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "photographs",
-        help="a folder of <id>.jpg or bin-images/<id>.jpg; s3://bucket/prefix with the same;"
-        " or a Parquet file, or a folder of them, with the columns id and image",
+        help="a folder with <id>.jpg or bin-images/<id>.jpg, an s3://bucket/prefix with the same,"
+        " a Parquet file with the columns id and image, or a folder of such files",
     )
     parser.add_argument(
         "--expected",
         type=Path,
         metavar="PATH",
-        help="a CSV with the columns id and expected (or quantity), or a folder of <id>.json",
+        help="a CSV file with the columns id and expected (or quantity), or a folder of records"
+        " <id>.json",
     )
     parser.add_argument(
         "--model",
@@ -78,32 +82,38 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FOLDER",
-        help="for example models/vit; repeat it to average several; default: all of models/",
+        help="for example models/vit; repeat the option to average several models; default: every"
+        " model in models/",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("audit"), metavar="FOLDER", help="default: audit"
+        "--out",
+        type=Path,
+        default=Path("audit"),
+        metavar="FOLDER",
+        help="where to write the two files; default: audit",
     )
     parser.add_argument(
         "--false-alarm",
         type=share,
         default=0.05,
         metavar="SHARE",
-        help="the share of the right records that may become alarms; default: 0.05",
+        help="the share of correct records that may be flagged; default: 0.05",
     )
     parser.add_argument(
         "--top",
         type=whole,
         default=200,
         metavar="BINS",
-        help="the most alarms that the page shows; default: 200",
+        help="show at most this many flagged bins on the page; default: 200",
     )
     s3 = parser.add_argument_group("S3")
     s3.add_argument("--endpoint", metavar="URL", help="the address of an S3-compatible server")
-    s3.add_argument("--region", default="us-east-1", help="default: us-east-1")
+    s3.add_argument("--region", default="us-east-1", help="of the bucket; default: us-east-1")
     s3.add_argument(
         "--signed",
         action="store_true",
-        help="sign requests with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of the environment",
+        help="for a private bucket: sign requests with the credentials of the AWS command line"
+        " (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, SSO or a role)",
     )
     return parser
 

@@ -1,8 +1,6 @@
-"""The counts that the inventory system expects: a CSV, the records' JSON, or a column of shards."""
+"""Expected counts: from a CSV file, the JSON records, or a column of the Parquet files."""
 
-import csv
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
@@ -13,56 +11,61 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from stages.collecting.bucket import RECORDS
-from stages.collecting.records import Record, RecordError, is_bin_id, parse_record
+from stages.collecting.ids import RECORD
+from stages.collecting.records import Record, RecordError, parse_record
 from stages.runtime.errors import UserError
+from tools.audit.counts import CountsError, Listed, Matched, match_ids, parse_counts
 from tools.audit.photographs import Content, Files, Photographs, Shards, open_folder
 
+NO_COUNT = "no expected count"
+UNCLEAR = "unclear which row has its count, since ids lost their leading zeros"
 _RECORDS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
 class Expected:
-    """`counts` by id, and why other bins that `place` names have none."""
+    """The counts by id, why other bins of `place` have none, and anything unusual about reading."""
 
     place: str
     counts: dict[str, int] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     records: Files | None = None
 
     @property
     def left_out(self) -> list[str]:
-        """Files of records whose names are not ids."""
+        """Records whose file names are not ids."""
         return [] if self.records is None else self.records.left_out
 
     def items(self, ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-        """What the records of these bins list, as parse_record gives it."""
+        """The items in the records of these bins, as parse_record returns them."""
         items = {}
         for content in self.records.pick(ids) if self.records else ():
-            # A record that has changed since its count was read may list nothing.
+            # A record may have changed since its count was read.
             with suppress(RecordError):
                 items[content.id] = parse(content)["items"]
         return items
 
 
 def find_expected(path: Path | None, photographs: Photographs) -> Expected:
-    """The counts at `path`, or those beside the photographs. Raises UserError if there are none."""
+    """The counts at `path` or else beside the photographs. Raises UserError if there are none."""
     if path is not None and path.is_dir():
-        return read_records(Files(str(path), open_folder(path), "", "json"))
+        return read_records(Files(str(path), open_folder(path), "", RECORD))
     if path is not None:
-        return read_counts(path)
+        return read_counts(path, photographs.ids)
     if isinstance(photographs, Shards):
         return read_column(photographs)
     if photographs.prefix:
         place = f"{photographs.place.rstrip('/')}/{RECORDS}"
-        return read_records(Files(place, photographs.store, RECORDS, "json"))
-    raise UserError(
-        f"{photographs.place} has photographs but no counts: give --expected counts.csv"
-    )
+        return read_records(Files(place, photographs.store, RECORDS, RECORD))
+    raise UserError(f"{photographs.place} has photographs but no counts: add --expected counts.csv")
 
 
 def read_records(records: Files) -> Expected:
     if not records.ids:
-        raise UserError(f"there are no records <id>.json in {records.place}: give --expected")
+        raise UserError(
+            f"there are no records <id>.json in {records.place}: add --expected counts.csv"
+        )
     found = Expected(records.place, records=records)
     contents = chain.from_iterable(records.parts(0, _RECORDS_AT_ONCE))
     for content in tqdm(contents, "records", len(records.ids), disable=None, leave=False):
@@ -74,57 +77,47 @@ def read_records(records: Files) -> Expected:
 
 
 def parse(content: Content) -> Record:
-    """Raises RecordError also where the file could not be read."""
+    """Raises RecordError, also where the file could not be read."""
     if content.problem:
         raise RecordError(content.problem)
     return parse_record(content.data)
 
 
 def read_column(photographs: Shards) -> Expected:
-    found = Expected("their column quantity")
+    found = Expected("the column quantity")
     for path, rows in photographs.rows.items():
         if "quantity" not in rows.column_names:
-            raise UserError(f"{path} has no column quantity: give --expected counts.csv")
+            raise UserError(f"{path} has no column quantity: add --expected counts.csv")
         known = rows.filter(pc.field("quantity").is_valid()).to_pylist()
         found.counts.update({row["id"]: row["quantity"] for row in known})
     return found
 
 
-def read_counts(path: Path) -> Expected:
-    """A CSV, in which an empty count means that there is none. Raises UserError with the line."""
-    found = Expected(str(path))
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        try:
-            for line, bin_id, count in read_rows(path, csv.DictReader(file, strict=True)):
-                check_row(f"{path}: line {line}", bin_id, count)
-                if bin_id in found.counts or bin_id in found.problems:
-                    raise UserError(f"{path} lists the bin {bin_id} twice: keep one")
-                if count:
-                    found.counts[bin_id] = int(count)
-                else:
-                    found.problems[bin_id] = "no expected count"
-        except UnicodeDecodeError:
-            raise UserError(f"{path} is not UTF-8: save it as `CSV UTF-8`") from None
-        except csv.Error as error:
-            raise UserError(f"{path} is not a CSV: {error}") from None
+def read_counts(path: Path, photographs: Iterable[str]) -> Expected:
+    """The counts in a CSV file for photographs with these ids. Raises UserError if unusable."""
+    try:
+        listed = parse_counts(path.read_bytes())
+    except CountsError as error:
+        raise UserError(f"{path}: {error}") from None
+    matched = match_ids(listed.rows, photographs)
+    problems = dict.fromkeys(matched.unclear, UNCLEAR)
+    found = Expected(str(path), problems=problems, notes=describe(listed, matched))
+    for bin_id, count in matched.rows.items():
+        if count is None:
+            found.problems[bin_id] = NO_COUNT
+        else:
+            found.counts[bin_id] = count
     return found
 
 
-def read_rows(path: Path, reader: "csv.DictReader[str]") -> Iterator[tuple[int, str, str]]:
-    """Line, id and count of each row."""
-    header = reader.fieldnames or []
-    columns = [name for name in ("expected", "quantity") if name in header]
-    if "id" not in header or not columns:
-        raise UserError(
-            f"{path}: its first line is {','.join(header)!a:.80}, but should name the columns id"
-            " and expected, separated by commas"
+def describe(listed: Listed, matched: Matched) -> list[str]:
+    """What was unusual about reading a CSV file."""
+    notes = [f"read as {listed.form}"] if listed.form else []
+    if matched.padded:
+        notes.append(f"ids whose lost leading zeros were restored: {matched.padded}")
+    if matched.unclear:
+        notes.append(
+            f"bins left out, since ids lost their leading zeros: {len(matched.unclear)}"
+            f" ({next(iter(matched.unclear.values()))}); export the column id as text"
         )
-    for row in reader:
-        yield reader.line_num, row["id"] or "", (row[columns[0]] or "").strip()
-
-
-def check_row(place: str, bin_id: str, count: str) -> None:
-    if not is_bin_id(bin_id):
-        raise UserError(f"{place}: {bin_id!a:.80} is not a bin's id")
-    if count and not re.fullmatch("[0-9]{1,9}", count):
-        raise UserError(f"{place}: the count of {bin_id} is {count!a:.80}, not a whole number")
+    return notes

@@ -1,4 +1,4 @@
-"""The models of an audit; it takes the mean of their probabilities."""
+"""The models of an audit, whose probabilities are averaged."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from stages.imaging import jpeg
@@ -21,7 +22,7 @@ from stages.scoring.verification import threshold_for
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Models of the same image form and labels, validated on the same bins."""
+    """Models that take the same images, count the same labels and share their validation bins."""
 
     folders: list[Path]
     releases: list[Release]
@@ -36,23 +37,28 @@ class Ensemble:
 
     @property
     def identity(self) -> str:
-        """Changes with whatever decides the probabilities; settings have the files' SHA-256."""
+        """Changes with anything that decides the probabilities; settings hold SHA-256 digests."""
         return digest(*(release.settings for release in self.releases))
 
     @property
-    def validation_bins(self) -> int:
-        return len(self.releases[0].validation)
+    def _validation(self) -> list[pd.DataFrame]:
+        return [release.validation.sort_values("id") for release in self.releases]
+
+    @cached_property
+    def validation_probabilities(self) -> Floats:
+        """The mean over the models, [validation bins by id, labels]."""
+        columns = probability_columns(self.labels)
+        mean: Floats = np.mean([table[columns].to_numpy() for table in self._validation], axis=0)
+        return mean
 
     def threshold(self, false_alarm: float) -> float:
-        """The score below which that share of the right claims on the validation bins lie."""
-        columns = probability_columns(self.labels)
-        tables = [release.validation.sort_values("id") for release in self.releases]
-        probabilities = np.mean([table[columns].to_numpy() for table in tables], axis=0)
-        places = [self.labels.index(count) for count in tables[0]["actual"]]
-        return threshold_for(probabilities[np.arange(len(places)), places], false_alarm)
+        """The score below which that share of the correct records of validation lies."""
+        places = [self.labels.index(count) for count in self._validation[0]["actual"]]
+        right = self.validation_probabilities[np.arange(len(places)), places]
+        return threshold_for(right, false_alarm)
 
     def pixels(self, data: bytes) -> jpeg.Pixels:
-        """A photograph as the resize stage makes it, uint8 [size, size, 3]. Raises ImageError."""
+        """A photograph as the resize stage prepares it, [size, size, 3]. Raises ImageError."""
         size, settings = self.releases[0].classifier.size, self.releases[0].settings
         pixels = jpeg.decode(data)
         if pixels.shape[:2] == (size, size):
@@ -66,7 +72,7 @@ class Ensemble:
 
     @torch.inference_mode()
     def probabilities(self, images: jpeg.Pixels) -> Floats:
-        """The mean over the models of each label's calibrated probability, [images, labels].
+        """Each label's calibrated probability, averaged over the models: [images, labels].
 
         `images` are uint8 [images, size, size, 3].
         """
@@ -81,13 +87,15 @@ class Ensemble:
 
 
 def load_ensemble(folders: Sequence[Path]) -> Ensemble:
-    """These models, or without any all of models/, on the device where they will work.
+    """Load these models, by default all in models/, onto a GPU if there is one.
 
-    Raises UserError where one is not a released model, or they cannot be averaged.
+    Raises UserError if one of them is not a trained model or they cannot be averaged.
     """
     folders = folders or sorted(path.parent for path in MODELS.glob(f"*/{SETTINGS}"))
     if not folders:
-        raise UserError(f"there is no model in {MODELS}/: `dvc pull` one, or give --model FOLDER")
+        raise UserError(
+            f"there is no model in {MODELS}/: get one with `dvc pull`, or add --model FOLDER"
+        )
     ensemble = Ensemble(list(folders), [load_model(folder) for folder in folders])
     refuse_to_mix(ensemble)
     for release in ensemble.releases:
@@ -100,13 +108,13 @@ def load_model(folder: Path) -> Release:
         return load_release(folder)
     except FileNotFoundError as error:
         raise UserError(
-            f"{folder} is not a trained model: {error.filename} is missing; get all of the folder"
+            f"{folder} is not a trained model: {error.filename} is missing; get the whole folder"
             " with `dvc pull` or `dvc get`"
         ) from None
 
 
 def refuse_to_mix(ensemble: Ensemble) -> None:
-    """Raise UserError where the mean of the models would mean nothing."""
+    """Raise UserError if an average of the models would be meaningless."""
     first, *others = (properties(release) for release in ensemble.releases)
     for folder, other in zip(ensemble.folders[1:], others, strict=True):
         for name, value in first.items():
@@ -117,7 +125,7 @@ def refuse_to_mix(ensemble: Ensemble) -> None:
 
 
 def properties(release: Release) -> dict[str, Any]:
-    """What models that are averaged have in common."""
+    """What models must have in common to be averaged."""
     return {
         "counts": release.classifier.labels,
         "image sizes": release.classifier.size,

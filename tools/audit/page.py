@@ -1,4 +1,4 @@
-"""The page of an audit: the alarms, the surest first, with their photographs."""
+"""The page of an audit: the flagged bins with their photographs, the most suspicious first."""
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ from stages.reporting.page import embedded, render
 from tools.audit.photographs import Content
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-# Pixels of the longer side, and quality: some 12 kB each.
+# The longer side in pixels, and the JPEG quality: about 12 kB each.
 THUMBNAIL = 320
 QUALITY = 75
 _NAME_LETTERS = 70
@@ -26,7 +26,7 @@ Items = Mapping[str, list[dict[str, Any]]]
 
 
 class Facts(NamedTuple):
-    """What the page says of the whole audit."""
+    """What the page says about the audit as a whole."""
 
     photographs: str
     expected: str
@@ -35,6 +35,7 @@ class Facts(NamedTuple):
     false_alarm: float
     threshold: float
     trained_on: int
+    warning: str = ""
 
 
 def render_page(
@@ -45,7 +46,7 @@ def render_page(
     thumbnails: Mapping[str, str],
     items: Items,
 ) -> str:
-    """`table` as audit_table gives it; `thumbnails` (URLs) and `items` (as parsed) by id."""
+    """`table` is that of audit_table; `thumbnails` (URLs) and `items` (as parsed) are by id."""
     judged = table[table["alarm"] != ""]
     alarms = table[table["alarm"] == "yes"]
     return render(
@@ -76,7 +77,7 @@ def card(row: Mapping[Any, Any], labels: Sequence[int], items: Items) -> dict[st
 
 
 def spoken_item(item: Mapping[str, Any]) -> str:
-    """Like "2 x a name", on one line, shortened."""
+    """Like "2 x Tea, 20 bags", on one line and shortened."""
     name = " ".join((item["name"] or item["asin"]).split())
     if len(name) > _NAME_LETTERS:
         name = name[: _NAME_LETTERS - 1].rstrip() + "…"
@@ -84,7 +85,7 @@ def spoken_item(item: Mapping[str, Any]) -> str:
 
 
 def unjudged(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Each reason with the number of bins and a few of them, the most frequent first."""
+    """Each reason with its number of bins and a few examples, the most frequent first."""
     reasons = table[table["alarm"] == ""].groupby("reason")["id"].agg(list)
     rows = [
         {"reason": reason, "bins": len(ids), "examples": ids[:_EXAMPLES]}
@@ -94,7 +95,7 @@ def unjudged(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def percent(share: float) -> str:
-    """In whole percent, but 0% and 100% only where they are exact."""
+    """In whole percent; 0% and 100% only where they are exact."""
     if 0 < share < 0.01:
         return "<1%"
     if 0.99 < share < 1:
@@ -103,17 +104,17 @@ def percent(share: float) -> str:
 
 
 def make_thumbnails(contents: Iterable[Content]) -> dict[str, str]:
-    """Small copies as URLs that hold them, by id; without those that can no longer be read."""
+    """Small copies by id, as data URLs; photographs that can no longer be read are left out."""
     thumbnails = {}
     for content in contents:
-        # A file may have changed since it was scored.
+        # The file may have changed since it was scored.
         with suppress(jpeg.ImageError):
             thumbnails[content.id] = embedded("image/jpeg", make_thumbnail(content.data))
     return thumbnails
 
 
 def make_thumbnail(data: bytes) -> bytes:
-    """Drawn anew, so that only the pixels of a file get into the page."""
+    """Encoded again, so that nothing but the pixels of a file gets into the page."""
     image = Image.fromarray(jpeg.decode(data))
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()

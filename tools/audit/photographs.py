@@ -1,6 +1,5 @@
-"""The audited photographs: files in a folder or in S3, or Parquet shards; read part by part."""
+"""The photographs of an audit, from a folder, S3 or Parquet files, read part by part."""
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -11,11 +10,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pydantic
 
-from stages.collecting.bucket import PHOTOGRAPHS, Names, Store, open_bucket
+from stages.collecting.advice import Names
+from stages.collecting.bucket import PHOTOGRAPHS, Store, open_bucket
 from stages.collecting.failures import ObjectError
+from stages.collecting.ids import PHOTOGRAPH, is_bin_id, named_by_id
 from stages.collecting.listing import list_objects
 from stages.collecting.reading import Reader
-from stages.collecting.records import is_bin_id
 from stages.formats.shards import table_digest, whole_parquet
 from stages.runtime import params
 from stages.runtime.errors import UserError
@@ -23,18 +23,18 @@ from stages.runtime.files import digest
 
 T = TypeVar("T")
 
-#: How messages call what the user chose.
-OPTIONS = Names("its name", "--endpoint", "add --signed")
-# The columns of a shard and their types: as numbers, bins 00100 and 100 would be one.
+#: What error messages about the bucket call the settings, which are options here.
+OPTIONS = Names("its name", "--endpoint", "add --signed", "--region")
+# The columns and their types. As numbers, the ids 00100 and 100 would be the same.
 _TYPES = {"id": (pa.string(), pa.large_string()), "image": (pa.binary(), pa.large_binary())}
-# Rows of a shard that are in memory at once, and the bytes that are read at once.
+# How many rows of a shard are in memory at once, and how many bytes are read at once.
 _ROWS = 64
 _BUFFER = 1 << 20
 _PICKED = 256
 
 
 class Content(NamedTuple):
-    """The bytes of a bin's file, or the problem with it."""
+    """The bytes of a bin's file, or why they could not be read."""
 
     id: str
     data: bytes
@@ -42,28 +42,21 @@ class Content(NamedTuple):
 
 
 class Files:
-    """The files <id>.<suffix> right below `prefix` (it is "" or ends in "/") in a folder or S3.
+    """The files <id><ending> directly below `prefix` ("" or ending in "/") in a folder or S3.
 
-    `ids` are in the order of reading; `identity` changes with any of the files; `left_out` are the
-    keys of files with the suffix whose names are not ids. Raises UserError for 1.jpg beside 1.JPG.
+    `ids` are in reading order, `identity` changes with any of the files, and `left_out` has the
+    keys of files whose names are not ids. Raises UserError for two files of a bin: 1.jpg and 1.JPG.
     """
 
-    def __init__(self, place: str, store: Store, prefix: str, suffix: str) -> None:
+    def __init__(self, place: str, store: Store, prefix: str, ending: str) -> None:
         self.place, self.store, self.prefix = place, store, prefix
         self._reader = Reader(store)
-        listed = list_objects(store, prefix)
-        named = re.compile(rf"{re.escape(prefix)}([^/]+)\.{suffix}", re.IGNORECASE)
-        matches = [named.fullmatch(key) for key in listed["key"].to_pylist()]
-        ids = [match[1] if match and is_bin_id(match[1]) else None for match in matches]
-        self.left_out = [m[0] for m, bin_id in zip(matches, ids, strict=True) if m and not bin_id]
-        listed = listed.append_column("id", pa.array(ids, pa.string()))
-        self._objects = listed.filter(pc.field("id").is_valid())
+        self._objects, self.left_out = named_by_id(list_objects(store, prefix), prefix, ending)
         self.ids: list[str] = self._objects["id"].to_pylist()
         self.identity = table_digest(self._objects)
-        refuse_repeated(self.ids, "files")
 
     def parts(self, start: int, size: int) -> Iterator[list[Content]]:
-        """The files from `start`, a place in `ids`, on, so many at a time."""
+        """The files from the position `start` in `ids` onwards, `size` at a time."""
         return self._read(self._objects.slice(start), size)
 
     def pick(self, ids: Sequence[str]) -> Iterator[Content]:
@@ -74,7 +67,7 @@ class Files:
     def _read(self, objects: pa.Table, size: int) -> Iterator[list[Content]]:
         for start in range(0, len(objects), size):
             rows = objects.slice(start, size).to_pylist()
-            # The advice after the colon is for the pipeline.
+            # What follows the colon is advice for the pipeline.
             yield [
                 Content(row["id"], b"", str(found).partition(":")[0])
                 if isinstance(found, ObjectError)
@@ -84,9 +77,9 @@ class Files:
 
 
 class Shards:
-    """Parquet files with the columns id and image, which holds a whole file of JPEG or the like.
+    """Parquet files with the columns id and image (the bytes of an image file).
 
-    Attributes and methods are those of Files; `rows` has the columns id and quantity of each.
+    It has the attributes and methods of Files; `rows` has the ids and quantities of each file.
     """
 
     def __init__(self, place: str, paths: Sequence[Path]) -> None:
@@ -94,7 +87,7 @@ class Shards:
         self.rows = {path: read_ids(path) for path in paths}
         self.ids: list[str] = [one for rows in self.rows.values() for one in rows["id"].to_pylist()]
         refuse_repeated(self.ids, "rows")
-        # Enough to recognize a shard in the next run, without reading gigabytes.
+        # Enough to recognize a file in the next run without reading gigabytes.
         status = [path.stat() for path in paths]
         self.identity = digest([(file.st_size, file.st_mtime_ns) for file in status], self.ids)
         self.left_out: list[str] = []
@@ -121,7 +114,7 @@ Photographs = Files | Shards
 def open_photographs(
     place: str, endpoint: str | None = None, region: str = "us-east-1", *, signed: bool = False
 ) -> Photographs:
-    """Find out what is at `place`. Raises UserError where there are no photographs."""
+    """The photographs at `place`, whatever it is. Raises UserError if there are none."""
     path = Path(place)
     found: Photographs
     if "://" in place:
@@ -129,23 +122,23 @@ def open_photographs(
     elif path.is_file() and path.suffix == ".parquet":
         found = Shards(place, [path])
     elif not path.is_dir():
-        raise UserError(f"{place} is not a folder, an s3:// URL or a Parquet file")
+        raise UserError(f"{place} is not a folder, an s3:// URL or a Parquet file: check the path")
     elif paths := sorted(path.glob("*.parquet")):
         found = Shards(place, paths)
     else:
         found = find_files(place, open_folder(path))
     if not found.ids:
         raise UserError(
-            f"{place} has no photographs: no {PHOTOGRAPHS}<id>.jpg, no <id>.jpg and, if it is a"
-            " folder, no rows in *.parquet"
+            f"{place} has no photographs: there should be {PHOTOGRAPHS}<id>.jpg, <id>.jpg or, in a"
+            " local folder, *.parquet"
         )
     return found
 
 
 def find_files(place: str, store: Store) -> Files:
-    """The photographs in bin-images/ or, if there are none, those beside it."""
-    inside = Files(place, store, PHOTOGRAPHS, "jpe?g")
-    return inside if inside.ids else Files(place, store, "", "jpe?g")
+    """The photographs in bin-images/ or, if there are none, directly in `place`."""
+    inside = Files(place, store, PHOTOGRAPHS, PHOTOGRAPH)
+    return inside if inside.ids else Files(place, store, "", PHOTOGRAPH)
 
 
 def open_folder(folder: Path) -> Store:
@@ -153,7 +146,7 @@ def open_folder(folder: Path) -> Store:
 
 
 def open_s3(url: str, endpoint: str | None, region: str, *, signed: bool) -> Store:
-    """Raises UserError where one of these is malformed, without repeating it: it may hold a key."""
+    """Raises UserError if an argument is malformed, without repeating it: it may hold a key."""
     try:
         bucket = params.Bucket(url=url, region=region, endpoint=endpoint, anonymous=not signed)
     except pydantic.ValidationError as error:
@@ -164,15 +157,17 @@ def open_s3(url: str, endpoint: str | None, region: str, *, signed: bool) -> Sto
 
 
 def read_ids(path: Path) -> pa.Table:
-    """The columns id and quantity. Raises UserError where the audit cannot use this shard."""
+    """The columns id and quantity. Raises UserError if the audit cannot use this file."""
     with whole_parquet(path):
         types = {field.name: field.type for field in pq.read_schema(path)}
         for name, allowed in _TYPES.items():
             if types.get(name) not in allowed:
                 found = f"is {types[name]}" if name in types else "is missing"
-                raise UserError(f"{path}: its column {name} {found}; it should be {allowed[0]}")
+                raise UserError(f"{path}: the column {name} {found}; it should be {allowed[0]}")
         if "quantity" in types and not pa.types.is_integer(types["quantity"]):
-            raise UserError(f"{path}: its column quantity is {types['quantity']}, not integer")
+            raise UserError(
+                f"{path}: the column quantity is {types['quantity']}; it should be integer"
+            )
         rows = pq.read_table(path, columns=[name for name in ("id", "quantity") if name in types])
     for number, bin_id in enumerate(rows["id"].to_pylist(), start=1):
         if not is_bin_id(bin_id or ""):
@@ -181,10 +176,10 @@ def read_ids(path: Path) -> pa.Table:
 
 
 def read_shard(path: Path) -> Iterator[Content]:
-    """The rows of a shard, a few in memory at once, however large its row groups are."""
+    """The rows of a file, with only a few in memory however large its row groups are."""
     with (
         whole_parquet(path),
-        # The pre-buffer would hold all images of a row group.
+        # Pre-buffering would hold every image of a row group.
         pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file,
     ):
         for batch in file.iter_batches(_ROWS, columns=["id", "image"]):

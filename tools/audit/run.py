@@ -1,20 +1,21 @@
-"""An audit from its photographs to its files, in order."""
+"""An audit from start to finish: read, score, compare, write."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from stages.collecting.bucket import explained_at
+from stages.collecting.advice import explained_at
 from stages.formats.tables import read_csv, write_csv
 from stages.runtime.errors import UserError
 from stages.runtime.files import digest, digest_files, write_text
 from stages.runtime.paths import SPLIT
-from stages.runtime.work import unfinished
+from stages.runtime.work import resumable
 from tools.audit.expected import Expected, find_expected
 from tools.audit.models import Ensemble, load_ensemble
 from tools.audit.page import Facts, make_thumbnails, render_page
 from tools.audit.photographs import OPTIONS, Photographs, open_photographs
+from tools.audit.plausibility import warn
 from tools.audit.scores import score_photographs
 from tools.audit.table import audit_table
 
@@ -34,7 +35,7 @@ def audit(
     *,
     signed: bool,
 ) -> int:
-    """Write the table and the page into `out`; the number of alarms. Arguments as --help says."""
+    """Write the table and the page into `out` and return the number of alarms. See --help."""
     out.mkdir(parents=True, exist_ok=True)
     with explained_at(photographs, OPTIONS, anonymous=not signed):
         source = open_photographs(photographs, endpoint, region, signed=signed)
@@ -42,68 +43,84 @@ def audit(
         refuse_strangers(source, counts)
         ensemble = load_ensemble(model)
         announce(source, counts, ensemble)
-        with unfinished(
+        with resumable(
             "audit", digest(source.identity, ensemble.identity, code_version())
         ) as folder:
             scored = score_photographs(source, ensemble, folder)
-            threshold = ensemble.threshold(false_alarm)
-            table = audit_table(scored, counts, ensemble.labels, threshold)
-            facts = Facts(
-                source.place,
-                counts.place,
-                [path.name for path in ensemble.folders],
-                ensemble.validation_bins,
-                false_alarm,
-                threshold,
-                count_trained_on(source.ids),
-            )
+            table = audit_table(scored, counts, ensemble.labels, ensemble.threshold(false_alarm))
+            facts = gather_facts(source, counts, ensemble, table, false_alarm)
             shown = table.loc[table["alarm"] == "yes", "id"].head(top).tolist()
-            # The photographs on the page are read again.
+            # Only these photographs are read again, for the page.
             thumbnails = make_thumbnails(source.pick(shown))
             page = render_page(facts, table, ensemble.labels, top, thumbnails, counts.items(shown))
             write_csv(out / TABLE, table)
             write_text(out / PAGE, page)
-    return summarize(len(source.ids), table, out)
+    return summarize(len(source.ids), table, out, facts.warning)
 
 
 def refuse_strangers(source: Photographs, counts: Expected) -> None:
-    """Raise UserError where no photograph's bin has a count: one side may write ids otherwise."""
+    """Raise UserError if no photograph has a count: the two may write ids differently."""
     if counts.counts and not counts.counts.keys() & set(source.ids):
         raise UserError(
-            f"{counts.place} has none of the photographs' bins: its ids are like"
-            f" {next(iter(counts.counts))}, theirs like {source.ids[0]}"
+            f"no photograph has a count in {counts.place}: its ids are like"
+            f" {next(iter(counts.counts))}, those of the photographs like {source.ids[0]}; write"
+            " both in the same way"
         )
 
 
 def announce(source: Photographs, counts: Expected, ensemble: Ensemble) -> None:
-    """Say what was found and is used, and what is left out."""
+    """Print what will be compared and what is left out."""
     if left_out := [*source.left_out, *counts.left_out]:
         print(
-            f"audit: left out {len(left_out)} with names that aren't ids, like {left_out[0]!a:.80}"
+            f"audit: files left out, since their names are not ids: {len(left_out)}, like"
+            f" {left_out[0]!a:.80}"
         )
+    if counts.notes:
+        print(f"audit: {counts.place}: {'; '.join(counts.notes)}")
     models = " and ".join(map(str, ensemble.folders))
     print(
-        f"audit: {len(source.ids)} photographs of {source.place}, {len(counts.counts)} counts of"
-        f" {counts.place}, {models} on {ensemble.device}",
+        f"audit: comparing {len(source.ids)} photographs from {source.place} with"
+        f" {len(counts.counts)} counts from {counts.place}, using {models} on {ensemble.device}",
         flush=True,
     )
 
 
-def count_trained_on(ids: Sequence[str]) -> int:
-    """How many of these bins data/split.csv has in train, where there is one."""
+def gather_facts(
+    source: Photographs,
+    counts: Expected,
+    ensemble: Ensemble,
+    table: pd.DataFrame,
+    false_alarm: float,
+) -> Facts:
+    trained_on = find_trained_on(source.ids)
+    validation = ensemble.validation_probabilities
+    return Facts(
+        photographs=source.place,
+        expected=counts.place,
+        models=[path.name for path in ensemble.folders],
+        validation_bins=len(validation),
+        false_alarm=false_alarm,
+        threshold=ensemble.threshold(false_alarm),
+        trained_on=len(trained_on),
+        warning=warn(table, ensemble.labels, false_alarm, validation, trained_on),
+    )
+
+
+def find_trained_on(ids: Sequence[str]) -> set[str]:
+    """Which of these bins are in the training set, if there is a data/split.csv."""
     if not SPLIT.exists():
-        return 0
+        return set()
     sets = read_csv(SPLIT)
-    return int(sets.loc[sets["set"] == "train", "id"].isin(ids).sum())
+    return set(sets.loc[sets["set"] == "train", "id"]).intersection(ids)
 
 
 def code_version() -> str:
-    """The version of this tool; unfinished() adds that of the stages' modules."""
+    """The version of this tool's code; resumable() adds that of the stages."""
     return digest_files(sorted(Path(__file__).parent.glob("*.py")))
 
 
-def summarize(photographs: int, table: pd.DataFrame, out: Path) -> int:
-    """Print the last line; the number of alarms. Raises UserError where no bin could be judged."""
+def summarize(photographs: int, table: pd.DataFrame, out: Path, warning: str) -> int:
+    """Print the last line and return the alarms. Raises UserError if no bin could be judged."""
     alarms = int((table["alarm"] == "yes").sum())
     not_judged = int((table["alarm"] == "").sum())
     if not_judged == len(table):
@@ -112,5 +129,6 @@ def summarize(photographs: int, table: pd.DataFrame, out: Path) -> int:
     print(
         f"audit: {photographs} photographs, {alarms} alarms"
         f" ({alarms / (len(table) - not_judged):.1%}), {not_judged} not judged; {out / PAGE}"
+        + (f". {warning}" if warning else "")
     )
     return alarms

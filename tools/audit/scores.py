@@ -1,7 +1,7 @@
-"""From photographs to their probabilities, part by part, so in bounded memory.
+"""From photographs to probabilities, part by part, in bounded memory.
 
-A finished part is a file, and a run that was killed continues after the last one. Where parts and
-batches begin depends on the photographs only, so the outcome has the same bytes.
+Each finished part is a file, so a run that was killed continues after the last one. Where parts and
+batches begin depends only on the photographs, so the results have the same bytes.
 """
 
 from collections.abc import Sequence
@@ -24,12 +24,12 @@ from tools.audit.models import Ensemble
 from tools.audit.photographs import Content, Photographs, batched
 
 BATCH = 64
-# For a part, two cores with a ViT take a minute, a GPU a tenth of a second.
+# A part takes two cores about a minute with a ViT, and a GPU a tenth of a second.
 PART = 4 * BATCH
 
 
 class Prepared(NamedTuple):
-    """A photograph as the models take it, or the problem with it."""
+    """A photograph ready for the models, or why it cannot be used."""
 
     id: str
     pixels: jpeg.Pixels | None
@@ -37,10 +37,10 @@ class Prepared(NamedTuple):
 
 
 def score_photographs(photographs: Photographs, ensemble: Ensemble, folder: Path) -> pd.DataFrame:
-    """A row per photograph: id, p<label> of each label, and the problem of an unreadable one.
+    """A row per photograph: id, p<label> for each label, and the problem if it is unreadable.
 
-    `folder` is empty, or as a killed run with the same photographs and models left it. The next
-    part is read and decoded while this one is scored.
+    `folder` is empty or holds the parts of a killed run with the same photographs and models. The
+    next part is read and decoded while this one is scored.
     """
     names = [shard_name(number) for number in range(-(-len(photographs.ids) // PART))]
     done = sum((folder / name).exists() for name in names)
@@ -83,7 +83,7 @@ def prepare(ensemble: Ensemble, content: Content) -> Prepared:
 
 
 def score(ensemble: Ensemble, batch: Sequence[Prepared]) -> pa.Table:
-    """The rows of a batch; those of unreadable photographs have nulls for probabilities."""
+    """The rows of a batch; unreadable photographs have null probabilities."""
     probabilities = np.full((len(batch), len(ensemble.labels)), np.nan)
     images = {row: one.pixels for row, one in enumerate(batch) if one.pixels is not None}
     if images:

@@ -1,4 +1,4 @@
-"""Which bins are suspicious: the table that an audit makes."""
+"""The table of an audit: how suspicious each bin is."""
 
 from collections.abc import Sequence
 
@@ -6,17 +6,17 @@ import numpy as np
 import pandas as pd
 
 from stages.networks.calibration import probability_columns
-from tools.audit.expected import Expected
+from tools.audit.expected import NO_COUNT, Expected
 
 
 def audit_table(
     scored: pd.DataFrame, expected: Expected, labels: Sequence[int], threshold: float
 ) -> pd.DataFrame:
-    """A row per bin of the photographs and of the expected counts, the most suspicious first.
+    """A row for each bin with a photograph or an expected count, the most suspicious first.
 
-    The score of a record is the probability of the expected count; below the threshold it is an
-    alarm, and `suspicion` is 1 - score. Bins that cannot be judged come last, by id, with `reason`
-    and neither suspicion nor alarm. `scored`: id, p<label> of each label, and problem.
+    A record's score is the probability of its count. Below the threshold it is an alarm; suspicion
+    is 1 - score. Bins that cannot be judged come last, by id, with a reason instead of suspicion
+    and alarm. `scored` has the columns id, p<label> for each label, and problem.
     """
     columns = probability_columns(list(labels))
     bins = scored.merge(expected_table(expected), on="id", how="outer")
@@ -29,14 +29,14 @@ def audit_table(
     bins["suspicion"] = 1 - score
     bins["alarm"] = np.where(score.isna(), "", np.where(score < threshold, "yes", "no"))
     bins["reason"] = reasons(bins, score.isna(), labels)
-    # By the score: 1 - score is the same for many tiny ones.
+    # By score, since rounding makes 1 - score the same for many tiny scores.
     order = bins.assign(score=score).sort_values(["score", "id"]).index
     names = ["id", "expected", "seen", "suspicion", "alarm", *columns, "reason"]
     return bins.loc[order, names].reset_index(drop=True)
 
 
 def expected_table(expected: Expected) -> pd.DataFrame:
-    """id, expected (null where there is a problem) and record_problem."""
+    """The columns id, expected (null if there is a problem) and record_problem."""
     counts = [*expected.counts.values(), *(None for _ in expected.problems)]
     return pd.DataFrame(
         {
@@ -48,10 +48,10 @@ def expected_table(expected: Expected) -> pd.DataFrame:
 
 
 def reasons(bins: pd.DataFrame, unjudged: pd.Series, labels: Sequence[int]) -> pd.Series:
-    """Why each bin could not be judged; "" where it was."""
-    only = f"the model counts {spoken(labels)} only"
+    """Why each bin could not be judged, or ""."""
+    only = f"the models count only {spoken(labels)} items"
     reason = pd.Series(np.where(unjudged, only, ""), bins.index, dtype="str")
-    reason = reason.mask(bins["expected"].isna(), "no expected count")
+    reason = reason.mask(bins["expected"].isna(), NO_COUNT)
     reason = reason.mask(bins["record_problem"].fillna("") != "", bins["record_problem"])
     reason = reason.mask(bins["problem"].fillna("") != "", bins["problem"])
     return reason.mask(bins["problem"].isna(), "photograph missing")
