@@ -250,6 +250,17 @@ def test_the_table_of_packages_is_right_and_points_upwards() -> None:
     assert all(imports <= set(names[: names.index(name)]) for name, imports in listed.items())
 
 
+@every_page
+def test_code_fits_into_the_width_of_a_page(page: str) -> None:
+    lines = [
+        line
+        for kind in ("sh", "python", "bash")
+        for block in blocks(page, kind)
+        for line in block.splitlines()
+    ]
+    assert [line for line in lines if len(line) > 98] == []
+
+
 def test_readme_is_short_and_the_page_for_analysts_has_no_dvc() -> None:
     assert len(PAGES["README.md"].splitlines()) <= 120
     assert "dvc" not in PAGES["docs/audit.md"].lower()
@@ -276,7 +287,7 @@ def test_the_pictures_are_made_of_a_project(project: Project, tmp_path: Path) ->
     for path in screenshots.take_pictures(CHROMIUM, project.folder, tmp_path):
         assert path.stat().st_size < 300_000
         with Image.open(path) as image:
-            assert image.width == screenshots.WIDTH * screenshots.SCALE
+            assert image.width == screenshots.WIDTH * screenshots.SCALE + 2 * screenshots.FRAME
             assert len(image.convert("RGB").getcolors() or []) > 30
 
 

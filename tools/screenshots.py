@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tools.demo import CLONE, ROOT
 from tools.drawing import drawn_bins
@@ -23,6 +23,7 @@ IMAGES = ROOT / "docs/images"
 BROWSERS = ("chromium", "google-chrome")
 # Narrow, since README shows the two pictures side by side; in sharper pixels than the page's own.
 WIDTH, HEIGHT, SCALE = 840, 930, 1.5
+FRAME = 2
 COLORS = 128
 AUDITED_BINS = 150
 WRONG_EVERY = 10
@@ -48,7 +49,8 @@ def take_pictures(browser: str, project: Path, images: Path) -> list[Path]:
         folder = Path(temporary)
         write_png(report, screenshot(browser, project / "reports/index.html", folder))
         write_bins(folder / "bins")
-        write_png(audit, screenshot(browser, audit_page(project / "models/resnet34", folder), folder))
+        page = audit_page(project / "models/resnet34", folder)
+        write_png(audit, screenshot(browser, page, folder))
     return [report, audit]
 
 
@@ -89,9 +91,10 @@ def screenshot(browser: str, page: Path, folder: Path) -> bytes:
 
 
 def write_png(path: Path, screenshot: bytes) -> None:
-    """Write it in few colors, so that it is small."""
+    """Write it in a frame, since pages are white, and in few colors, so that it is small."""
     with Image.open(io.BytesIO(screenshot)) as image:
-        image.convert("RGB").quantize(COLORS).save(path, optimize=True)
+        framed = ImageOps.expand(image.convert("RGB"), FRAME, "#d0d7de")
+        framed.quantize(COLORS).save(path, optimize=True)
 
 
 if __name__ == "__main__":
