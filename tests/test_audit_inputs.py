@@ -12,8 +12,8 @@ import pytest
 from stages.collecting.records import parse_record
 from stages.formats.shards import shard_name
 from stages.runtime.errors import UserError
+from tests.builders import bin_rows, square, write_resized, write_split
 from tests.conftest import record_json
-from tests.made import bin_rows, square, write_resized, write_split
 from tools.audit.expected import Expected, find_expected
 from tools.audit.photographs import Photographs, open_photographs
 from tools.audit.run import find_trained_on

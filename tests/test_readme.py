@@ -97,9 +97,9 @@ def test_make_has_the_targets_that_are_named() -> None:
 def test_every_knob_is_in_the_table() -> None:
     params = (ROOT / "params.yaml").read_text("utf-8")
     table = README[README.index("## Every knob") :]
-    knobs = re.findall(r"^ +([a-z_]+):", params, re.MULTILINE)
+    settings = re.findall(r"^ +([a-z_]+):", params, re.MULTILINE)
     models = {"resnet34", "vit"}
-    assert {knob for knob in knobs if not re.search(rf"[`.]{knob}`", table)} <= models
+    assert {knob for knob in settings if not re.search(rf"[`.]{knob}`", table)} <= models
 
 
 @pytest.mark.slow
