@@ -1,4 +1,4 @@
-"""torch.compile where a machine cannot do it: one line, and training goes on where it may."""
+"""torch.compile where a machine cannot do it: one line, and training continues where it may."""
 
 import subprocess
 import sys
