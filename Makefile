@@ -28,7 +28,7 @@ $(VENV)/.installed: requirements.txt
 .dvc/plots.html: $(VENV)/.installed tools/plots_page.py tools/plots_page.html
 	python -m tools.plots_page
 
-demo: setup  ## the whole pipeline on drawn bins; minutes, no account, no GPU
+demo: setup  ## the whole pipeline on synthetic bins; minutes, no account, no GPU
 	python -m tools.demo
 
 screenshots: setup  ## the pictures in docs/images/, from what the demo has left; needs Chromium

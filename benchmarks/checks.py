@@ -17,7 +17,7 @@ from benchmarks.training import Task
 from stages.networks.classifier import build_classifier
 from stages.networks.inference import default_device, place
 from stages.runtime.errors import Stopped, UserError
-from stages.runtime.params import Model
+from stages.runtime.params import ModelParams
 from stages.training.checkpoint import NAME, TrainingState, Watch, restore_checkpoint
 from stages.training.engine import Trainer
 from stages.training.processes import Processes
@@ -44,7 +44,7 @@ def compare_stopped_training(task: Task) -> list[str]:
     """
     straight, stopped, resumed = (task.trainer(deterministic=True) for _ in range(3))
     epochs = list(straight.train())
-    epoch, step = task.knobs.epochs, straight.steps // 2
+    epoch, step = task.settings.epochs, straight.steps // 2
     with TemporaryDirectory(prefix="bench-") as folder:
         path = Path(folder) / NAME
         try:
@@ -58,7 +58,7 @@ def compare_stopped_training(task: Task) -> list[str]:
     same = list(resumed.train()) == epochs
     different = differing_tensors(straight, resumed)
     found = "the same" if same and not different else f"{different} tensors differ"
-    return [task.knobs.name, f"epoch {epoch}, step {step} of {straight.steps}", found]
+    return [task.settings.name, f"epoch {epoch}, step {step} of {straight.steps}", found]
 
 
 def differing_tensors(one: Trainer, other: Trainer) -> int:
@@ -88,7 +88,7 @@ def follow_advice(task: Task, memory: int, message: str) -> str:
     if not advice:
         return "It has no advice."
     limit_memory(memory, task.device)
-    advised = replace(task, knobs=common.changed(task.knobs, accumulation=int(advice[1])))
+    advised = replace(task, settings=common.changed(task.settings, accumulation=int(advice[1])))
     trainer = advised.trainer()
     try:
         trainer.train_one_epoch(Watch(trainer.processes))
@@ -102,21 +102,21 @@ def limit_memory(memory: int, device: torch.device) -> None:
     torch.cuda.set_per_process_memory_fraction(memory / total, device)
 
 
-def accuracies(data: Path, model: str, knobs: Model, seconds: float) -> str:
+def accuracies(data: Path, model: str, settings: ModelParams, seconds: float) -> str:
     """Train on the pipeline's data folder; no epoch begins after so many seconds.
 
-    The pretrained weights, if the knobs want them, are in pretrained/<model> of that folder.
+    The pretrained weights, if the settings want them, are in pretrained/<model> of that folder.
     """
     train_bins, validation_bins, test_bins = common.load_data(data, "train", "validation", "test")
     device = default_device()
-    torch.manual_seed(knobs.seed)
+    torch.manual_seed(settings.seed)
     labels = sorted({*train_bins.quantities.tolist(), *test_bins.quantities.tolist()})
-    classifier = build_classifier(knobs, data / "pretrained" / model, labels, train_bins.size)
+    classifier = build_classifier(settings, data / "pretrained" / model, labels, train_bins.size)
     place(classifier, device)
     batch_size = common.load_params()["evaluate"]["batch_size"]
     processes = Processes(device=device)
     trainer = Trainer(
-        classifier, train_bins, validation_bins, test_bins, knobs, batch_size, processes
+        classifier, train_bins, validation_bins, test_bins, settings, batch_size, processes
     )
     started, rows = time.monotonic(), []
     for epoch in trainer.train():

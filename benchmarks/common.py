@@ -1,4 +1,4 @@
-"""What the benchmarks share: drawn data, rounds, the machine's description, tables.
+"""What the benchmarks share: synthetic data, rounds, the machine's description, tables.
 
 Imports neither obstore nor DVC, which a GPU machine may lack.
 """
@@ -36,16 +36,16 @@ from stages.imaging.loader import Bins, Images, open_bins, pack_bins
 from stages.networks.inference import autocast
 from stages.runtime import params
 from stages.runtime.machine import usable_cores
-from stages.runtime.params import Model
-from tools.drawing import DrawnBin, drawn_bins
+from stages.runtime.params import ModelParams
+from tools.synthetic import SyntheticBin, synthetic_bins
 
 T = TypeVar("T")
 P = ParamSpec("P")
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-# Standard deviation of the noise on the drawn bins: their JPEGs of 224 pixels are then as large as
-# those of real photographs, 11 kB, and take as long to decode.
+# Standard deviation of the noise on the synthetic bins: with it their JPEGs of 224 pixels are as
+# large as those of real photographs, 11 kB, and take as long to decode.
 GRAIN = 3.7
 # Taken over by fresh processes. None of them may use a GPU when imported: no copy could then.
 SLOW_IMPORTS = [
@@ -55,7 +55,7 @@ SLOW_IMPORTS = [
     "datasets",
     "webdataset",
 ]
-BINS_DRAWN_AT_ONCE = 32
+BINS_AT_ONCE = 32
 BINS_IN_A_SHARD = 256
 
 
@@ -69,16 +69,16 @@ def load_params() -> dict[str, Any]:
     return values
 
 
-def model_knobs(model: str, **changes: Any) -> Model:
-    """The train block of that model in params.yaml, with some of its knobs changed."""
+def model_params(model: str, **changes: Any) -> ModelParams:
+    """The train block of that model in params.yaml, with some of its settings changed."""
     return changed(params.load_params(ROOT / "params.yaml").model(model), **changes)
 
 
-def changed(knobs: Model, **changes: Any) -> Model:
+def changed(settings: ModelParams, **changes: Any) -> ModelParams:
     """A copy with other values. Raises AttributeError for an unknown knob."""
     for name in changes:
-        getattr(knobs, name)
-    return knobs.model_copy(update=changes)
+        getattr(settings, name)
+    return settings.model_copy(update=changes)
 
 
 def fresh_processes(count: int = 1) -> ProcessPoolExecutor:
@@ -99,8 +99,8 @@ def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
 
 
 @contextmanager
-def made_data(train: int, test: int, size: int) -> Iterator[Path]:
-    """A folder with drawn bins of `size` pixels, gone when the block ends.
+def synthetic_data(train: int, test: int, size: int) -> Iterator[Path]:
+    """A folder with synthetic bins of `size` pixels, gone when the block ends.
 
     resized/ and split.csv are as the pipeline makes them; files/<quantity>/<id>.jpg are those of
     the training set once more, as most loaders want them.
@@ -123,24 +123,26 @@ def made_data(train: int, test: int, size: int) -> Iterator[Path]:
 
 def _draw_rows(count: int, size: int) -> list[Row]:
     values = load_params()
-    draw = partial(_draw_some, size, values["resize"]["quality"], values["subset"]["quantities"])
-    seeds = range(-(-count // BINS_DRAWN_AT_ONCE))
+    draw = partial(_synthesize, size, values["resize"]["quality"], values["subset"]["quantities"])
+    seeds = range(-(-count // BINS_AT_ONCE))
     with fresh_processes(usable_cores()) as pool:
         rows = list(chain.from_iterable(pool.map(draw, seeds)))[:count]
     return [row | {"id": f"{number:06d}"} for number, row in enumerate(rows, start=1)]
 
 
-def _draw_some(size: int, quality: int, quantities: Sequence[int], seed: int) -> list[Row]:
+def _synthesize(size: int, quality: int, quantities: Sequence[int], seed: int) -> list[Row]:
     torch.set_num_threads(1)
     noise = np.random.default_rng(seed)
-    bins = (drawn for drawn in drawn_bins(10_000, seed) if drawn.quantity in quantities)
-    return [_row(drawn, size, quality, noise) for drawn in islice(bins, BINS_DRAWN_AT_ONCE)]
+    bins = (
+        synthetic for synthetic in synthetic_bins(10_000, seed) if synthetic.quantity in quantities
+    )
+    return [_row(synthetic, size, quality, noise) for synthetic in islice(bins, BINS_AT_ONCE)]
 
 
-def _row(drawn: DrawnBin, size: int, quality: int, noise: np.random.Generator) -> Row:
-    pixels = jpeg.resize(jpeg.decode(drawn.photograph), size, "squeeze")
+def _row(synthetic: SyntheticBin, size: int, quality: int, noise: np.random.Generator) -> Row:
+    pixels = jpeg.resize(jpeg.decode(synthetic.photograph), size, "squeeze")
     grainy = (pixels + noise.normal(0, GRAIN, pixels.shape)).clip(0, 255).astype(np.uint8)
-    return {"quantity": drawn.quantity, "image": jpeg.encode(grainy, quality)}
+    return {"quantity": synthetic.quantity, "image": jpeg.encode(grainy, quality)}
 
 
 def mean_file_size(folder: Path) -> float:
@@ -149,7 +151,7 @@ def mean_file_size(folder: Path) -> float:
 
 
 def load_data(folder: Path, *sets: str) -> list[Bins]:
-    """These sets of made_data, or of the pipeline's data folder."""
+    """These sets of synthetic_data, or of the pipeline's data folder."""
     first = pq.read_table(shard_paths(folder / "resized")[0])["image"][0].as_py()
     size = jpeg.decode(first).shape[0]
     with TemporaryDirectory(prefix="bench-") as work:

@@ -152,8 +152,8 @@ def main() -> None:
         stages = stages_table(project, commands[0].stages)
     setting = (
         f"A bucket of {options.bins:,} padded ids, and un-padded ones, that answers after"
-        f" {options.latency_ms:g} ms, from which {options.photographs:,} photographs are drawn. Its"
-        " server runs on the same cores and takes its share of them; its CPU is not in the table."
+        f" {options.latency_ms:g} ms, from which {options.photographs:,} photographs are sampled."
+        " Its server shares the cores; its CPU is not in the table."
         f" The load average was {os.getloadavg()[0]:.2f} at the end."
     )
     sections = {

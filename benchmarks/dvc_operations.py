@@ -66,8 +66,8 @@ SETTING = (
     " cores; the data are random bytes, in the page cache. DVC has this project's `.dvc/config`."
 )
 PIPELINE_TEXT = (
-    "The project's own `dvc.yaml`, after a run on 70 drawn bins of 32 pixels. Even then stages take"
-    " seconds, to import torch; what DVC adds to them is in the last column."
+    "The project's own `dvc.yaml`, after a run on 70 synthetic bins of 32 pixels. Even then stages"
+    " take seconds, to import torch; what DVC adds to them is in the last column."
 )
 
 UNITS = [(10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "bytes")]

@@ -74,16 +74,16 @@ def prepare(folder: Path, url: str, photographs: int) -> list[str]:
     bucket = params.Bucket(url=f"s3://{BUCKET}", region="us-east-1", endpoint=url, anonymous=True)
     listed = list_objects(open_bucket(bucket), "bin-images/").drop_columns("stamp")
     step = max(1, len(listed) // photographs)
-    drawn = listed.take(pa.array(range(0, len(listed), step))).slice(0, photographs)
-    keys: list[str] = drawn["key"].to_pylist()
+    sampled = listed.take(pa.array(range(0, len(listed), step))).slice(0, photographs)
+    keys: list[str] = sampled["key"].to_pylist()
     ids = pa.array([Path(key).stem for key in keys])
     quantity = pa.array([1] * len(keys), pa.int32())
     write_table(
         folder / "data/subset.parquet",
         pa.table({"id": ids, "quantity": quantity, "group": ids})
-        .append_column("key", drawn["key"])
-        .append_column("size", drawn["size"])
-        .append_column("etag", drawn["etag"]),
+        .append_column("key", sampled["key"])
+        .append_column("size", sampled["size"])
+        .append_column("etag", sampled["etag"]),
     )
     values = common.load_params()
     values["bucket"]["endpoint"] = url

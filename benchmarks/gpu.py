@@ -57,7 +57,7 @@ class Scale:
     """How large everything is."""
 
     size: int
-    drawn: int
+    bins: int
     matrix: int
     # The train blocks of params.yaml that are measured, and what is changed in them.
     networks: dict[str, dict[str, Any]]
@@ -123,9 +123,9 @@ class Speed:
 
 def make_task(scale: Scale, folder: Path, model: str, **changes: Any) -> Task:
     """An epoch is as long as that of params.yaml."""
-    knobs = training.comparable_knobs(model, **scale.networks[model] | changes)
+    settings = training.comparable_settings(model, **scale.networks[model] | changes)
     images = common.load_params()["split"]["train"]
-    return Task(model, knobs, folder, scale.size, images, default_device())
+    return Task(model, settings, folder, scale.size, images, default_device())
 
 
 def matrix_rate(size: int) -> float:
@@ -154,7 +154,7 @@ def load_ours(task: Task, stopwatch: Stopwatch, _workers: int) -> None:
     (bins,) = common.load_data(task.folder, "train")
     bins = common.repeated(bins, task.images)
     order = np.random.default_rng(0).permutation(len(bins))
-    rows = [order[places] for places in split_into_batches(len(bins), task.knobs.batch_size)]
+    rows = [order[places] for places in split_into_batches(len(bins), task.settings.batch_size)]
     # Once over may take less than the time to be measured.
     for _batch in load_batches(bins, 10 * rows, task.device):
         if stopwatch.step():
@@ -167,7 +167,7 @@ def load_image_folder(task: Task, stopwatch: Stopwatch, workers: int) -> None:
     repeats = [files] * -(-task.images // len(files))
     loader: Any = DataLoader(
         ConcatDataset(repeats),
-        task.knobs.batch_size,
+        task.settings.batch_size,
         shuffle=True,
         num_workers=workers,
         pin_memory=task.device.type == "cuda",
@@ -183,7 +183,7 @@ def loading_speed(
 ) -> float:
     stopwatch = Stopwatch(task.device, skip_with(workers), seconds)
     load(task, stopwatch, workers)
-    return task.knobs.batch_size / stopwatch.seconds_a_step
+    return task.settings.batch_size / stopwatch.seconds_a_step
 
 
 def skip_with(workers: int) -> int:
@@ -199,12 +199,12 @@ def loader_section(scale: Scale, folder: Path) -> str:
         f"torchvision ImageFolder and DataLoader, {cores} workers": load_image_folder,
     }.items():
         speed = common.in_fresh_process(loading_speed, load, task, scale.seconds, cores)
-        rows.append([name, str(task.knobs.batch_size), common.rounded(speed)])
+        rows.append([name, str(task.settings.batch_size), common.rounded(speed)])
     return common.table(["JPEG files to uint8 on the GPU", "batch", "images/s"], rows)
 
 
 def speeds_of_ours(task: Task, seconds: float) -> list[Speed]:
-    way = "ours" if task.knobs.compile else "ours, not compiled"
+    way = "ours" if task.settings.compile else "ours, not compiled"
     fed = Stopwatch(task.device, SKIP, seconds)
     trainer = training.train_ours(task, fed)
     alone = Stopwatch(task.device, SKIP, seconds)
@@ -223,17 +223,17 @@ Measure = Callable[[Task, float], list[Speed]]
 
 
 def as_speed(way: str, task: Task, stopwatch: Stopwatch) -> Speed:
-    speed = task.knobs.batch_size / stopwatch.seconds_a_step
+    speed = task.settings.batch_size / stopwatch.seconds_a_step
     return Speed(way, speed, stopwatch.peak, stopwatch.seconds_before)
 
 
 def speed_rows(task: Task, floor: float, speeds: list[Speed]) -> list[list[str]]:
     """`floor` is the least that an image can take, in seconds."""
-    images = task.images * task.knobs.epochs
+    images = task.images * task.settings.epochs
     return [
         [
             task.model,
-            str(task.knobs.batch_size),
+            str(task.settings.batch_size),
             speed.way,
             common.rounded(speed.images_a_second),
             f"{floor * speed.images_a_second:.1%}",
@@ -261,7 +261,7 @@ def speed_cases(scale: Scale, folder: Path) -> Iterator[tuple[Measure, Task]]:
     """Those of params.yaml's batches first, should the time not be enough for all."""
     for factor in scale.batches:
         for model in scale.networks:
-            size = round(factor * common.model_knobs(model).batch_size)
+            size = round(factor * common.model_params(model).batch_size)
             make = partial(make_task, scale, folder, model, batch_size=size)
             if default_device().type == "cuda":
                 yield speeds_of_ours, make(compile=True)
@@ -284,7 +284,7 @@ def add_speeds(report: Report, scale: Scale, folder: Path, rate: float) -> None:
             new = speed_rows(task, operations[task.model] / rate, speeds)
         except Exception as error:  # noqa: BLE001 - the others are still worth measuring
             way = f"{measure.__name__}: {describe(error)}"
-            new = [[task.model, str(task.knobs.batch_size), way, *[""] * 5]]
+            new = [[task.model, str(task.settings.batch_size), way, *[""] * 5]]
         rows += new
         note = (
             f"Forward and backward take {', '.join(needed)}; at the matrix rate that is 100%."
@@ -296,7 +296,7 @@ def add_speeds(report: Report, scale: Scale, folder: Path, rate: float) -> None:
 
 def stop_section(scale: Scale, folder: Path) -> str:
     """With all that is random, and all that is kept."""
-    knobs = {
+    settings = {
         "batch_size": 32,
         "epochs": 2,
         "learning_rate": 1e-3,
@@ -306,7 +306,7 @@ def stop_section(scale: Scale, folder: Path) -> str:
     }
     rows = []
     for model, network in SMALL_NETWORKS.items():
-        task = make_task(scale, folder, model, **knobs | network)
+        task = make_task(scale, folder, model, **settings | network)
         row = common.in_fresh_process(checks.compare_stopped_training, replace(task, images=320))
         rows.append(row)
     return common.table(["network", "stopped after", "at the end, with deterministic"], rows)
@@ -324,8 +324,8 @@ def memory_section(scale: Scale, folder: Path) -> str:
 
 
 def accuracy_section(options: argparse.Namespace, model: str, seconds: float) -> str:
-    knobs = common.model_knobs(model, **{"pretrained": False} | dict(options.set))
-    return common.in_fresh_process(checks.accuracies, options.data, model, knobs, seconds)
+    settings = common.model_params(model, **{"pretrained": False} | dict(options.set))
+    return common.in_fresh_process(checks.accuracies, options.data, model, settings, seconds)
 
 
 SECTIONS = {
@@ -341,7 +341,7 @@ def describe_setup(scale: Scale, folder: Path, rate: float) -> str:
     return (
         f"{common.describe_machine(default_device(), PACKAGES)}\n"
         f"The matrix rate is {rate / 1e12:.4g} TFLOP/s, in the product of two bfloat16 matrices of"
-        f" {scale.matrix} x {scale.matrix}. Images are {scale.drawn} drawn bins over and over,"
+        f" {scale.matrix} x {scale.matrix}. Images are {scale.bins} synthetic bins over and over,"
         f" JPEGs of {scale.size} pixels and {kilobytes:.1f} kB; weights are random. Each way"
         f" runs in a process of its own, timed for {scale.seconds:g} seconds."
     )
@@ -353,7 +353,7 @@ def main() -> None:
     report = Report(options.out, options.minutes)
     if options.parts:
         rate = common.in_fresh_process(matrix_rate, scale.matrix)
-        with common.made_data(scale.drawn, 0, scale.size) as folder:
+        with common.synthetic_data(scale.bins, 0, scale.size) as folder:
             report.add("", describe_setup(scale, folder, rate))
             for name, (heading, make) in SECTIONS.items():
                 if name in options.parts:
@@ -386,7 +386,7 @@ def parse_options() -> argparse.Namespace:
         default=[],
         type=parse_setting,
         metavar="KNOB=VALUE",
-        help="change knobs of params.yaml for --data, like epochs=3",
+        help="change settings of params.yaml for --data, like epochs=3",
     )
     return parser.parse_args()
 

@@ -69,8 +69,8 @@ def image_folder(folder: Path, workers: int) -> Pass:
 
 def image_folder_float(folder: Path, workers: int) -> Pass:
     """The same with the usual transforms, which ours leaves to the device."""
-    knobs = common.model_knobs("resnet34")
-    normalize = v2.Normalize(knobs.mean, knobs.std)
+    settings = common.model_params("resnet34")
+    normalize = v2.Normalize(settings.mean, settings.std)
     to_float = v2.ToDtype(torch.float32, scale=True)
     return _from_folder(folder, workers, v2.Compose([v2.PILToTensor(), to_float, normalize]))
 
@@ -178,8 +178,8 @@ def difference(folder: Path, loader: str, workers: int) -> float:
 def _as_uint8(images: Tensor) -> Tensor:
     if images.dtype == torch.uint8:
         return images.clone()
-    knobs = common.model_knobs("resnet34")
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (knobs.mean, knobs.std))
+    settings = common.model_params("resnet34")
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))
     return ((images * std + mean) * 255).round().to(torch.uint8)
 
 
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=common.RESULTS / "loader-cpu.md")
     options = parser.parse_args()
     machine = common.describe_machine(CPU, PACKAGES)
-    with common.made_data(options.images, 0, options.size) as folder:
+    with common.synthetic_data(options.images, 0, options.size) as folder:
         write_tars(folder)
         same = {
             loader: common.in_fresh_process(difference, folder, loader, usable_cores())
@@ -239,10 +239,10 @@ def main() -> None:
         speeds = common.interleaved(cases(), options.rounds, measure)
         size = common.mean_file_size(folder)
     scale = (
-        f"{options.images} drawn bins as JPEGs of {options.size} pixels, {size / 1000:.1f} kB each,"
-        f" in the page cache, to shuffled batches of {BATCH}. A second pass over all images is"
-        f" timed, in a new process for each measurement, which may use as many cores as the table"
-        f" says; medians of {options.rounds} rounds, with the least and the most."
+        f"{options.images} synthetic bins as JPEGs of {options.size} pixels, {size / 1000:.1f} kB"
+        f" each, in the page cache, to shuffled batches of {BATCH}. A second pass over all images"
+        f" is timed, in a new process for each measurement, which may use as many cores as the"
+        f" table says; medians of {options.rounds} rounds, with the least and the most."
     )
     checked = [[loader, f"{value:.3f}"] for loader, value in same.items()]
     sections = {

@@ -27,7 +27,7 @@ from stages.imaging.loader import CPU
 from tools.s3 import CLIENT_ENVIRONMENT
 
 PACKAGES = ["obstore", "pyarrow", "pandas", "torch", "transformers", "simplejpeg", "uvloop"]
-#: Photographs of the published experiment, drawn from all bins of the bucket.
+#: Photographs of the published experiment, sampled from all bins of the bucket.
 PUBLISHED = 220_000
 MODEL = "vit"
 # The network's own memory is not what this is about.
@@ -145,9 +145,9 @@ def main() -> None:
     *_, smaller, larger = sizes
     setting = (
         "The most that a stage's process held at once (its peak resident set, shared libraries"
-        f" with it). The buckets have {PADDED / PUBLISHED:.2f} times as many bins as are drawn, as"
-        " the real one has for the published experiment. The network is tiny: what is measured is"
-        " the memory of the data's path; a real network's own comes on top in `train` and"
+        f" with it). The buckets have {PADDED / PUBLISHED:.2f} times as many bins as are sampled,"
+        " as the real one has for the published experiment. The network is tiny: what is measured"
+        " is the memory of the data's path; a real network's own comes on top in `train` and"
         " `evaluate`. With few photographs stages need less: `fetch` has 1,024 under way and a"
         " shard of 1,000 in hand, `evaluate` and the tests of `train` 256 in a batch. So what 1,000"
         f" more add is taken from the runs with {smaller:,} and {larger:,}; of the true size,"

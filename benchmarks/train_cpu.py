@@ -68,7 +68,7 @@ def speed_table(tasks: Mapping[str, Task], steps: Mapping[Case, list[float]]) ->
     for case, values in steps.items():
         if case.model == training.TINY:
             continue
-        batch = tasks[case.model].knobs.batch_size
+        batch = tasks[case.model].settings.batch_size
         own = statistics.median(steps[Case(case.model, "ours")])
         ratio = common.times(statistics.median(values) / own)
         speeds = [batch / value for value in values]
@@ -86,8 +86,8 @@ def overhead_table(steps: Mapping[Case, list[float]]) -> str:
 
 
 def tiny_task(folder: Path) -> Task:
-    knobs = training.comparable_knobs("resnet34", batch_size=TINY_BATCH)
-    return Task(training.TINY, knobs, folder, TINY_SIZE, EPOCH * TINY_BATCH, CPU)
+    settings = training.comparable_settings("resnet34", batch_size=TINY_BATCH)
+    return Task(training.TINY, settings, folder, TINY_SIZE, EPOCH * TINY_BATCH, CPU)
 
 
 def main() -> None:
@@ -104,13 +104,13 @@ def main() -> None:
     cases = [Case(model, way) for model in batches for way in WAYS]
     cases += [Case(training.TINY, way) for way in WAYS_TO_STEP]
     with (
-        common.made_data(DRAWN, 0, options.size) as folder,
-        common.made_data(DRAWN, 0, TINY_SIZE) as tiny_folder,
+        common.synthetic_data(DRAWN, 0, options.size) as folder,
+        common.synthetic_data(DRAWN, 0, TINY_SIZE) as tiny_folder,
     ):
         tasks = {training.TINY: tiny_task(tiny_folder)}
         for model, batch in batches.items():
-            knobs = training.comparable_knobs(model, batch_size=batch)
-            tasks[model] = Task(model, knobs, folder, options.size, EPOCH * batch, CPU)
+            settings = training.comparable_settings(model, batch_size=batch)
+            tasks[model] = Task(model, settings, folder, options.size, EPOCH * batch, CPU)
 
         def measure(case: Case) -> float:
             task = tasks[case.model]

@@ -24,7 +24,7 @@ from benchmarks import common
 from stages.imaging.loader import load_batches
 from stages.networks.classifier import Classifier, build_classifier, logits_of
 from stages.networks.inference import place
-from stages.runtime.params import Model
+from stages.runtime.params import ModelParams
 from stages.training.checkpoint import TrainingState, Watch
 from stages.training.engine import Trainer
 from stages.training.epochs import plan_epoch
@@ -91,11 +91,11 @@ class Stopwatch:
 class Task:
     """What is trained: a model of params.yaml (or the tiny one), and on what.
 
-    An epoch has `images`: those of made_data in `folder`, which begin again where they end.
+    An epoch has `images`: those of synthetic_data in `folder`, which begin again where they end.
     """
 
     model: str
-    knobs: Model
+    settings: ModelParams
     folder: Path
     size: int
     images: int
@@ -103,25 +103,27 @@ class Task:
 
     def classifier(self) -> Classifier:
         """With the same random weights each time."""
-        torch.manual_seed(self.knobs.seed)
+        torch.manual_seed(self.settings.seed)
         labels = common.load_params()["subset"]["quantities"]
         if self.model == TINY:
             network = tiny_network(len(labels))
-            return Classifier(network, labels, self.size, self.knobs.mean, self.knobs.std)
-        return build_classifier(self.knobs, NO_WEIGHTS, labels, self.size)
+            return Classifier(network, labels, self.size, self.settings.mean, self.settings.std)
+        return build_classifier(self.settings, NO_WEIGHTS, labels, self.size)
 
     def trainer(self, *, deterministic: bool = False) -> Trainer:
         (bins,) = common.load_data(self.folder, "train")
         bins = common.repeated(bins, self.images)
         classifier = self.classifier()
         place(classifier, self.device, deterministic=deterministic)
-        return Trainer(classifier, bins, bins, bins, self.knobs, 64, Processes(device=self.device))
+        return Trainer(
+            classifier, bins, bins, bins, self.settings, 64, Processes(device=self.device)
+        )
 
 
-def comparable_knobs(model: str, **changes: Any) -> Model:
+def comparable_settings(model: str, **changes: Any) -> ModelParams:
     """Those of params.yaml, but for what all ways of training have in common."""
     common_to_all = {"pretrained": False, "optimizer": "adamw", "weight_decay": 0.0}
-    return common.model_knobs(model, **common_to_all | changes)
+    return common.model_params(model, **common_to_all | changes)
 
 
 def tiny_network(labels: int) -> nn.Module:
@@ -158,9 +160,9 @@ def train_on_one_batch(task: Task, stopwatch: Stopwatch) -> None:
 
 def repeat_one_batch(trainer: Trainer, stopwatch: Stopwatch) -> None:
     """The same, with a trainer that is compiled already."""
-    bins, classifier, knobs = trainer.train_bins, trainer.classifier, trainer.knobs
-    plan = plan_epoch(bins, classifier, knobs, trainer.processes, epoch=1)
-    (batch,) = load_batches(bins, [plan.order[: knobs.batch_size]], classifier.device)
+    bins, classifier, settings = trainer.train_bins, trainer.classifier, trainer.params
+    plan = plan_epoch(bins, classifier, settings, trainer.processes, epoch=1)
+    (batch,) = load_batches(bins, [plan.order[: settings.batch_size]], classifier.device)
     images = itertools.repeat(batch.images)
     trainer.state.start_epoch(1)
     trainer.module.train()
@@ -204,7 +206,7 @@ def image_files(task: Task) -> ImageFolder:
             v2.RandomHorizontalFlip(),
             v2.PILToTensor(),
             v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(task.knobs.mean, task.knobs.std),
+            v2.Normalize(task.settings.mean, task.settings.std),
         ]
     )
     return ImageFolder(str(task.folder / "files"), transform)
@@ -248,8 +250,8 @@ def _train_with_hugging_face(
     with TemporaryDirectory(prefix="bench-") as folder:
         arguments = transformers.TrainingArguments(
             output_dir=folder,
-            per_device_train_batch_size=task.knobs.batch_size,
-            learning_rate=task.knobs.learning_rate,
+            per_device_train_batch_size=task.settings.batch_size,
+            learning_rate=task.settings.learning_rate,
             num_train_epochs=1,
             bf16=task.device.type == "cuda",
             use_cpu=task.device.type == "cpu",
@@ -269,7 +271,7 @@ def train_like_torchvision(task: Task, stopwatch: Stopwatch, workers: int = 0) -
     """The loop of torchvision's reference training: float32, and its numbers read every step."""
     network = task.classifier().network.to(task.device).train()
     optimizer = _adamw(task, network)
-    loader = DataLoader(_Rows(task), task.knobs.batch_size, shuffle=True, num_workers=workers)
+    loader = DataLoader(_Rows(task), task.settings.batch_size, shuffle=True, num_workers=workers)
     for batch in loader:
         images, targets = batch["pixel_values"].to(task.device), batch["labels"].to(task.device)
         logits = logits_of(network(images))
@@ -287,7 +289,7 @@ def train_bare(task: Task, stopwatch: Stopwatch) -> None:
     """The least that a step does: one batch in memory, and no numbers."""
     network = task.classifier().network.to(task.device).train()
     optimizer = _adamw(task, network)
-    batch_size = task.knobs.batch_size
+    batch_size = task.settings.batch_size
     images = torch.zeros(batch_size, 3, task.size, task.size, device=task.device)
     targets = torch.zeros(batch_size, dtype=torch.int64, device=task.device)
     while not stopwatch.step():
@@ -297,5 +299,5 @@ def train_bare(task: Task, stopwatch: Stopwatch) -> None:
 
 
 def _adamw(task: Task, network: nn.Module) -> torch.optim.Optimizer:
-    rate = task.knobs.learning_rate
-    return torch.optim.AdamW(network.parameters(), rate, weight_decay=task.knobs.weight_decay)
+    rate = task.settings.learning_rate
+    return torch.optim.AdamW(network.parameters(), rate, weight_decay=task.settings.weight_decay)

@@ -1,7 +1,7 @@
 """The bins of a bucket as large as the real one, each made from its id whenever it is asked for.
 
 Ids, quantities and sibling groups are distributed as in s3://aft-vbi-pds; photographs and the
-items' details are those of a few real bins, or of drawn ones, over and over. The same id is the
+items' details are those of a few real bins, or of synthetic ones, over and over. The same id is the
 same bytes in every process, also where a bucket has only the first bins.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tools.drawing import DrawnBin, drawn_bins
+from tools.synthetic import SyntheticBin, synthetic_bins
 
 #: Bins of the real bucket with a padded id (00001 and up), and with an un-padded one (1 and up).
 PADDED = 535_234
@@ -39,7 +39,7 @@ _MOST_KINDS = 6
 _ASINS_OF_GROUP = 8
 _DRAWN = 100
 _DRAWN_SIZE = (501, 427)
-# Standard deviation of the noise that makes drawn photographs 57 kB large, as real ones are.
+# Standard deviation of the noise that makes synthetic photographs 57 kB large, as real ones are.
 _GRAIN = 6.6
 _SEED = 0
 
@@ -48,8 +48,8 @@ _SEED = 0
 class TrueBins:
     """The bins of a bucket. Rows are those of the whole one: padded ids, then un-padded ones.
 
-    Real or drawn bins at hand have `own_records`. Those of the others are made from `templates`;
-    siblings among them have the same number in `groups`.
+    Real or synthetic bins at hand have `own_records`. Those of the others are made from
+    `templates`; siblings among them have the same number in `groups`.
     """
 
     rows: Mapping[str, int]  # by id, only of the bins in this bucket
@@ -92,12 +92,12 @@ class TrueBins:
 def make_bins(padded: int = PADDED, abid: Path = ABID) -> TrueBins:
     """The first `padded` bins, from 1 to PADDED, and un-padded ones in proportion.
 
-    Where there is no folder `abid`, quantities, photographs and the items' details are drawn.
+    Where there is no folder `abid`, quantities, photographs and the items' details are synthetic.
     """
     # The whole bucket, so that an id is the same bin in smaller ones.
     rows = {bin_id: row for row, bin_id in enumerate(bin_ids(PADDED, UNPADDED))}
     chance = np.random.default_rng(_SEED)
-    originals = list(_real_bins(abid) if abid.is_dir() else _drawn_bins())
+    originals = list(_real_bins(abid) if abid.is_dir() else _synthetic_bins())
     own = np.array([rows[one.id] for one in originals])
     quantities = all_quantities(abid, chance)
     quantities[own] = [one.quantity for one in originals]
@@ -191,17 +191,17 @@ def item_templates(records: Iterable[bytes]) -> list[bytes]:
     return templates
 
 
-def _real_bins(abid: Path) -> Iterable[DrawnBin]:
+def _real_bins(abid: Path) -> Iterable[SyntheticBin]:
     for path in sorted((abid / "originals-1k" / "metadata").glob("*.json")):
         record = path.read_bytes()
         photograph = abid / "originals-1k" / "bin-images" / f"{path.stem}.jpg"
         quantity = json.loads(record)["EXPECTED_QUANTITY"]
-        yield DrawnBin(path.stem, quantity, photograph.read_bytes(), record)
+        yield SyntheticBin(path.stem, quantity, photograph.read_bytes(), record)
 
 
-def _drawn_bins() -> Iterable[DrawnBin]:
+def _synthetic_bins() -> Iterable[SyntheticBin]:
     chance = np.random.default_rng(_SEED)
-    for one in drawn_bins(_DRAWN, _SEED):
+    for one in synthetic_bins(_DRAWN, _SEED):
         yield one._replace(photograph=_enlarged(one.photograph, chance))
 
 

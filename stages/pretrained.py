@@ -10,18 +10,18 @@ from stages.runtime.work import publish_folder, resumable
 
 
 def main(model: str) -> str:
-    knobs = load_params().model(model)
-    key = digest(knobs.library, knobs.name, knobs.revision, knobs.pretrained)
+    params = load_params().model(model)
+    key = digest(params.library, params.name, params.revision, params.pretrained)
     with resumable(f"pretrained-{model}", key) as folder:
         # It comes last; a run that was killed after it has the weights.
         if not (folder / SOURCE).exists():
-            if knobs.pretrained:
-                download_pretrained(knobs, folder)
+            if params.pretrained:
+                download_pretrained(params, folder)
             else:
                 mark_random_start(folder)
         source = read_json(folder / SOURCE)
         publish_folder(folder, paths.PRETRAINED / model)
-    return f"weights from {source['source']}" if knobs.pretrained else "none: a random start"
+    return f"weights from {source['source']}" if params.pretrained else "none: a random start"
 
 
 if __name__ == "__main__":

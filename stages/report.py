@@ -14,7 +14,13 @@ import pyarrow.parquet as pq
 
 from stages.formats.shards import read_rejects, shard_paths, whole_parquet
 from stages.formats.tables import read_csv, read_json, write_csv
-from stages.reporting.content import by_metric, doubtful, majority_metrics, sample, training_knobs
+from stages.reporting.content import (
+    by_metric,
+    doubtful,
+    majority_metrics,
+    sample,
+    training_settings,
+)
 from stages.reporting.figures import Picture, Tables, draw_figures
 from stages.reporting.page import PUBLISHED, REPORT, embedded, render
 from stages.runtime import paths
@@ -63,10 +69,10 @@ def main() -> str:
         sample=some,
         photographs=read_photographs(sorted({row["id"] for row in [*some, *doubted]})),
         index=read_json(paths.INDEX_COUNTS),
-        drawn=pq.read_metadata(paths.SUBSET).num_rows,
+        sampled=pq.read_metadata(paths.SUBSET).num_rows,
         unusable=len(read_rejects(paths.QUARANTINE)),
         sets=bins["set"].value_counts().to_dict(),
-        training=training_knobs(params, list(results)),
+        training=training_settings(params, list(results)),
         digests={path.as_posix(): md5(path) for path in identifying_files(results)},
     )
     write_text(PAGE, page)

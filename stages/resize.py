@@ -42,17 +42,18 @@ SAMPLE = 32
 
 def main() -> str:
     params = load_params()
-    settings = params.resize
-    limit = RejectLimit("resize.max_rejects", settings.max_rejects)
+    limit = RejectLimit("resize.max_rejects", params.resize.max_rejects)
     sources = [plan_shard(path) for path in shard_paths(paths.RAW)]
     identities = [_identity(path) for path in shard_paths(paths.RAW)]
-    key = digest(settings.size, settings.fit, settings.quality, identities)
+    key = digest(params.resize.size, params.resize.fit, params.resize.quality, identities)
     with resumable("resize", key) as folder:
-        require_space(folder, bytes_to_write(settings, missing_shards(folder, sources)), NEEDED_FOR)
+        require_space(
+            folder, bytes_to_write(params.resize, missing_shards(folder, sources)), NEEDED_FOR
+        )
         if not on_one_disk(folder, paths.RESIZED.parent):
-            require_space(paths.RESIZED.parent, bytes_to_write(settings, sources), NEEDED_FOR)
+            require_space(paths.RESIZED.parent, bytes_to_write(params.resize, sources), NEEDED_FOR)
         shards, undecodable, _ = build_shards(
-            partial(resize_shard, settings),
+            partial(resize_shard, params.resize),
             folder,
             sources,
             limit,
@@ -74,9 +75,9 @@ def plan_shard(path: Path) -> Shard:
     return Shard(path.name, rows, path.absolute())
 
 
-def bytes_to_write(settings: Resize, shards: Sequence[Shard]) -> int:
+def bytes_to_write(params: Resize, shards: Sequence[Shard]) -> int:
     """An estimate of the space for these shards, from some photographs of the first."""
-    some = [resize_bin(settings, row) for shard in shards[:1] for row in read_rows(shard)[:SAMPLE]]
+    some = [resize_bin(params, row) for shard in shards[:1] for row in read_rows(shard)[:SAMPLE]]
     sizes = [len(result["image"]) for result in some if not isinstance(result, Reject)]
     return sum(sizes) * sum(shard.rows for shard in shards) // max(1, len(sizes))
 
@@ -88,31 +89,31 @@ def read_rows(shard: Shard) -> list[Row]:
 
 
 async def resize_shard(
-    settings: Resize, shard: Shard, advance: Callable[[int], object]
+    params: Resize, shard: Shard, advance: Callable[[int], object]
 ) -> BuiltShard:
     """Resize a shard's photographs in a thread of its own; each core works on one shard."""
     loop = asyncio.get_running_loop()
     advance_here = partial(loop.call_soon_threadsafe, advance, 1)
-    return await asyncio.to_thread(_resize_all, settings, shard, advance_here)
+    return await asyncio.to_thread(_resize_all, params, shard, advance_here)
 
 
-def _resize_all(settings: Resize, shard: Shard, advance: Callable[[], object]) -> BuiltShard:
+def _resize_all(params: Resize, shard: Shard, advance: Callable[[], object]) -> BuiltShard:
     # Each core works on a shard of its own.
     torch.set_num_threads(1)
     results = []
     for row in read_rows(shard):
-        results.append(resize_bin(settings, row))
+        results.append(resize_bin(params, row))
         advance()
     return built_shard(results, IMAGES)
 
 
-def resize_bin(settings: Resize, row: Row) -> Row | Reject:
+def resize_bin(params: Resize, row: Row) -> Row | Reject:
     """Resize one photograph, or say why it cannot be resized."""
     try:
         pixels = jpeg.decode(row["image"])
     except jpeg.ImageError as error:
         return Reject(row["id"], str(error))
-    image = jpeg.encode(jpeg.resize(pixels, settings.size, settings.fit), settings.quality)
+    image = jpeg.encode(jpeg.resize(pixels, params.size, params.fit), params.quality)
     return {"id": row["id"], "quantity": row["quantity"], "image": image}
 
 

@@ -24,10 +24,10 @@ def main() -> str:
         index = pq.ParquetFile(paths.INDEX).read(columns)
     grouped = with_groups(index)
     name = params.ids
-    subset = draw(grouped, params) if name is None else take(grouped, name, params.quantities)
+    subset = sample(grouped, params) if name is None else take(grouped, name, params.quantities)
     write_table(paths.SUBSET, subset)
     groups = pc.count_distinct(subset["group"]).as_py()
-    how = "drawn" if name is None else f"of {paths.LISTS / name}"
+    how = "sampled" if name is None else f"of {paths.LISTS / name}"
     return f"{len(subset)} bins {how}, in {groups} sibling groups"
 
 
@@ -44,7 +44,7 @@ def with_groups(index: pa.Table) -> pa.Table:
     return index.append_column("group", pa.array(groups, pa.string())).select(COLUMNS)
 
 
-def draw(index: pa.Table, params: Subset) -> pa.Table:
+def sample(index: pa.Table, params: Subset) -> pa.Table:
     """`params.bins` of the bins that have a quantity of `params.quantities`, sorted by id."""
     fitting = index.filter(pc.is_in(index["quantity"], pa.array(params.quantities, pa.int32())))
     if len(fitting) < params.bins:
@@ -52,8 +52,8 @@ def draw(index: pa.Table, params: Subset) -> pa.Table:
             f"subset.bins is {params.bins}, but the bucket has {len(fitting)} bins with a quantity"
             f" of subset.quantities {params.quantities}: lower subset.bins"
         )
-    drawn = shuffled(fitting["id"].to_pylist(), "subset", params.seed)[: params.bins]
-    return with_ids(fitting, drawn)
+    sampled = shuffled(fitting["id"].to_pylist(), "subset", params.seed)[: params.bins]
+    return with_ids(fitting, sampled)
 
 
 def take(index: pa.Table, name: str, quantities: list[int]) -> pa.Table:

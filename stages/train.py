@@ -67,21 +67,23 @@ def inputs_of(params: Params, model: str) -> str:
         paths.SPLIT,
         *sorted((paths.PRETRAINED / model).iterdir()),
     ]
-    knobs = params.model(model), params.resize, params.run.deterministic
-    return digest(knobs, torch.__version__, digest_files(files))
+    model_params = params.model(model), params.resize, params.run.deterministic
+    return digest(model_params, torch.__version__, digest_files(files))
 
 
 def make_trainer(params: Params, model: str, work: Path, processes: Processes) -> Trainer:
-    knobs, size = params.model(model), params.resize.size
+    model_params, size = params.model(model), params.resize.size
     names = ["train", "validation", "test"]
     sets = share_bins(paths.RESIZED, paths.SPLIT, names, size, work, processes)
     labels = sorted({quantity for bins in sets for quantity in bins.quantities.tolist()})
-    torch.manual_seed(knobs.seed)
-    classifier = build_classifier(knobs, paths.PRETRAINED / model, labels, size)
+    torch.manual_seed(model_params.seed)
+    classifier = build_classifier(model_params, paths.PRETRAINED / model, labels, size)
     place(classifier, processes.device, deterministic=params.run.deterministic)
     train_bins, validation_bins, test_bins = sets
     batch_size = params.evaluate.batch_size
-    return Trainer(classifier, train_bins, validation_bins, test_bins, knobs, batch_size, processes)
+    return Trainer(
+        classifier, train_bins, validation_bins, test_bins, model_params, batch_size, processes
+    )
 
 
 def train(model: str, trainer: Trainer, watch: Watch) -> list[Epoch]:
@@ -90,7 +92,7 @@ def train(model: str, trainer: Trainer, watch: Watch) -> list[Epoch]:
     for epoch in trainer.train(watch):
         epochs.append(epoch)
         if trainer.processes.is_first:
-            report_epoch(model, epoch, trainer.knobs.epochs, time.monotonic() - started)
+            report_epoch(model, epoch, trainer.params.epochs, time.monotonic() - started)
     return epochs
 
 
@@ -102,7 +104,7 @@ def publish(params: Params, model: str, trainer: Trainer, scores: Scores, folder
     save_release(
         folder,
         trainer.trained,
-        trainer.knobs,
+        trainer.params,
         params.resize,
         bins.ids,
         bins.quantities,

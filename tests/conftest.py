@@ -27,8 +27,8 @@ from stages.collecting.records import INDEX_SCHEMA, parse_record
 from stages.imaging.jpeg import Pixels
 from stages.runtime import params
 from tests.project import SETTINGS, Project, fill_buckets
-from tools.drawing import DrawnBin, drawn_bins
 from tools.s3 import CLIENT_ENVIRONMENT, serving
+from tools.synthetic import SyntheticBin, synthetic_bins
 
 # For the clients in this process and in those that tests start; a user's proxy stays elsewhere.
 os.environ |= CLIENT_ENVIRONMENT
@@ -93,8 +93,8 @@ def abid_index(abid_records: dict[str, bytes]) -> pa.Table:
 
 
 @pytest.fixture(scope="session")
-def drawn() -> list[DrawnBin]:
-    return list(drawn_bins(120, seed=0))
+def synthetic() -> list[SyntheticBin]:
+    return list(synthetic_bins(120, seed=0))
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
 
 @pytest.fixture(scope="session")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An S3 server with drawn bins in one bucket and nothing in the other."""
+    """An S3 server with synthetic bins in one bucket and nothing in the other."""
     buckets = tmp_path_factory.mktemp("server") / "s3"
     fill_buckets(buckets)
     with serving(buckets) as url:
@@ -243,11 +243,11 @@ def noted_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return keys
 
 
-def objects_of(bins: Sequence[DrawnBin]) -> dict[str, bytes]:
+def objects_of(bins: Sequence[SyntheticBin]) -> dict[str, bytes]:
     """The bins in the layout of the real bucket."""
-    return {f"bin-images/{drawn_bin.id}.jpg": drawn_bin.photograph for drawn_bin in bins} | {
-        f"metadata/{drawn_bin.id}.json": drawn_bin.record for drawn_bin in bins
-    }
+    return {
+        f"bin-images/{synthetic_bin.id}.jpg": synthetic_bin.photograph for synthetic_bin in bins
+    } | {f"metadata/{synthetic_bin.id}.json": synthetic_bin.record for synthetic_bin in bins}
 
 
 def record_json(quantity: Any, asins: Sequence[str] = (), **more: Any) -> bytes:

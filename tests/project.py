@@ -10,11 +10,11 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from tools.drawing import drawn_bins
 from tools.s3 import CLIENT_ENVIRONMENT
+from tools.synthetic import synthetic_bins
 
 ROOT = Path(__file__).parent.parent
-DRAWN_BINS = 160
+SYNTHETIC_BINS = 160
 SETTINGS = [
     "bucket.url=s3://bins",
     "index.max_rejects=0.05",
@@ -54,17 +54,17 @@ def copy_working_tree(source: Path, target: Path) -> None:
 
 
 def fill_buckets(folder: Path) -> None:
-    """An empty bucket, and one of drawn bins with a truncated photograph and a garbled record."""
+    """An empty bucket, and one of synthetic bins: one photograph is cut, one record is garbled."""
     for name in ("storage", "bins/bin-images", "bins/metadata"):
         (folder / name).mkdir(parents=True)
-    for drawn in drawn_bins(DRAWN_BINS, seed=3):
-        photograph, record = drawn.photograph, drawn.record
-        if drawn.id == "00040":
+    for synthetic in synthetic_bins(SYNTHETIC_BINS, seed=3):
+        photograph, record = synthetic.photograph, synthetic.record
+        if synthetic.id == "00040":
             record = b"not a record"
-        if drawn.id == "00007":
+        if synthetic.id == "00007":
             photograph = photograph[:2000]
-        (folder / f"bins/bin-images/{drawn.id}.jpg").write_bytes(photograph)
-        (folder / f"bins/metadata/{drawn.id}.json").write_bytes(record)
+        (folder / f"bins/bin-images/{synthetic.id}.jpg").write_bytes(photograph)
+        (folder / f"bins/metadata/{synthetic.id}.json").write_bytes(record)
 
 
 def fresh_environment(home: Path) -> dict[str, str]:

@@ -25,8 +25,8 @@ from tests import faults
 from tests.conftest import S3, bucket_params, objects_of, write_params
 from tests.faults import SECRET, Fault, always, fault_proxy
 from tests.test_fetch import prepare
-from tools.drawing import DrawnBin
 from tools.s3 import free_port
+from tools.synthetic import SyntheticBin
 
 OK = b"<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>"
 EXPIRED = r"refuses access: the credentials have expired\. Renew them; the next run continues"
@@ -149,16 +149,16 @@ def test_the_code_of_s3_says_what_to_do_after_one_request(
 )
 def test_what_befalls_all_objects_is_no_objects_fault(
     s3: S3,
-    drawn: list[DrawnBin],
+    synthetic: list[SyntheticBin],
     monkeypatch: pytest.MonkeyPatch,
     status: int,
     code: str,
     said: str,
 ) -> None:
     monkeypatch.setitem(faults.ERRORS, Fault.DENIED, (status, code))
-    source = s3.make_bucket(objects_of(drawn))
+    source = s3.make_bucket(objects_of(synthetic))
     with fault_proxy(s3.url) as proxy:
-        prepare(source.model_copy(update={"endpoint": proxy.url}), drawn, max_rejects=1.0)
+        prepare(source.model_copy(update={"endpoint": proxy.url}), synthetic, max_rejects=1.0)
         proxy.plan = lambda _: Fault.DENIED
         with pytest.raises(UserError, match=said) as caught:
             fetch.main()
@@ -168,14 +168,14 @@ def test_what_befalls_all_objects_is_no_objects_fault(
 
 @pytest.mark.usefixtures("workspace")
 def test_a_photograph_in_an_archive_is_named_with_s3s_code(
-    s3: S3, drawn: list[DrawnBin], monkeypatch: pytest.MonkeyPatch
+    s3: S3, synthetic: list[SyntheticBin], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = s3.make_bucket(objects_of(drawn))
-    archived = drawn[0].id
+    source = s3.make_bucket(objects_of(synthetic))
+    archived = synthetic[0].id
     monkeypatch.setitem(faults.ERRORS, Fault.DENIED, (403, "InvalidObjectState"))
     with fault_proxy(s3.url) as proxy:
         behind = source.model_copy(update={"endpoint": proxy.url})
-        prepare(source, drawn, max_rejects=0.1)
+        prepare(source, synthetic, max_rejects=0.1)
         write_params({**bucket_params(behind), "fetch.max_rejects": 0.1})
         proxy.plan = always(Fault.DENIED, f"{archived}.jpg")
         fetch.main()

@@ -29,31 +29,31 @@ from stages.networks.model_files import digests
 from stages.networks.release import FILES, SETTINGS, VALIDATION, load_release, save_release
 from stages.runtime.params import Resize
 from stages.scoring.verification import threshold_for
-from tests.conftest import REPOSITORY, S3, jpeg_file, objects_of
-from tests.made import (
+from tests.builders import (
     SIZE,
     TINY_VIT,
     bin_rows,
     full_precision,
     make_bins,
-    model_knobs,
+    model_params,
     noise,
     one_torch_thread,
     random_classifier,
     square,
     write_resized,
 )
+from tests.conftest import REPOSITORY, S3, jpeg_file, objects_of
 from tools.audit import __main__ as audit
 from tools.audit import run as audit_run
 from tools.audit.models import Ensemble
 from tools.audit.plausibility import ADVICE, EITHER, PHOTOGRAPHS, RECORDS
-from tools.drawing import DrawnBin
 from tools.s3 import serving
+from tools.synthetic import SyntheticBin
 
 LABELS = [1, 2, 3, 4, 5]
 COLUMNS = [f"p{label}" for label in LABELS]
 QUANTITIES = LABELS * 8
-KNOBS = model_knobs("vit", pretrained=False, config=TINY_VIT)
+KNOBS = model_params("vit", pretrained=False, config=TINY_VIT)
 FORM = Resize(size=SIZE, fit="pad", quality=60, max_rejects=0.0)
 WITH_COUNTS = ["photographs", "--expected", "counts.csv"]
 # The second lowest right score of the validation bins.
@@ -332,9 +332,9 @@ def test_counts_as_a_spreadsheet_saves_them_are_used_and_how_is_said(
 
 
 def test_a_bucket_and_a_folder_of_the_same_bins_are_audited_alike(
-    run: Run, s3: S3, drawn: list[DrawnBin]
+    run: Run, s3: S3, synthetic: list[SyntheticBin]
 ) -> None:
-    objects = objects_of(drawn) | {"metadata/00003.json": b"[", "bin-images/00004.jpg": b"?"}
+    objects = objects_of(synthetic) | {"metadata/00003.json": b"[", "bin-images/00004.jpg": b"?"}
     bucket = s3.make_bucket(objects)
     write_files(Path("bucket"), objects)
 
@@ -345,7 +345,7 @@ def test_a_bucket_and_a_folder_of_the_same_bins_are_audited_alike(
     assert len(set(codes)) == 1
     assert audited().equals(of_bucket)
     expected = of_bucket.set_index("id")["expected"].to_dict()
-    assert all(expected[one.id] == str(one.quantity) for one in drawn if one.id != "00003")
+    assert all(expected[one.id] == str(one.quantity) for one in synthetic if one.id != "00003")
     reasons = of_bucket.set_index("id")["reason"]
     assert reasons["00003"] == "unusable record: not JSON"
     assert reasons["00004"] == "unreadable photograph: not an image"
@@ -360,11 +360,11 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 def test_keys_open_a_private_bucket_and_appear_nowhere(
     run: Run,
     tmp_path: Path,
-    drawn: list[DrawnBin],
+    synthetic: list[SyntheticBin],
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    write_files(tmp_path / "buckets/private", objects_of(drawn[:20]))
+    write_files(tmp_path / "buckets/private", objects_of(synthetic[:20]))
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key-of-mine")
     with serving(tmp_path / "buckets", "--auth-key", "key-of-mine,secret-of-mine") as endpoint:
         words = ["s3://private", "--endpoint", endpoint]

@@ -12,11 +12,11 @@ import pytest
 from stages.collecting.records import parse_record
 from stages.formats.shards import shard_name
 from stages.runtime.errors import UserError
+from tests.builders import bin_rows, square, write_resized, write_split
 from tests.conftest import record_json
-from tests.made import bin_rows, square, write_resized, write_split
 from tools.audit.expected import Expected, find_expected
 from tools.audit.photographs import Photographs, open_photographs
-from tools.audit.run import find_trained_on
+from tools.audit.run import count_trained_on
 from tools.audit.table import audit_table, spoken
 
 SECRET = "AKIAIOSFODNN7EXAMPLE"  # noqa: S105 - Amazon's example
@@ -201,12 +201,12 @@ def test_alarms_are_below_the_threshold_and_equal_scores_in_the_order_of_their_i
     assert table["alarm"].tolist() == ["yes"] + ["no"] * 303
 
 
-def test_bins_of_train_are_found_with_ids_as_texts(
+def test_bins_of_train_are_counted_with_ids_as_texts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert find_trained_on(["00100"]) == set()
+    assert count_trained_on(["00100"]) == 0
 
     write_split(Path("data/split.csv"), {"00100": "train", "7": "train", "00007": "test"})
 
-    assert find_trained_on(["00100", "100", "00007", "8"]) == {"00100"}
+    assert count_trained_on(["00100", "100", "00007", "8"]) == 1

@@ -20,7 +20,7 @@ from tools.audit.expected import Expected
 from tools.audit.page import Facts, Items, make_thumbnails, percent, render_page, spoken_item
 from tools.audit.photographs import Content
 from tools.audit.table import audit_table
-from tools.drawing import drawn_bins
+from tools.synthetic import synthetic_bins
 
 LABELS = [1, 2, 3, 4, 5]
 FACTS = Facts("s3://bins", "counts.csv", ["resnet34", "vit"], 9900, 0.05, 0.03217, 0)
@@ -48,9 +48,9 @@ def audited() -> pd.DataFrame:
 
 
 def photographs() -> list[Content]:
-    drawn = list(drawn_bins(3, seed=5))
+    synthetic = list(synthetic_bins(3, seed=5))
     ids = ["00002", "00012", "100"]
-    return [Content(bin_id, one.photograph) for bin_id, one in zip(ids, drawn, strict=True)]
+    return [Content(bin_id, one.photograph) for bin_id, one in zip(ids, synthetic, strict=True)]
 
 
 def rendered(facts: Facts = FACTS, top: int = 200, items: Items | None = None) -> Page:

@@ -18,13 +18,13 @@ from stages.networks.classifier import (
     save_classifier,
 )
 from stages.runtime.errors import UserError
-from tests.made import (
+from tests.builders import (
     TINY_CONVNEXT,
     TINY_RESNET,
     TINY_VIT,
     equal,
     logits,
-    model_knobs,
+    model_params,
     noise_images,
     one_torch_thread,
     random_classifier,
@@ -79,10 +79,10 @@ def test_any_backbone_is_trained_frozen_saved_and_loaded(
     library: str, name: str, config: dict[str, Any], layer: str, tmp_path: Path
 ) -> None:
     if library == "torchvision":
-        knobs = model_knobs("resnet34", name=name, config=config, pretrained=False)
+        settings = model_params("resnet34", name=name, config=config, pretrained=False)
     else:
-        knobs = model_knobs("vit", config=config | {"model_type": name}, pretrained=False)
-    classifier = random_classifier(knobs)
+        settings = model_params("vit", config=config | {"model_type": name}, pretrained=False)
+    classifier = random_classifier(settings)
     start = weights_of(classifier.network)
 
     classifier.network.train()
@@ -92,7 +92,7 @@ def test_any_backbone_is_trained_frozen_saved_and_loaded(
     classifier.network.eval()
     train_one_step(classifier)
     before = logits(classifier)
-    save_classifier(classifier, knobs, tmp_path, "squeeze")
+    save_classifier(classifier, settings, tmp_path, "squeeze")
     loaded = load_classifier(tmp_path)
 
     changed = [key for key in start if not torch.equal(trained[key], start[key])]

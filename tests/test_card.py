@@ -86,12 +86,12 @@ def test_the_hub_reads_the_front_matter(model: str, library: str) -> None:
     [
         (
             {"subset.seed": 11, "split.seed": 12},
-            "(bins drawn with seed 11, sets drawn with seed 12)",
+            "(bins sampled with seed 11, sets sampled with seed 12)",
         ),
-        ({"subset.ids": "mine.csv"}, "(bins of mine.csv, sets drawn with seed 0)"),
+        ({"subset.ids": "mine.csv"}, "(bins of mine.csv, sets sampled with seed 0)"),
         (
             {"split.by": "file", "split.file": "its.csv"},
-            "(bins drawn with seed 0, sets of its.csv)",
+            "(bins sampled with seed 0, sets of its.csv)",
         ),
         (
             {"split.by": "file", "split.file": "its.csv"},

@@ -30,11 +30,11 @@ from stages.training.checkpoint import (
 )
 from stages.training.engine import Epoch, Trainer
 from stages.training.processes import Processes
-from tests.made import full_network, make_bins, model_knobs, one_torch_thread, tiny_classifier
+from tests.builders import full_network, make_bins, model_params, one_torch_thread, tiny_classifier
 
 LABELS = [1, 2, 3]
 #: All that has a state, or draws something.
-KNOBS = model_knobs(
+KNOBS = model_params(
     "resnet34",
     epochs=2,
     batch_size=4,

@@ -1,4 +1,4 @@
-"""torch.compile where a machine cannot do it: one line, and training goes on where it may."""
+"""torch.compile where a machine cannot do it: one line, and training continues where it may."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from torch import nn
 
 from stages.runtime.errors import UserError
 from stages.training.compilation import compile_for
-from tests.made import REPOSITORY, model_knobs
+from tests.builders import REPOSITORY, model_params
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 NETWORK = nn.Linear(2, 2)
@@ -36,7 +36,7 @@ def test_auto_trains_without_and_says_why(
 ) -> None:
     failing(error, monkeypatch)
 
-    forward, problem = compile_for(NETWORK, GPU, model_knobs("vit", compile="auto"))
+    forward, problem = compile_for(NETWORK, GPU, model_params("vit", compile="auto"))
 
     assert forward is NETWORK
     assert problem == " ".join(str(error).split())
@@ -50,7 +50,7 @@ def test_true_stops_with_one_line_that_says_what_to_install(
     failing(error, monkeypatch)
 
     with pytest.raises(UserError, match=r"compile is true, but torch\.compile fails") as caught:
-        compile_for(NETWORK, device, model_knobs("vit", compile=True))
+        compile_for(NETWORK, device, model_params("vit", compile=True))
 
     for part in (" ".join(str(error).split()), "apt install g++ python3-dev", "set compile to"):
         assert part in str(caught.value)
@@ -63,7 +63,7 @@ def test_nothing_is_tried_where_compiling_is_not_wanted(
 ) -> None:
     failing(AssertionError("tried"), monkeypatch)
 
-    assert compile_for(NETWORK, device, model_knobs("vit", compile=wanted)) == (NETWORK, None)
+    assert compile_for(NETWORK, device, model_params("vit", compile=wanted)) == (NETWORK, None)
 
 
 @pytest.mark.slow

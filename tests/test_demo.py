@@ -28,7 +28,7 @@ def small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(demo, "BUCKETS", folder / "s3")
     monkeypatch.setattr(demo, "LOG", folder / "s3.log")
     monkeypatch.setattr(demo, "PID", folder / "s3.pid")
-    monkeypatch.setattr(demo, "DRAWN_BINS", 6)
+    monkeypatch.setattr(demo, "SYNTHETIC_BINS", 6)
     return folder
 
 

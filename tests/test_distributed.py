@@ -20,14 +20,14 @@ from stages.imaging.loader import CPU, Bins
 from stages.networks.inference import place
 from stages.runtime.errors import Stopped, UserError
 from stages.runtime.machine import usable_cores
-from stages.runtime.params import Model
+from stages.runtime.params import ModelParams
 from stages.training import machines
 from stages.training.checkpoint import StopRequest, Watch, restore_checkpoint
 from stages.training.engine import Epoch, Trainer
 from stages.training.launch import process_count, run_processes
 from stages.training.machines import share_bins
 from stages.training.processes import Processes, joined_processes
-from tests.made import (
+from tests.builders import (
     SIZE,
     TINY_VIT,
     Large,
@@ -37,7 +37,7 @@ from tests.made import (
     full_network,
     full_precision,
     make_bins,
-    model_knobs,
+    model_params,
     noise,
     one_torch_thread,
     random_classifier,
@@ -61,20 +61,20 @@ class Network(nn.Module):
         self.unused = nn.Linear(5, 5)
         # The gradient of a key's bias is nothing but rounding, which Adam would make a step of.
         config = TINY_VIT | {"qkv_bias": False}
-        knobs = model_knobs("vit", pretrained=False, config=config)
-        self.used = random_classifier(knobs, range(1, labels + 1)).network
+        settings = model_params("vit", pretrained=False, config=config)
+        self.used = random_classifier(settings, range(1, labels + 1)).network
 
     def forward(self, images: Tensor) -> Any:
         return self.used(images)
 
 
-def knobs_with(**changes: Any) -> Model:
-    return model_knobs("resnet34", learning_rate=RATE, epochs=2, batch_size=8, **changes)
+def settings_with(**changes: Any) -> ModelParams:
+    return model_params("resnet34", learning_rate=RATE, epochs=2, batch_size=8, **changes)
 
 
 CASES = {
-    "plain": knobs_with(),
-    "in parts, averaged": knobs_with(
+    "plain": settings_with(),
+    "in parts, averaged": settings_with(
         accumulation=3,
         ema_decay=0.6,
         clip_norm=0.5,
@@ -83,9 +83,9 @@ CASES = {
         weight_decay=0.1,
         loss="ordinal",
     ),
-    "frozen": knobs_with(freeze_backbone=True),
+    "frozen": settings_with(freeze_backbone=True),
     # Of which one process gets none.
-    "of two images": knobs_with().model_copy(update={"batch_size": 2, "epochs": 1}),
+    "of two images": settings_with().model_copy(update={"batch_size": 2, "epochs": 1}),
 }
 STOPPED = CASES["in parts, averaged"]
 
@@ -106,14 +106,14 @@ def sets_of(folder: Path, processes: Processes) -> list[Bins]:
 
 def new_trainer(
     sets: list[Bins],
-    knobs: Model,
+    settings: ModelParams,
     processes: Processes,
     make_network: Callable[[int], nn.Module] = Network,
 ) -> Trainer:
     classifier = tiny_classifier(LABELS, make_network)
     place(classifier, CPU)
     train_bins, validation_bins, test_bins = sets
-    return Trainer(classifier, train_bins, validation_bins, test_bins, knobs, 4, processes)
+    return Trainer(classifier, train_bins, validation_bins, test_bins, settings, 4, processes)
 
 
 def result_of(trainer: Trainer, epochs: list[Epoch]) -> dict[str, Tensor]:
@@ -124,8 +124,8 @@ def result_of(trainer: Trainer, epochs: list[Epoch]) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in result.items()}
 
 
-def train(sets: list[Bins], knobs: Model, processes: Processes) -> dict[str, Tensor]:
-    trainer = new_trainer(sets, knobs, processes)
+def train(sets: list[Bins], settings: ModelParams, processes: Processes) -> dict[str, Tensor]:
+    trainer = new_trainer(sets, settings, processes)
     return result_of(trainer, list(trainer.train()))
 
 
@@ -161,8 +161,8 @@ def work_in_a_group(folder_name: str) -> str:
     folder = Path(folder_name)
     with joined_processes() as processes, full_precision():
         sets = sets_of(folder, processes)
-        for name, knobs in CASES.items():
-            save_file(train(sets, knobs, processes), folder / f"{name} {processes.rank}")
+        for name, settings in CASES.items():
+            save_file(train(sets, settings, processes), folder / f"{name} {processes.rank}")
         result = train_with_a_stop(sets, processes, folder / "checkpoint")
         save_file(result, folder / f"stopped {processes.rank}")
         numbers = torch.arange(3.0) + 10 * processes.rank
@@ -208,7 +208,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tenso
     write_sets(folder)
     sets = sets_of(folder, Processes())
     with full_precision():
-        return {name: train(sets, knobs, Processes()) for name, knobs in CASES.items()}
+        return {name: train(sets, settings, Processes()) for name, settings in CASES.items()}
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Training, on bins of drawn squares that a tiny network learns."""
+"""Training, on bins of synthetic squares that a tiny network learns."""
 
 import math
 import shutil
@@ -16,7 +16,7 @@ from torch.optim import Adam, AdamW
 from stages.imaging.loader import CPU, Bins
 from stages.networks.inference import evaluate, normalizer
 from stages.runtime.errors import UserError
-from stages.runtime.params import Model
+from stages.runtime.params import ModelParams
 from stages.training import engine
 from stages.training.augmentation import jitter_colors
 from stages.training.checkpoint import Watch
@@ -30,14 +30,14 @@ from stages.training.epochs import (
 )
 from stages.training.messages import report_start
 from stages.training.processes import Processes
-from tests.made import (
+from tests.builders import (
     Large,
     close,
     equal,
     full_network,
     full_precision,
     make_bins,
-    model_knobs,
+    model_params,
     noise,
     one_torch_thread,
     pillow_pixels,
@@ -47,7 +47,7 @@ from tests.made import (
 )
 
 LABELS = [1, 2, 3]
-KNOBS = model_knobs("resnet34", epochs=3, batch_size=8, learning_rate=0.01)
+KNOBS = model_params("resnet34", epochs=3, batch_size=8, learning_rate=0.01)
 #: The bins to train on, to validate on and to test on.
 Sets = tuple[Bins, Bins, Bins]
 
@@ -84,29 +84,29 @@ def use_full_precision() -> Iterator[None]:
         yield
 
 
-def knobs_with(**changes: Any) -> Model:
+def settings_with(**changes: Any) -> ModelParams:
     return KNOBS.model_copy(update=changes)
 
 
 def new_trainer(
-    sets: Sets, knobs: Model, make_network: Callable[[int], nn.Module] = tiny_network
+    sets: Sets, settings: ModelParams, make_network: Callable[[int], nn.Module] = tiny_network
 ) -> Trainer:
     """It starts from always the same weights."""
-    return Trainer(tiny_classifier(LABELS, make_network), *sets, knobs, 16)
+    return Trainer(tiny_classifier(LABELS, make_network), *sets, settings, 16)
 
 
 def trained(
-    sets: Sets, knobs: Model, make_network: Callable[[int], nn.Module] = tiny_network
+    sets: Sets, settings: ModelParams, make_network: Callable[[int], nn.Module] = tiny_network
 ) -> tuple[dict[str, Tensor], list[Epoch]]:
     """The weights and the epochs of a training."""
-    trainer = new_trainer(sets, knobs, make_network)
+    trainer = new_trainer(sets, settings, make_network)
     epochs = list(trainer.train())
     return weights_of(trainer.trained.network), epochs
 
 
 @pytest.mark.parametrize(("optimizer", "loss"), [("adam", "ordinal"), ("adamw", "cross_entropy")])
 def test_a_task_that_can_be_learned_is_learned(optimizer: str, loss: str, sets: Sets) -> None:
-    _, epochs = trained(sets, knobs_with(epochs=6, optimizer=optimizer, loss=loss))
+    _, epochs = trained(sets, settings_with(epochs=6, optimizer=optimizer, loss=loss))
 
     assert [epoch.epoch for epoch in epochs] == [1, 2, 3, 4, 5, 6]
     first, last = epochs[0], epochs[-1]
@@ -148,7 +148,7 @@ def test_a_seed_gives_the_same_weights_and_rows_bit_by_bit(sets: Sets) -> None:
 )
 def test_a_changed_knob_gives_other_weights(change: dict[str, Any], sets: Sets) -> None:
     weights, epochs = trained(sets, KNOBS)
-    others, other_epochs = trained(sets, knobs_with(**change))
+    others, other_epochs = trained(sets, settings_with(**change))
 
     assert not equal(weights, others)
     assert epochs != other_epochs
@@ -195,9 +195,9 @@ class Recorder(nn.Module):
         return logits
 
 
-def recorded(sets: Sets, knobs: Model) -> list[Tensor]:
+def recorded(sets: Sets, settings: ModelParams) -> list[Tensor]:
     """The batches of a training, as the network gets them."""
-    trainer = new_trainer(sets, knobs, Recorder)
+    trainer = new_trainer(sets, settings, Recorder)
     list(trainer.train())
     network = trainer.classifier.network
     assert isinstance(network, Recorder)
@@ -231,7 +231,7 @@ def identified(images: Tensor, bins: Bins) -> list[tuple[int, bool]]:
 
 
 def test_each_epoch_trains_on_each_bin_once_in_its_own_order(sets: Sets) -> None:
-    batches = recorded(sets, knobs_with(epochs=2))
+    batches = recorded(sets, settings_with(epochs=2))
 
     train_bins = sets[0]
     assert [len(batch) for batch in batches] == 2 * [8, 8, 8, 6]
@@ -251,24 +251,24 @@ def test_each_epoch_trains_on_each_bin_once_in_its_own_order(sets: Sets) -> None
 def test_about_half_of_the_images_are_mirrored_or_none(
     horizontal_flip: bool, fewest: int, most: int, sets: Sets
 ) -> None:
-    batches = recorded(sets, knobs_with(epochs=2, horizontal_flip=horizontal_flip))
+    batches = recorded(sets, settings_with(epochs=2, horizontal_flip=horizontal_flip))
 
     mirrored = [mirrored for _, mirrored in identified(torch.cat(batches), sets[0])]
     assert len(mirrored) == 60
     assert fewest <= sum(mirrored) <= most
 
 
-def plan_of(sets: Sets, knobs: Model, processes: Processes | None = None) -> EpochPlan:
+def plan_of(sets: Sets, settings: ModelParams, processes: Processes | None = None) -> EpochPlan:
     """Of the second epoch."""
-    return plan_epoch(sets[0], tiny_classifier(LABELS), knobs, processes or Processes(), 2)
+    return plan_epoch(sets[0], tiny_classifier(LABELS), settings, processes or Processes(), 2)
 
 
 def test_each_image_is_changed_as_the_epochs_plan_says(sets: Sets) -> None:
-    knobs = knobs_with(epochs=2, color_jitter=0.4)
+    settings = settings_with(epochs=2, color_jitter=0.4)
 
-    images = torch.cat(recorded(sets, knobs)[4:])
+    images = torch.cat(recorded(sets, settings)[4:])
 
-    plan = plan_of(sets, knobs)
+    plan = plan_of(sets, settings)
     assert plan.flips is not None
     assert plan.jitters is not None
     originals = pixels_of(sets[0])[torch.from_numpy(plan.order)]
@@ -339,9 +339,9 @@ def global_pool_network(labels: int) -> nn.Module:
 def test_batch_normalization_never_gets_a_single_image(
     batch_size: int, accumulation: int, sets: Sets
 ) -> None:
-    knobs = knobs_with(batch_size=batch_size, accumulation=accumulation, epochs=1)
+    settings = settings_with(batch_size=batch_size, accumulation=accumulation, epochs=1)
 
-    _, epochs = trained(sets, knobs, global_pool_network)
+    _, epochs = trained(sets, settings, global_pool_network)
 
     assert math.isfinite(epochs[0].train_loss)
 
@@ -349,16 +349,16 @@ def test_batch_normalization_never_gets_a_single_image(
 def test_a_batch_of_one_image_is_refused_where_there_is_batch_normalization(
     sets: Sets, tmp_path: Path
 ) -> None:
-    knobs = knobs_with(batch_size=1, epochs=1)
+    settings = settings_with(batch_size=1, epochs=1)
     only_one = make_bins(tmp_path, [1])
 
     with pytest.raises(UserError, match="not one: set this model's batch_size to 2 or more"):
-        new_trainer(sets, knobs, full_network)
+        new_trainer(sets, settings, full_network)
     with pytest.raises(UserError, match=r"not one: raise split\.train"):
         new_trainer((only_one, *sets[1:]), KNOBS, full_network)
     # What is frozen is not normalized by its batch, and other networks take one image.
-    trained(sets, knobs.model_copy(update={"freeze_backbone": True}), full_network)
-    trained(sets, knobs, tiny_network)
+    trained(sets, settings.model_copy(update={"freeze_backbone": True}), full_network)
+    trained(sets, settings, tiny_network)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -366,10 +366,10 @@ def test_a_batch_of_one_image_is_refused_where_there_is_batch_normalization(
 def test_an_epoch_is_the_same_whatever_the_number_of_processes(
     size: int, accumulation: int, sets: Sets
 ) -> None:
-    knobs = knobs_with(accumulation=accumulation, color_jitter=0.1)
+    settings = settings_with(accumulation=accumulation, color_jitter=0.1)
 
-    alone = plan_of(sets, knobs)
-    plans = [plan_of(sets, knobs, Processes(rank, size)) for rank in range(size)]
+    alone = plan_of(sets, settings)
+    plans = [plan_of(sets, settings, Processes(rank, size)) for rank in range(size)]
 
     for plan in plans:
         assert plan.order.tolist() == alone.order.tolist()
@@ -378,9 +378,9 @@ def test_an_epoch_is_the_same_whatever_the_number_of_processes(
             assert torch.equal(getattr(plan, name), getattr(alone, name))
 
 
-def gradients_of(sets: Sets, knobs: Model) -> list[dict[str, Tensor]]:
+def gradients_of(sets: Sets, settings: ModelParams) -> list[dict[str, Tensor]]:
     """Those that each step of the optimizer gets."""
-    trainer = new_trainer(sets, knobs)
+    trainer = new_trainer(sets, settings)
     parameters = dict(trainer.classifier.network.named_parameters())
     found: list[dict[str, Tensor]] = []
 
@@ -398,10 +398,10 @@ def gradients_of(sets: Sets, knobs: Model) -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize("accumulation", [2, 3, 8])
 def test_a_batch_in_parts_gives_the_gradient_of_the_whole(accumulation: int, noisy: Sets) -> None:
     # 8 images have 4 parts at most, and the last batch of 20 has 4.
-    knobs = knobs_with(epochs=1, clip_norm=1.0, color_jitter=0.1, label_smoothing=0.1)
+    settings = settings_with(epochs=1, clip_norm=1.0, color_jitter=0.1, label_smoothing=0.1)
 
-    whole = gradients_of(noisy, knobs)
-    in_parts = gradients_of(noisy, knobs.model_copy(update={"accumulation": accumulation}))
+    whole = gradients_of(noisy, settings)
+    in_parts = gradients_of(noisy, settings.model_copy(update={"accumulation": accumulation}))
 
     assert len(whole) == len(in_parts) == 3
     for some, others in zip(whole, in_parts, strict=True):
@@ -418,8 +418,8 @@ def test_a_gradient_longer_than_clip_norm_is_cut_to_it(noisy: Sets) -> None:
     free = gradients_of(noisy, KNOBS)
     limit = norm_of(free[0]) / 2
 
-    cut = gradients_of(noisy, knobs_with(clip_norm=limit))
-    untouched = gradients_of(noisy, knobs_with(clip_norm=1e6))
+    cut = gradients_of(noisy, settings_with(clip_norm=limit))
+    untouched = gradients_of(noisy, settings_with(clip_norm=1e6))
 
     assert norm_of(cut[0]) == pytest.approx(limit, rel=1e-4)
     assert all(norm_of(gradients) < limit * 1.0001 for gradients in cut)
@@ -446,7 +446,7 @@ class Numbered(nn.Module):
 
 
 def test_the_moving_average_is_that_of_a_plain_loop(sets: Sets) -> None:
-    trainer = new_trainer(sets, knobs_with(ema_decay=0.9), Numbered)
+    trainer = new_trainer(sets, settings_with(ema_decay=0.9), Numbered)
     network = trainer.classifier.network
     steps: list[dict[str, Tensor]] = []
     trainer.state.optimizer.register_step_post_hook(lambda *_: steps.append(weights_of(network)))
@@ -474,7 +474,7 @@ def test_the_moving_average_is_that_of_a_plain_loop(sets: Sets) -> None:
 def test_a_frozen_backbone_stays_as_it_is_with_its_statistics(sets: Sets) -> None:
     before = weights_of(tiny_classifier(LABELS, full_network).network)
 
-    after, epochs = trained(sets, knobs_with(freeze_backbone=True), full_network)
+    after, epochs = trained(sets, settings_with(freeze_backbone=True), full_network)
 
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert changed == {"5.weight", "5.bias"}
@@ -486,8 +486,8 @@ def test_a_frozen_backbone_stays_as_it_is_with_its_statistics(sets: Sets) -> Non
 @pytest.mark.usefixtures("full_precision")
 def test_a_compiled_network_learns_the_same(noisy: Sets) -> None:
     # The last batch is smaller, and takes the network as it is.
-    weights, epochs = trained(noisy, knobs_with(epochs=1, compile=False))
-    others, other_epochs = trained(noisy, knobs_with(epochs=1, compile=True))
+    weights, epochs = trained(noisy, settings_with(epochs=1, compile=False))
+    others, other_epochs = trained(noisy, settings_with(epochs=1, compile=True))
 
     assert close(weights, others, KNOBS.learning_rate / 100)
     assert epochs[0].train_loss == pytest.approx(other_epochs[0].train_loss, rel=1e-4)
@@ -510,19 +510,19 @@ def test_only_full_batches_go_to_the_compiled_network(
         return forward if isinstance(module, nn.Module) else module
 
     monkeypatch.setattr("torch.compile", compiled)
-    list(new_trainer(sets, knobs_with(epochs=1, compile=True)).train())
+    list(new_trainer(sets, settings_with(epochs=1, compile=True)).train())
     assert sizes == [8, 8, 8]
 
     # By itself, on a CPU, nothing is compiled.
-    list(new_trainer(sets, knobs_with(epochs=1, compile="auto")).train())
-    list(new_trainer(sets, knobs_with(epochs=1, compile=False)).train())
+    list(new_trainer(sets, settings_with(epochs=1, compile="auto")).train())
+    list(new_trainer(sets, settings_with(epochs=1, compile=False)).train())
     assert sizes == [8, 8, 8]
 
 
 def test_a_training_that_could_not_be_compiled_says_so_in_one_line(
     sets: Sets, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer = new_trainer(sets, knobs_with(epochs=1))
+    trainer = new_trainer(sets, settings_with(epochs=1))
     report_start("vit", trainer, resumed=False)
     assert "torch.compile" not in capsys.readouterr().out
     trainer.compiling_problem = "No working C++ compiler found"
@@ -539,7 +539,7 @@ def test_the_schedule_is_laid_out_over_all_steps_of_all_epochs(
 ) -> None:
     asked = []
 
-    def rate(_: Model, step: int, steps: int) -> float:
+    def rate(_: ModelParams, step: int, steps: int) -> float:
         asked.append((step, steps))
         return 0.001 * step
 
@@ -562,7 +562,7 @@ def test_the_schedule_is_laid_out_over_all_steps_of_all_epochs(
 @pytest.mark.parametrize(("name", "optimizer"), [("adam", Adam), ("adamw", AdamW)])
 def test_steps_are_the_optimizers_own(name: str, optimizer: type[Adam], sets: Sets) -> None:
     weights, _ = trained(
-        sets, knobs_with(batch_size=30, weight_decay=0.5, horizontal_flip=False, optimizer=name)
+        sets, settings_with(batch_size=30, weight_decay=0.5, horizontal_flip=False, optimizer=name)
     )
 
     network = tiny_classifier(LABELS).network
@@ -595,9 +595,9 @@ def test_an_epochs_row_has_the_means_over_its_bins_whatever_is_minimized(
     change: dict[str, Any], make_network: Callable[[int], nn.Module], sets: Sets
 ) -> None:
     # Without a learning rate to speak of, training is evaluation, but for the flips.
-    knobs = knobs_with(epochs=1, learning_rate=1e-30, horizontal_flip=False, **change)
+    settings = settings_with(epochs=1, learning_rate=1e-30, horizontal_flip=False, **change)
 
-    _, (row,) = trained(sets, knobs, make_network)
+    _, (row,) = trained(sets, settings, make_network)
 
     classifier = tiny_classifier(LABELS, make_network)
     scores = evaluate(classifier, sets[0], 100)
@@ -641,8 +641,8 @@ class Exploding(nn.Module):
 def test_a_loss_that_is_not_finite_names_its_step_and_learning_rate(
     bad_pass: int, accumulation: int, place: str, rate: str, steps_to_look: int, sets: Sets
 ) -> None:
-    knobs = knobs_with(schedule="linear", accumulation=accumulation)
-    trainer = new_trainer(sets, knobs, lambda labels: Exploding(labels, bad_pass))
+    settings = settings_with(schedule="linear", accumulation=accumulation)
+    trainer = new_trainer(sets, settings, lambda labels: Exploding(labels, bad_pass))
 
     # However late it is looked at.
     with pytest.raises(UserError) as error:
@@ -699,20 +699,20 @@ def test_a_batch_that_does_not_fit_names_an_accumulation_that_does(
     sets: Sets,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    knobs = knobs_with(batch_size=batch_size, accumulation=accumulation, epochs=1)
+    settings = settings_with(batch_size=batch_size, accumulation=accumulation, epochs=1)
 
     def large(labels: int) -> nn.Module:
         return Large(labels, most, backward=backward)
 
     with pytest.raises(UserError) as error:
-        trained(sets, knobs, large)
+        trained(sets, settings, large)
 
     assert str(error.value) == (
         f"{failed} images of 32 pixels do not fit into cpu: set this model's accumulation to"
         f" {advised}, and {fitting} at once fit; batch_size stays {batch_size}"
     )
     # A value that params.yaml can have, and with which it trains.
-    changed = Model.model_validate(knobs.model_dump() | {"accumulation": advised})
+    changed = ModelParams.model_validate(settings.model_dump() | {"accumulation": advised})
     trainer = new_trainer(sets, changed, large)
     monkeypatch.setattr(trainer, "test", lambda *_: (0.0, 0.0))
     assert len(list(trainer.train())) == 1
@@ -725,7 +725,7 @@ def test_images_of_which_not_even_two_fit_are_said_to_be_too_large(
     with pytest.raises(UserError) as error:
         trained(
             sets,
-            knobs_with(batch_size=batch_size),
+            settings_with(batch_size=batch_size),
             lambda labels: Large(labels, 0, backward=False),
         )
 

@@ -24,11 +24,11 @@ from stages.runtime.errors import UserError
 from stages.runtime.params import load_params
 from stages.scoring import evaluation, results
 from stages.scoring.bootstrap import intervals
-from tests.made import (
+from tests.builders import (
     SIZE,
     TINY_VIT,
     bin_rows,
-    model_knobs,
+    model_params,
     one_torch_thread,
     random_classifier,
     square,
@@ -41,7 +41,7 @@ TRAIN = [1, 2, 3] * 8 + [2]
 VALIDATION = [3, 1, 2, 2, 1, 3, 3, 1]
 TEST = [1, 2, 1, 3, 1, 2, 1]
 SETS = ["train"] * len(TRAIN) + ["validation"] * len(VALIDATION) + ["test"] * len(TEST)
-KNOBS = model_knobs("vit", config=TINY_VIT, pretrained=False)
+KNOBS = model_params("vit", config=TINY_VIT, pretrained=False)
 REPORTS = Path("reports/vit")
 COLUMNS = ["p1", "p2", "p3"]
 PLOTS = ["confusion.csv", "per_quantity.csv", "reliability.csv", "roc.csv"]
@@ -80,8 +80,8 @@ def write_data(rows: list[dict[str, Any]], sets: list[str] = SETS) -> None:
     write_split(Path("data/split.csv"), dict(zip(ids, sets, strict=True)), {"00034": "00001"})
 
 
-def write_knobs(**changes: Any) -> None:
-    knobs = {
+def write_settings(**changes: Any) -> None:
+    settings = {
         "train.vit.pretrained": False,
         "train.vit.config": TINY_VIT,
         "resize.size": SIZE,
@@ -89,7 +89,9 @@ def write_knobs(**changes: Any) -> None:
         "evaluate.batch_size": 3,
         "evaluate.false_alarm": 0.3,
     }
-    write_params(Path(), knobs | {key.replace("__", "."): value for key, value in changes.items()})
+    write_params(
+        Path(), settings | {key.replace("__", "."): value for key, value in changes.items()}
+    )
 
 
 def write_model() -> None:
@@ -127,7 +129,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        write_knobs()
+        write_settings()
         write_data(project_rows())
         write_model()
         evaluate.main("vit")
@@ -142,9 +144,9 @@ def project(evaluated: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def other(evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Another project with the same knobs, data and model, not evaluated yet."""
+    """Another project with the same settings, data and model, not evaluated yet."""
     monkeypatch.chdir(tmp_path)
-    write_knobs()
+    write_settings()
     write_data(project_rows())
     shutil.copytree(evaluated / "models/vit", "models/vit")
     return tmp_path
@@ -292,7 +294,7 @@ def test_quantities_that_the_model_does_not_know_are_refused() -> None:
 
 @pytest.mark.usefixtures("other")
 def test_photographs_of_another_size_are_refused() -> None:
-    write_knobs(resize__size=64)
+    write_settings(resize__size=64)
 
     with pytest.raises(UserError, match=r"32 x 32 .* 64.*dvc repro --force resize"):
         evaluate.main("vit")

@@ -50,7 +50,7 @@ def by_hand() -> Scored:
     )
 
 
-def drawn(seed: int, bins: int = 60) -> Scored:
+def random_scores(seed: int, bins: int = 60) -> Scored:
     """Bins in groups of two."""
     chance = np.random.default_rng(seed)
     actual = chance.choice(LABELS, bins)
@@ -83,7 +83,7 @@ def test_a_table_has_a_row_per_bin_and_its_labels_need_not_be_in_order() -> None
 
 
 def test_calibrating_changes_confidence_and_nothing_else() -> None:
-    scored = drawn(0)
+    scored = random_scores(0)
 
     calibrated = scored.calibrated(2.0)
 
@@ -97,7 +97,7 @@ def test_calibrating_changes_confidence_and_nothing_else() -> None:
 
 
 def test_metrics_have_intervals_of_sibling_groups() -> None:
-    scored = drawn(3)
+    scored = random_scores(3)
 
     table = metrics_with_intervals(scored, threshold=0.2)
 
@@ -175,7 +175,7 @@ def test_alarm_rates_worked_by_hand() -> None:
 
 
 def test_validation_chooses_the_first_threshold_and_test_only_measures() -> None:
-    validation, test, other = drawn(6), drawn(7), drawn(8, bins=40)
+    validation, test, other = random_scores(6), random_scores(7), random_scores(8, bins=40)
 
     tables = [evaluated(scored, validation, 1.5).tables for scored in (test, other)]
 
@@ -196,7 +196,7 @@ def test_validation_chooses_the_first_threshold_and_test_only_measures() -> None
 
 
 def test_the_metrics_are_those_of_test_but_for_validations_accuracy() -> None:
-    test, validation = drawn(11), drawn(10)
+    test, validation = random_scores(11), random_scores(10)
 
     found = evaluated(test, validation, 2.0)
 
@@ -233,7 +233,7 @@ def test_calibration_is_told_before_and_after() -> None:
 
 
 def test_confusion_and_quantities_are_those_of_the_predictions() -> None:
-    test = drawn(9)
+    test = random_scores(9)
     expected = sklearn.metrics.confusion_matrix(test.actual, test.predicted, labels=LABELS)
     precision, recall, _, bins = sklearn.metrics.precision_recall_fscore_support(
         test.actual, test.predicted, labels=LABELS

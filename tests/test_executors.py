@@ -16,8 +16,8 @@ from stages.runtime.errors import UserError
 from tests.conftest import S3, bucket_params, objects_of, write_params
 from tests.faults import Fault, at_random, fault_proxy
 from tests.test_fetch import prepare
-from tools.drawing import DrawnBin
 from tools.s3 import free_port
+from tools.synthetic import SyntheticBin
 
 pytestmark = pytest.mark.slow
 
@@ -72,15 +72,17 @@ def outputs() -> dict[str, bytes]:
 
 
 def run_stages(source: params.Bucket, name: str) -> list[str]:
-    knobs = {"run.executor": name, "fetch.shard_bins": 25, "resize.size": 32}
-    write_params({**bucket_params(source), **knobs})
+    settings = {"run.executor": name, "fetch.shard_bins": 25, "resize.size": 32}
+    write_params({**bucket_params(source), **settings})
     return [fetch.main(), resize.main()]
 
 
 @pytest.mark.usefixtures("workspace", "cluster")
-def test_a_cluster_makes_the_bytes_that_this_process_makes(s3: S3, drawn: list[DrawnBin]) -> None:
-    source = s3.make_bucket(objects_of(drawn))
-    prepare(source, drawn)
+def test_a_cluster_makes_the_bytes_that_this_process_makes(
+    s3: S3, synthetic: list[SyntheticBin]
+) -> None:
+    source = s3.make_bucket(objects_of(synthetic))
+    prepare(source, synthetic)
     said_here = run_stages(source, "local")
     here = outputs()
     with fault_proxy(s3.url) as proxy:
@@ -94,8 +96,8 @@ def test_a_cluster_makes_the_bytes_that_this_process_makes(s3: S3, drawn: list[D
 
 
 @pytest.mark.usefixtures("workspace", "cluster")
-def test_what_a_worker_refuses_is_said_here(s3: S3, drawn: list[DrawnBin]) -> None:
-    prepare(s3.make_bucket(objects_of(drawn)), drawn, shard_bins=25)
+def test_what_a_worker_refuses_is_said_here(s3: S3, synthetic: list[SyntheticBin]) -> None:
+    prepare(s3.make_bucket(objects_of(synthetic)), synthetic, shard_bins=25)
     gone = s3.locate("nowhere")
     write_params({**bucket_params(gone), "run.executor": "ray", "fetch.shard_bins": 25})
     with pytest.raises(UserError, match="no longer gives its listing"):
@@ -114,14 +116,14 @@ def test_what_a_worker_refuses_is_said_here(s3: S3, drawn: list[DrawnBin]) -> No
 )
 def test_an_address_without_a_cluster_is_named(
     s3: S3,
-    drawn: list[DrawnBin],
+    synthetic: list[SyntheticBin],
     monkeypatch: pytest.MonkeyPatch,
     address: str,
     problem: str,
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
-    source = s3.make_bucket(objects_of(drawn))
-    prepare(source, drawn)
+    source = s3.make_bucket(objects_of(synthetic))
+    prepare(source, synthetic)
     write_params({**bucket_params(source), "run.executor": "ray"})
     with pytest.raises(UserError, match=problem):
         fetch.main()

@@ -47,8 +47,8 @@ from tests.faults import (
     outage,
 )
 from tests.test_fetch import expected, fetched, prepare
-from tools.drawing import DrawnBin
 from tools.s3 import free_port, serving
+from tools.synthetic import SyntheticBin
 
 # Those that another attempt may get past. What a store refuses, it is believed to.
 PASSING: list[Fault] = [fault for fault in Fault if fault not in {Fault.NOT_FOUND, Fault.DENIED}]
@@ -86,9 +86,9 @@ KINDS = {
 
 
 @pytest.fixture(scope="session")
-def bins(s3: S3, drawn: list[DrawnBin]) -> params.Bucket:
-    """The drawn bins, undisturbed."""
-    return s3.make_bucket(objects_of(drawn))
+def bins(s3: S3, synthetic: list[SyntheticBin]) -> params.Bucket:
+    """The synthetic bins, undisturbed."""
+    return s3.make_bucket(objects_of(synthetic))
 
 
 @pytest.fixture
@@ -116,9 +116,11 @@ def behind(proxy: FaultProxy, source: params.Bucket) -> params.Bucket:
     return source.model_copy(update={"endpoint": proxy.url})
 
 
-def run_stages(source: params.Bucket, drawn: list[DrawnBin], plan: Plan, proxy: FaultProxy) -> str:
+def run_stages(
+    source: params.Bucket, synthetic: list[SyntheticBin], plan: Plan, proxy: FaultProxy
+) -> str:
     """Index and fetch through the proxy; what both say at their end."""
-    prepare(source, drawn, shard_bins=50)
+    prepare(source, synthetic, shard_bins=50)
     write_params({**bucket_params(behind(proxy, source)), "fetch.shard_bins": 50})
     proxy.plan = plan
     return f"{index.main()}\n{fetch.main()}"
@@ -132,25 +134,28 @@ def outputs() -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    s3: S3, bins: params.Bucket, drawn: list[DrawnBin], tmp_path_factory: pytest.TempPathFactory
+    s3: S3,
+    bins: params.Bucket,
+    synthetic: list[SyntheticBin],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[str, dict[str, bytes]]:
     """What index and fetch say, and the files they write, without faults."""
     with pytest.MonkeyPatch.context() as patch, fault_proxy(s3.url) as proxy:
         patch.chdir(tmp_path_factory.mktemp("undisturbed"))
-        return run_stages(bins, drawn, no_faults, proxy), outputs()
+        return run_stages(bins, synthetic, no_faults, proxy), outputs()
 
 
 @pytest.mark.usefixtures("workspace", "impatient")
 @pytest.mark.parametrize("seed", range(2))
 def test_one_fault_of_any_kind_in_ten_requests_changes_no_byte(
     bins: params.Bucket,
-    drawn: list[DrawnBin],
+    synthetic: list[SyntheticBin],
     proxy: FaultProxy,
     undisturbed: tuple[str, dict[str, bytes]],
     seed: int,
 ) -> None:
     start = time.monotonic()
-    said = run_stages(bins, drawn, at_random(PASSING, 0.1, seed), proxy)
+    said = run_stages(bins, synthetic, at_random(PASSING, 0.1, seed), proxy)
     assert time.monotonic() - start < 20
     assert outputs() == undisturbed[1]
     assert re.sub("; retried .*", "", said) == undisturbed[0]
@@ -165,16 +170,16 @@ def test_one_fault_of_any_kind_in_ten_requests_changes_no_byte(
 @pytest.mark.parametrize("fault", [*KINDS, Fault.LATENCY], ids=lambda fault: fault.name.lower())
 def test_one_such_fault_in_ten_requests_changes_no_byte(
     bins: params.Bucket,
-    drawn: list[DrawnBin],
+    synthetic: list[SyntheticBin],
     proxy: FaultProxy,
     undisturbed: tuple[str, dict[str, bytes]],
     fault: Fault,
 ) -> None:
     plan = at_random([fault], 0.1, seed=0)
     if fault in DAMAGES:
-        said = run_stages(bins, drawn, lambda it: plan(it) if it.number == 1 else None, proxy)
+        said = run_stages(bins, synthetic, lambda it: plan(it) if it.number == 1 else None, proxy)
     else:
-        said = run_stages(bins, drawn, plan, proxy)
+        said = run_stages(bins, synthetic, plan, proxy)
     assert outputs() == undisturbed[1]
     assert proxy.injected[fault] > 10
     assert KINDS.get(fault, "") in said
@@ -215,16 +220,16 @@ def test_a_listing_that_breaks_off_goes_on_after_its_last_key(
 @pytest.mark.usefixtures("workspace", "soon_given_up")
 @pytest.mark.parametrize("fault", REASONS, ids=lambda fault: fault.name.lower())
 def test_a_permanent_fault_of_one_photograph_costs_that_one_only(
-    bins: params.Bucket, drawn: list[DrawnBin], proxy: FaultProxy, fault: Fault
+    bins: params.Bucket, synthetic: list[SyntheticBin], proxy: FaultProxy, fault: Fault
 ) -> None:
-    prepare(behind(proxy, bins), drawn, shard_bins=50, max_rejects=0.01)
+    prepare(behind(proxy, bins), synthetic, shard_bins=50, max_rejects=0.01)
     proxy.plan = always(fault, "00007.jpg")
     proxy.take_requests()
     fetch.main()
     (reject,) = read_rejects(paths.UNFETCHED)
     assert reject.id == "00007"
     assert re.fullmatch(REASONS[fault], reject.reason)
-    assert sum(fetched(), []) == expected([one for one in drawn if one.id != "00007"])  # noqa: RUF017
+    assert sum(fetched(), []) == expected([one for one in synthetic if one.id != "00007"])  # noqa: RUF017
     # A stalled answer takes most of the time that there is.
     asked = proxy.take_requests()["00007.jpg"]
     assert asked == 1 if fault in {Fault.NOT_FOUND, Fault.DENIED} else 2 <= asked <= 40
@@ -246,12 +251,14 @@ def test_a_permanent_fault_of_one_record_costs_that_one_only(
 
 @pytest.mark.usefixtures("workspace", "soon_given_up")
 def test_an_only_object_that_fails_is_no_outage(
-    bins: params.Bucket, drawn: list[DrawnBin], proxy: FaultProxy
+    bins: params.Bucket, synthetic: list[SyntheticBin], proxy: FaultProxy
 ) -> None:
-    prepare(behind(proxy, bins), drawn[:1], max_rejects=1.0)
+    prepare(behind(proxy, bins), synthetic[:1], max_rejects=1.0)
     proxy.plan = outage(Fault.SLOW_DOWN, after=0, lists=False)
     fetch.main()
-    assert read_rejects(paths.UNFETCHED) == [Reject(drawn[0].id, "server error 503, repeatedly")]
+    assert read_rejects(paths.UNFETCHED) == [
+        Reject(synthetic[0].id, "server error 503, repeatedly")
+    ]
 
 
 @pytest.mark.usefixtures("workspace", "soon_given_up")
@@ -262,7 +269,7 @@ def test_an_only_object_that_fails_is_no_outage(
 )
 def test_after_an_outage_the_next_run_reads_only_what_is_missing(
     bins: params.Bucket,
-    drawn: list[DrawnBin],
+    synthetic: list[SyntheticBin],
     proxy: FaultProxy,
     monkeypatch: pytest.MonkeyPatch,
     stage: ModuleType,
@@ -273,7 +280,7 @@ def test_after_an_outage_the_next_run_reads_only_what_is_missing(
     monkeypatch.setattr(index, "PARTS_AT_ONCE", 1)
     monkeypatch.setattr(fetch, "SHARDS_AT_ONCE", 1)
     # Though every object might be rejected, an outage rejects none.
-    prepare(behind(proxy, bins), drawn, shard_bins=10, max_rejects=1.0)
+    prepare(behind(proxy, bins), synthetic, shard_bins=10, max_rejects=1.0)
     stage.main()
     undisturbed = outputs()
     proxy.take_requests()
@@ -308,9 +315,9 @@ def listed_keys(stage: ModuleType, source: params.Bucket) -> list[str]:
 @pytest.mark.usefixtures("workspace", "soon_given_up")
 @pytest.mark.parametrize("stage", [index, fetch], ids=["index", "fetch"])
 def test_a_server_that_is_gone_is_named(
-    bins: params.Bucket, drawn: list[DrawnBin], stage: ModuleType
+    bins: params.Bucket, synthetic: list[SyntheticBin], stage: ModuleType
 ) -> None:
-    prepare(bins, drawn)
+    prepare(bins, synthetic)
     gone = f"http://127.0.0.1:{free_port()}"
     write_params(bucket_params(bins.model_copy(update={"endpoint": gone})))
     with pytest.raises(UserError, match=f"{bins.url} at {gone} cannot be read"):
@@ -329,7 +336,7 @@ def test_an_outage_is_known_within_a_minute() -> None:
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_store_that_begins_to_refuse_stops_the_stage(
     bins: params.Bucket,
-    drawn: list[DrawnBin],
+    synthetic: list[SyntheticBin],
     proxy: FaultProxy,
     monkeypatch: pytest.MonkeyPatch,
     stage: ModuleType,
@@ -340,8 +347,8 @@ def test_a_store_that_begins_to_refuse_stops_the_stage(
     monkeypatch.setattr(index, "PART_RECORDS", 20)
     monkeypatch.setattr(index, "PARTS_AT_ONCE", 1)
     monkeypatch.setattr(fetch, "SHARDS_AT_ONCE", 1)
-    prepare(behind(proxy, bins), drawn, shard_bins=20, max_rejects=1.0)
-    refused = set(sorted(one.id for one in drawn)[-4:])
+    prepare(behind(proxy, bins), synthetic, shard_bins=20, max_rejects=1.0)
+    refused = set(sorted(one.id for one in synthetic)[-4:])
     for _ in range(2 if resumed else 1):
         # By the time the last four are asked for, all others are refused too.
         begun: list[bool] = []
@@ -367,10 +374,10 @@ def test_a_store_that_begins_to_refuse_stops_the_stage(
 
 @pytest.mark.usefixtures("workspace")
 def test_a_folder_that_is_moved_away_stops_the_stage(
-    tmp_path: Path, drawn: list[DrawnBin], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, synthetic: list[SyntheticBin], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = folder_bucket(tmp_path / "bucket", objects_of(drawn))
-    prepare(source, drawn, shard_bins=20, max_rejects=1.0)
+    source = folder_bucket(tmp_path / "bucket", objects_of(synthetic))
+    prepare(source, synthetic, shard_bins=20, max_rejects=1.0)
     read = reading.Reader.read
 
     async def read_and_move(reader: reading.Reader, key: str, size: int, etag: str | None) -> bytes:
@@ -406,12 +413,12 @@ def fail_once_with(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_an_error_of_this_machine_stops_the_stage(
     tmp_path: Path,
-    drawn: list[DrawnBin],
+    synthetic: list[SyntheticBin],
     monkeypatch: pytest.MonkeyPatch,
     stage: ModuleType,
     number: int,
 ) -> None:
-    prepare(folder_bucket(tmp_path / "bucket", objects_of(drawn)), drawn, max_rejects=1.0)
+    prepare(folder_bucket(tmp_path / "bucket", objects_of(synthetic)), synthetic, max_rejects=1.0)
     fail_once_with(number, monkeypatch)
     with pytest.raises(OSError, match=re.escape(os.strerror(number))) as caught:
         stage.main()
@@ -433,7 +440,7 @@ def test_few_open_files_lose_no_bin(abid: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     for stage, said in {
         "index": "index: 10000 bins; 0 records left out",
-        "subset": "subset: 6620 bins drawn",
+        "subset": "subset: 6620 bins sampled",
         "fetch": "fetch: 6620 photographs; 0 could not be fetched",
     }.items():
         command = f"ulimit -n 256 && exec {sys.executable} -m stages.{stage}"

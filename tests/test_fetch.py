@@ -21,7 +21,7 @@ from tests.conftest import (
     objects_of,
     write_params,
 )
-from tools.drawing import DrawnBin
+from tools.synthetic import SyntheticBin
 
 RAW = Path("data/raw")
 UNFETCHED = Path("data/unfetched.csv")
@@ -32,14 +32,17 @@ class StopError(Exception):
 
 
 def prepare(
-    bucket: params.Bucket, drawn: list[DrawnBin], shard_bins: int = 1000, max_rejects: float = 0.0
+    bucket: params.Bucket,
+    synthetic: list[SyntheticBin],
+    shard_bins: int = 1000,
+    max_rejects: float = 0.0,
 ) -> None:
     """Write params.yaml and the subset: all of these bins, as the bucket lists them."""
     photographs = list_objects(open_bucket(bucket), "bin-images/").drop_columns("stamp")
     listed = {Path(row["key"]).stem: row for row in photographs.to_pylist()}
     rows = [
         {"id": one.id, "quantity": one.quantity, "group": one.id, **listed[one.id]}
-        for one in sorted(drawn, key=lambda one: one.id)
+        for one in sorted(synthetic, key=lambda one: one.id)
     ]
     overrides = {"fetch.shard_bins": shard_bins, "fetch.max_rejects": max_rejects}
     write_params(bucket_params(bucket) | overrides)
@@ -50,41 +53,43 @@ def fetched() -> list[list[dict[str, Any]]]:
     return [pq.read_table(path).to_pylist() for path in shard_paths(RAW)]
 
 
-def expected(drawn: list[DrawnBin]) -> list[dict[str, Any]]:
+def expected(synthetic: list[SyntheticBin]) -> list[dict[str, Any]]:
     return [
         {"id": one.id, "quantity": one.quantity, "image": one.photograph}
-        for one in sorted(drawn, key=lambda one: one.id)
+        for one in sorted(synthetic, key=lambda one: one.id)
     ]
 
 
 @pytest.mark.usefixtures("workspace")
 def test_shards_hold_the_photographs_byte_for_byte(
-    make_bucket: MakeBucket, drawn: list[DrawnBin]
+    make_bucket: MakeBucket, synthetic: list[SyntheticBin]
 ) -> None:
-    prepare(make_bucket(objects_of(drawn)), drawn, shard_bins=50)
+    prepare(make_bucket(objects_of(synthetic)), synthetic, shard_bins=50)
     fetch.main()
     shards = fetched()
     assert [len(shard) for shard in shards] == [50, 50, 21]
-    assert sum(shards, []) == expected(drawn)  # noqa: RUF017
+    assert sum(shards, []) == expected(synthetic)  # noqa: RUF017
     assert pq.read_schema(shard_paths(RAW)[0]).equals(IMAGES)
     assert read_rejects(UNFETCHED) == []
 
 
 @pytest.mark.usefixtures("workspace")
-def test_a_vanished_photograph_is_listed(make_bucket: MakeBucket, drawn: list[DrawnBin]) -> None:
-    bucket = make_bucket(objects_of(drawn[:9]))
-    prepare(bucket, drawn[:9], max_rejects=0.2)
+def test_a_vanished_photograph_is_listed(
+    make_bucket: MakeBucket, synthetic: list[SyntheticBin]
+) -> None:
+    bucket = make_bucket(objects_of(synthetic[:9]))
+    prepare(bucket, synthetic[:9], max_rejects=0.2)
     obstore.delete(open_bucket(bucket), "bin-images/00004.jpg")
     fetch.main()
     assert read_rejects(UNFETCHED) == [Reject("00004", "not found")]
-    assert fetched() == [expected([one for one in drawn[:9] if one.id != "00004"])]
+    assert fetched() == [expected([one for one in synthetic[:9] if one.id != "00004"])]
 
 
 def test_too_many_vanished_photographs_stop_the_stage(
-    workspace: Path, tmp_path: Path, drawn: list[DrawnBin]
+    workspace: Path, tmp_path: Path, synthetic: list[SyntheticBin]
 ) -> None:
-    bucket = folder_bucket(tmp_path / "bucket", objects_of(drawn[:9]))
-    prepare(bucket, drawn[:9], max_rejects=0.1)
+    bucket = folder_bucket(tmp_path / "bucket", objects_of(synthetic[:9]))
+    prepare(bucket, synthetic[:9], max_rejects=0.1)
     obstore.delete(open_bucket(bucket), ["bin-images/00004.jpg", "bin-images/00006.jpg"])
     with pytest.raises(UserError, match=r"fetch\.max_rejects .* 00004 \(not found\), 00006"):
         fetch.main()
@@ -94,10 +99,10 @@ def test_too_many_vanished_photographs_stop_the_stage(
 
 @pytest.mark.usefixtures("workspace")
 def test_the_next_run_goes_on_where_one_failed(
-    tmp_path: Path, drawn: list[DrawnBin], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, synthetic: list[SyntheticBin], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bucket = folder_bucket(tmp_path / "bucket", objects_of(drawn[:40]))
-    prepare(bucket, drawn[:40], shard_bins=10)
+    bucket = folder_bucket(tmp_path / "bucket", objects_of(synthetic[:40]))
+    prepare(bucket, synthetic[:40], shard_bins=10)
     read = Reader.read
 
     async def read_until_stopped(reader: Reader, key: str, size: int, etag: str | None) -> bytes:
@@ -114,15 +119,15 @@ def test_the_next_run_goes_on_where_one_failed(
     keys = noted_reads(monkeypatch)
     fetch.main()
     assert sorted(keys) == [f"bin-images/{number:05d}.jpg" for number in range(21, 41)]
-    assert sum(fetched(), []) == expected(drawn[:40])  # noqa: RUF017
+    assert sum(fetched(), []) == expected(synthetic[:40])  # noqa: RUF017
 
 
 @pytest.mark.usefixtures("workspace")
 def test_a_photograph_that_changed_in_a_folder_since_a_failed_run_is_read_again(
-    tmp_path: Path, drawn: list[DrawnBin], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, synthetic: list[SyntheticBin], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bucket = folder_bucket(tmp_path / "bucket", objects_of(drawn[:20]))
-    prepare(bucket, drawn[:20], shard_bins=5)
+    bucket = folder_bucket(tmp_path / "bucket", objects_of(synthetic[:20]))
+    prepare(bucket, synthetic[:20], shard_bins=5)
 
     def stop(*_: object) -> None:
         raise StopError
@@ -132,40 +137,40 @@ def test_a_photograph_that_changed_in_a_folder_since_a_failed_run_is_read_again(
         with pytest.raises(StopError):
             fetch.main()
     # Of the same size.
-    changed = drawn[2]._replace(photograph=bytes(len(drawn[2].photograph)))
+    changed = synthetic[2]._replace(photograph=bytes(len(synthetic[2].photograph)))
     obstore.put(open_bucket(bucket), f"bin-images/{changed.id}.jpg", changed.photograph)
     fetch.main()
-    assert sum(fetched(), []) == expected([*drawn[:2], changed, *drawn[3:20]])  # noqa: RUF017
+    assert sum(fetched(), []) == expected([*synthetic[:2], changed, *synthetic[3:20]])  # noqa: RUF017
 
 
 @pytest.mark.usefixtures("workspace")
 def test_the_next_run_goes_on_though_an_undrawn_photograph_changed(
-    tmp_path: Path, drawn: list[DrawnBin]
+    tmp_path: Path, synthetic: list[SyntheticBin]
 ) -> None:
-    bucket = folder_bucket(tmp_path / "bucket", objects_of(drawn[:4]))
-    prepare(bucket, drawn[:3])
+    bucket = folder_bucket(tmp_path / "bucket", objects_of(synthetic[:4]))
+    prepare(bucket, synthetic[:3])
     store, subset = open_bucket(bucket), pq.read_table("data/subset.parquet")
     states = {fetch.folder_state(store, subset)}
-    obstore.put(store, f"bin-images/{drawn[3].id}.jpg", b"another")
+    obstore.put(store, f"bin-images/{synthetic[3].id}.jpg", b"another")
     states.add(fetch.folder_state(store, subset))
     assert len(states) == 1
 
 
 @pytest.mark.usefixtures("workspace")
-def test_another_run_replaces_the_shards(tmp_path: Path, drawn: list[DrawnBin]) -> None:
-    bucket = folder_bucket(tmp_path / "bucket", objects_of(drawn[:20]))
-    prepare(bucket, drawn[:20], shard_bins=4)
+def test_another_run_replaces_the_shards(tmp_path: Path, synthetic: list[SyntheticBin]) -> None:
+    bucket = folder_bucket(tmp_path / "bucket", objects_of(synthetic[:20]))
+    prepare(bucket, synthetic[:20], shard_bins=4)
     fetch.main()
-    prepare(bucket, drawn[:20], shard_bins=15)
+    prepare(bucket, synthetic[:20], shard_bins=15)
     fetch.main()
     assert [len(shard) for shard in fetched()] == [15, 5]
 
 
 def test_a_missing_folder_stops_the_stage(
-    workspace: Path, tmp_path: Path, drawn: list[DrawnBin]
+    workspace: Path, tmp_path: Path, synthetic: list[SyntheticBin]
 ) -> None:
-    bucket = folder_bucket(tmp_path / "bucket", objects_of(drawn[:3]))
-    prepare(bucket, drawn[:3])
+    bucket = folder_bucket(tmp_path / "bucket", objects_of(synthetic[:3]))
+    prepare(bucket, synthetic[:3])
     (tmp_path / "bucket").rename(tmp_path / "moved")
     with pytest.raises(UserError, match=r"bucket\.url: there is no folder"):
         fetch.main()

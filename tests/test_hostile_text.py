@@ -18,8 +18,8 @@ from stages.runtime.command import run_stage
 from stages.runtime.errors import UserError
 from stages.runtime.params import Resize, load_params
 from tests.browser import Browser, running_browser
+from tests.builders import SIZE, TINY_VIT, model_params, one_torch_thread, random_classifier, square
 from tests.conftest import bucket_params, folder_bucket, write_params
-from tests.made import SIZE, TINY_VIT, model_knobs, one_torch_thread, random_classifier, square
 from tests.test_plots_page import MODELS, Repository, new_repository, open_plots, write_reports
 from tests.test_report import Page
 from tools import plots_page
@@ -40,7 +40,7 @@ PAYLOADS = [
     "<meta http-equiv=refresh content='0;url=http://127.0.0.1:9/'>",
     "<base href='http://127.0.0.1:9/'><link rel=stylesheet href=x.css>",
 ]
-KNOBS = model_knobs("vit", pretrained=False, config=TINY_VIT)
+KNOBS = model_params("vit", pretrained=False, config=TINY_VIT)
 ESCAPES = "\u001b]0;title\u0007\u001b[2J\u009b31m\u202e\r"
 
 

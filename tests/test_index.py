@@ -20,7 +20,7 @@ from tests.conftest import (
     record_json,
     write_params,
 )
-from tools.drawing import DrawnBin
+from tools.synthetic import SyntheticBin
 
 ITEM = {
     "asin": "B000000001",
@@ -61,20 +61,20 @@ def counts() -> dict[str, Any]:
 
 @pytest.mark.usefixtures("workspace")
 def test_every_record_is_a_row_with_its_photograph(
-    make_bucket: MakeBucket, drawn: list[DrawnBin]
+    make_bucket: MakeBucket, synthetic: list[SyntheticBin]
 ) -> None:
-    bucket = make_bucket(objects_of(drawn))
+    bucket = make_bucket(objects_of(synthetic))
     run_index(bucket)
     assert pq.read_schema("data/index.parquet").equals(INDEX_SCHEMA)
     rows = indexed()
-    assert [row["id"] for row in rows] == sorted(drawn_bin.id for drawn_bin in drawn)
-    bins = {drawn_bin.id: drawn_bin for drawn_bin in drawn}
+    assert [row["id"] for row in rows] == sorted(synthetic_bin.id for synthetic_bin in synthetic)
+    bins = {synthetic_bin.id: synthetic_bin for synthetic_bin in synthetic}
     for row in rows:
-        drawn_bin = bins[row["id"]]
-        assert row["quantity"] == drawn_bin.quantity
-        assert row["items"] == parse_record(drawn_bin.record)["items"]
+        synthetic_bin = bins[row["id"]]
+        assert row["quantity"] == synthetic_bin.quantity
+        assert row["items"] == parse_record(synthetic_bin.record)["items"]
         assert row["key"] == f"bin-images/{row['id']}.jpg"
-        assert row["size"] == len(drawn_bin.photograph)
+        assert row["size"] == len(synthetic_bin.photograph)
         assert (row["etag"] is None) == (bucket.endpoint is None)
     assert counts() == {
         "records": 121,
@@ -275,11 +275,11 @@ def test_a_damaged_part_of_a_killed_run_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("workspace")
 def test_the_index_has_the_same_bytes_on_every_machine(
-    tmp_path: Path, drawn: list[DrawnBin]
+    tmp_path: Path, synthetic: list[SyntheticBin]
 ) -> None:
     written = []
     for machine in ("one", "other"):
-        run_index(folder_bucket(tmp_path / machine, objects_of(drawn)))
+        run_index(folder_bucket(tmp_path / machine, objects_of(synthetic)))
         written.append(Path("data/index.parquet").read_bytes())
     assert written[0] == written[1]
 

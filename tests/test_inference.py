@@ -14,7 +14,7 @@ from stages.imaging.loader import CPU, Bins
 from stages.networks import inference
 from stages.networks.inference import class_numbers, evaluate, normalizer, place, predict
 from stages.runtime.errors import UserError
-from tests.made import (
+from tests.builders import (
     SIZE,
     equal,
     full_network,

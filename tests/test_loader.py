@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 from stages.imaging import loader
 from stages.imaging.loader import Bins, load_batches, load_bins, open_bins, pack_bins
 from stages.runtime.errors import UserError
-from tests.made import SIZE, bin_rows, make_bins, noise, pillow_pixels, write_resized, write_split
+from tests.builders import (
+    SIZE,
+    bin_rows,
+    make_bins,
+    noise,
+    pillow_pixels,
+    write_resized,
+    write_split,
+)
 
 
 @pytest.fixture(scope="module")

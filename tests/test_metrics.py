@@ -23,7 +23,7 @@ Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
-def drawn(seed: int, occurring: list[int]) -> tuple[Counts, Counts]:
+def random_counts(seed: int, occurring: list[int]) -> tuple[Counts, Counts]:
     """Some counts and predictions that are right in about half of the cases."""
     chance = np.random.default_rng(seed)
     actual = chance.choice(occurring, 60)
@@ -58,7 +58,7 @@ weighted_or_not = pytest.mark.parametrize("weighted", [False, True])
 def test_counting_metrics_are_scikit_learns(
     seed: int, occurring: list[int], *, weighted: bool
 ) -> None:
-    actual, predicted = drawn(seed, occurring)
+    actual, predicted = random_counts(seed, occurring)
     weights = np.random.default_rng(seed).uniform(0.1, 3, 60) if weighted else None
     every = {"y_true": actual, "y_pred": predicted, "sample_weight": weights}
     near = np.average(np.abs(actual - predicted) < 2, weights=weights)
@@ -85,7 +85,7 @@ def test_counting_metrics_are_scikit_learns(
 def test_probability_metrics_are_scikit_learns(
     seed: int, occurring: list[int], *, weighted: bool
 ) -> None:
-    actual, _ = drawn(seed, occurring)
+    actual, _ = random_counts(seed, occurring)
     probabilities = drawn_probabilities(seed, actual)
     weights = np.random.default_rng(seed).uniform(0.1, 3, 60) if weighted else None
     means = [sum(p * label for p, label in zip(row, LABELS, strict=True)) for row in probabilities]
@@ -107,7 +107,7 @@ def test_probability_metrics_are_scikit_learns(
 
 @every_draw
 def test_a_bin_of_weight_2_counts_as_a_bin_twice(seed: int, occurring: list[int]) -> None:
-    actual, predicted = drawn(seed, occurring)
+    actual, predicted = random_counts(seed, occurring)
     probabilities = drawn_probabilities(seed, actual)
     weights = drawn_weights(seed)
     assert {0, 1, 2} <= set(weights)
@@ -127,7 +127,7 @@ def test_a_bin_of_weight_2_counts_as_a_bin_twice(seed: int, occurring: list[int]
 def test_confusion_recall_and_precision_are_scikit_learns(
     seed: int, occurring: list[int], *, weighted: bool
 ) -> None:
-    actual, predicted = drawn(seed, occurring)
+    actual, predicted = random_counts(seed, occurring)
     weights = drawn_weights(seed) if weighted else None
 
     for labels in (LABELS, [4, 1, 5, 3, 2]):
@@ -196,7 +196,7 @@ def concordance(actual: Counts, predicted: Counts) -> float:
 
 @pytest.mark.parametrize("labels", [[1, 2, 5], [0, 10], [7, 3, 4, 0]], ids=str)
 def test_kappa_weights_errors_by_items_and_not_by_places(labels: list[int]) -> None:
-    actual, predicted = drawn(0, labels)
+    actual, predicted = random_counts(0, labels)
 
     kappa = counting_metrics(actual, predicted, labels)["kappa"]
 

@@ -32,8 +32,8 @@ from stages.networks.inference import normalizer
 from stages.networks.libraries import library_of
 from stages.networks.pretrained import record_source
 from stages.runtime.errors import UserError
-from stages.runtime.params import Model
-from tests.made import (
+from stages.runtime.params import ModelParams
+from tests.builders import (
     REPOSITORY,
     SIZE,
     TINY_CONVNEXT,
@@ -41,7 +41,7 @@ from tests.made import (
     TINY_VIT,
     equal,
     logits,
-    model_knobs,
+    model_params,
     noise_images,
     one_torch_thread,
     random_classifier,
@@ -49,13 +49,13 @@ from tests.made import (
 )
 
 LABELS = [1, 2, 3, 4, 5]
-MOBILENET = model_knobs("resnet34", name="mobilenet_v3_small", pretrained=False)
-VIT = model_knobs("vit", config=TINY_VIT, pretrained=False)
-CONVNEXT = model_knobs("vit", config=TINY_CONVNEXT, pretrained=False)
+MOBILENET = model_params("resnet34", name="mobilenet_v3_small", pretrained=False)
+VIT = model_params("vit", config=TINY_VIT, pretrained=False)
+CONVNEXT = model_params("vit", config=TINY_CONVNEXT, pretrained=False)
 NETWORKS = {"mobilenet": MOBILENET, "vit": VIT, "convnext": CONVNEXT}
-PRETRAINED_MOBILENET = model_knobs("resnet34", name="mobilenet_v3_small")
-PRETRAINED_VIT = model_knobs("vit", name="someone/vit")
-PRETRAINED_RESNET = model_knobs("vit", config={"model_type": "resnet"})
+PRETRAINED_MOBILENET = model_params("resnet34", name="mobilenet_v3_small")
+PRETRAINED_VIT = model_params("vit", name="someone/vit")
+PRETRAINED_RESNET = model_params("vit", config={"model_type": "resnet"})
 every_network = pytest.mark.parametrize("name", NETWORKS)
 Weights = dict[str, Tensor]
 
@@ -104,7 +104,7 @@ def saved_weights(network: Any, folder: Path) -> Weights:
 
 
 @pytest.mark.parametrize(
-    ("make", "knobs", "head"),
+    ("make", "settings", "head"),
     [
         (pretrained_mobilenet, PRETRAINED_MOBILENET, "classifier.3"),
         (pretrained_vit, PRETRAINED_VIT, "classifier"),
@@ -113,11 +113,11 @@ def saved_weights(network: Any, folder: Path) -> Weights:
     ],
 )
 def test_all_but_the_last_layer_comes_from_the_pretrained_weights(
-    make: Callable[[Path], Weights], knobs: Model, head: str, tmp_path: Path
+    make: Callable[[Path], Weights], settings: ModelParams, head: str, tmp_path: Path
 ) -> None:
     pretrained = make(tmp_path)
 
-    classifier = build_classifier(knobs, tmp_path, LABELS, SIZE)
+    classifier = build_classifier(settings, tmp_path, LABELS, SIZE)
 
     weights = without_counts(weights_of(classifier.network))
     assert weights.pop(f"{head}.weight").shape[0] == len(LABELS)
@@ -138,7 +138,7 @@ def test_a_config_that_changes_no_parameter_is_taken(tmp_path: Path) -> None:
     pretrained_vit(tmp_path)
     config = {"model_type": "vit", "hidden_dropout_prob": 0.25}
 
-    network = build_classifier(model_knobs("vit", config=config), tmp_path, LABELS, SIZE).network
+    network = build_classifier(model_params("vit", config=config), tmp_path, LABELS, SIZE).network
 
     assert 0.25 in {one.p for one in network.modules() if isinstance(one, nn.Dropout)}
 
@@ -168,12 +168,12 @@ def test_what_the_weights_cannot_do_is_one_line(
     make: Callable[[Path], Weights], config: dict[str, Any], size: int, reason: str, tmp_path: Path
 ) -> None:
     make(tmp_path)
-    knobs = PRETRAINED_VIT if make is pretrained_vit else PRETRAINED_MOBILENET
-    knobs = knobs.model_copy(update={"config": config})
-    text = f"^{knobs.library} cannot build {knobs.name} with this model's name, config and"
+    settings = PRETRAINED_VIT if make is pretrained_vit else PRETRAINED_MOBILENET
+    settings = settings.model_copy(update={"config": config})
+    text = f"^{settings.library} cannot build {settings.name} with this model's name, config and"
 
     with pytest.raises(UserError, match=rf"{text} resize\.size: .*{reason}"):
-        build_classifier(knobs, tmp_path, LABELS, size)
+        build_classifier(settings, tmp_path, LABELS, size)
 
 
 @pytest.mark.parametrize(
@@ -204,10 +204,12 @@ def test_what_the_weights_cannot_do_is_one_line(
 def test_what_the_library_cannot_build_is_one_line(
     model: str, name: str, config: dict[str, Any], reason: str
 ) -> None:
-    knobs = model_knobs(model, name=name, config=config, pretrained=False)
+    settings = model_params(model, name=name, config=config, pretrained=False)
 
-    with pytest.raises(UserError, match=f"{knobs.library} cannot build {name} .*{reason}") as error:
-        random_classifier(knobs)
+    with pytest.raises(
+        UserError, match=f"{settings.library} cannot build {name} .*{reason}"
+    ) as error:
+        random_classifier(settings)
 
     assert "\n" not in str(error.value)
 
@@ -240,8 +242,8 @@ def test_a_random_start_follows_torchs_seed(name: str, tmp_path: Path) -> None:
 
     def start(seed: int) -> Weights:
         torch.manual_seed(seed)
-        knobs = NETWORKS.get(name, PRETRAINED_VIT)
-        return weights_of(build_classifier(knobs, tmp_path, LABELS, SIZE).network)
+        settings = NETWORKS.get(name, PRETRAINED_VIT)
+        return weights_of(build_classifier(settings, tmp_path, LABELS, SIZE).network)
 
     first, again, other = start(3), start(3), start(4)
 
@@ -251,7 +253,7 @@ def test_a_random_start_follows_torchs_seed(name: str, tmp_path: Path) -> None:
 
 def test_a_random_vit_is_built_for_the_size_of_the_photographs() -> None:
     config = {key: value for key, value in TINY_VIT.items() if key != "image_size"}
-    network: Any = random_classifier(model_knobs("vit", config=config, pretrained=False)).network
+    network: Any = random_classifier(model_params("vit", config=config, pretrained=False)).network
 
     assert network.config.image_size == SIZE
 
@@ -260,16 +262,16 @@ def test_a_random_vit_is_built_for_the_size_of_the_photographs() -> None:
 def test_what_was_saved_is_loaded_with_all_that_is_needed_to_use_it(
     name: str, tmp_path: Path
 ) -> None:
-    knobs = NETWORKS[name]
-    classifier = random_classifier(knobs, labels=[1, 3, 10])
+    settings = NETWORKS[name]
+    classifier = random_classifier(settings, labels=[1, 3, 10])
     before = logits(classifier)
-    save_classifier(classifier, knobs, tmp_path, "squeeze")
+    save_classifier(classifier, settings, tmp_path, "squeeze")
 
     loaded = load_classifier(tmp_path)
 
     assert torch.equal(logits(loaded), before)
     assert loaded.labels == [1, 3, 10]
-    assert (loaded.size, loaded.mean, loaded.std) == (SIZE, knobs.mean, knobs.std)
+    assert (loaded.size, loaded.mean, loaded.std) == (SIZE, settings.mean, settings.std)
 
 
 @every_network
@@ -290,11 +292,11 @@ def test_the_same_weights_give_the_same_bytes_in_any_memory_format(
     assert first.keys() == {"config.json", "model.safetensors", "preprocessor_config.json"}
 
 
-@pytest.mark.parametrize("knobs", [VIT, CONVNEXT], ids=["vit", "convnext"])
-def test_transformers_loads_a_saved_model_by_itself(knobs: Model, tmp_path: Path) -> None:
-    classifier = random_classifier(knobs.model_copy(update={"mean": [0.53, 0.45, 0.36]}))
+@pytest.mark.parametrize("settings", [VIT, CONVNEXT], ids=["vit", "convnext"])
+def test_transformers_loads_a_saved_model_by_itself(settings: ModelParams, tmp_path: Path) -> None:
+    classifier = random_classifier(settings.model_copy(update={"mean": [0.53, 0.45, 0.36]}))
     before = logits(classifier)
-    save_classifier(classifier, knobs, tmp_path, "squeeze")
+    save_classifier(classifier, settings, tmp_path, "squeeze")
 
     network = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
 
@@ -362,12 +364,12 @@ def scores(classifier: Classifier, photograph: Path, fit: str) -> NDArray[np.flo
 
 
 def test_torchvision_loads_a_saved_model_by_itself(tmp_path: Path) -> None:
-    knobs = model_knobs(
+    settings = model_params(
         "resnet34", name="squeezenet1_1", config={"dropout": 0.125}, pretrained=False
     )
-    classifier = random_classifier(knobs)
+    classifier = random_classifier(settings)
     before = logits(classifier)
-    save_classifier(classifier, knobs, tmp_path, "squeeze")
+    save_classifier(classifier, settings, tmp_path, "squeeze")
 
     config = json.loads((tmp_path / "config.json").read_text())
     network = torchvision.models.get_model(config["name"], num_classes=5, **config["config"])

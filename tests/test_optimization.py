@@ -10,9 +10,9 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from stages.training.optimization import learning_rate, make_optimizer, set_learning_rate
-from tests.made import model_knobs
+from tests.builders import model_params
 
-KNOBS = model_knobs("resnet34", learning_rate=0.3, weight_decay=0.5)
+KNOBS = model_params("resnet34", learning_rate=0.3, weight_decay=0.5)
 SCHEDULERS: dict[str, Callable[[Optimizer, int, int], LRScheduler]] = {
     "constant": lambda optimizer, warmup_steps, _: transformers.get_constant_schedule_with_warmup(
         optimizer, warmup_steps
@@ -35,8 +35,8 @@ def test_the_schedules_are_those_of_transformers(
         optimizer.step()
         scheduler.step()
 
-    knobs = KNOBS.model_copy(update={"schedule": schedule, "warmup_steps": warmup_steps})
-    rates = [learning_rate(knobs, step, steps) for step in range(steps)]
+    settings = KNOBS.model_copy(update={"schedule": schedule, "warmup_steps": warmup_steps})
+    rates = [learning_rate(settings, step, steps) for step in range(steps)]
 
     assert rates == pytest.approx(expected, abs=1e-12)
 

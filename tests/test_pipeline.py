@@ -160,7 +160,7 @@ RUNS = {
 }
 
 
-def knobs() -> Iterator[tuple[str, str]]:
+def settings() -> Iterator[tuple[str, str]]:
     """Each key of params.yaml, and the most precise row of RUNS for it."""
     keys = [f"{block}.{key}" for block in PARAMS for key in PARAMS[block] if block != "train"]
     keys += [f"train.{model}.{key}" for model in MODELS for key in PARAMS["train"][model]]
@@ -207,7 +207,7 @@ def graph() -> Graph:
         return Graph(repo.index.graph)
 
 
-@pytest.mark.parametrize(("knob", "row"), list(knobs()))
+@pytest.mark.parametrize(("knob", "row"), list(settings()))
 def test_a_knob_runs_the_stages_that_it_changes(knob: str, row: str, graph: Graph) -> None:
     models = [model for model in MODELS if knob.startswith(f"train.{model}.")] or MODELS
     expected = set()

@@ -151,7 +151,7 @@ def compared(repository: Repository) -> Path:
 
 
 def open_plots(browser: Browser, path: Path, width: int = DESKTOP) -> Page:
-    """Open a page of plots, and wait until each is drawn or says why it is not."""
+    """Open a page of plots, and wait until each is plotted or says why it is not."""
     page = browser.open(path, width)
     page.wait_until(
         "![...document.querySelectorAll('main > div')].some(c => c.querySelector('script'))"
@@ -215,8 +215,8 @@ def test_curves_have_a_point_per_epoch_also_of_one(compared: Path, browser: Brow
 
     for path in of_kind("curves"):
         points = marks(page, path, "symbol")
-        drawn = [(point["rev"], point["column"], point["epoch"]) for point in points]
-        assert sorted(drawn) == sorted(
+        plotted = [(point["rev"], point["column"], point["epoch"]) for point in points]
+        assert sorted(plotted) == sorted(
             (revision, column, str(1 + place))
             for revision, epochs in REVISIONS.items()
             for column in CURVES

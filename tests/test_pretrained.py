@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stages import pretrained
 from stages.runtime.command import run_stage
-from tests.made import TINY_VIT, write_params
+from tests.builders import TINY_VIT, write_params
 
 REPO = "someone/tiny-vit"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -221,7 +221,7 @@ def test_a_random_start_is_only_marked(project: Path, model: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("disturb", "knobs", "text"),
+    ("disturb", "settings", "text"),
     [
         (lambda hub: hub.files.pop(f"{OF_REPO}/config.json"), {}, f"config.json of {REPO} at "),
         (
@@ -242,14 +242,14 @@ def test_a_random_start_is_only_marked(project: Path, model: str) -> None:
 )
 def test_what_the_hub_does_not_give_is_one_line_and_the_next_run_gets_it(
     disturb: Callable[[Hub], object] | None,
-    knobs: dict[str, str],
+    settings: dict[str, str],
     text: str,
     vit_hub: Hub,
     vit_files: dict[str, bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     known = {"name": REPO, "revision": REVISION}
-    write_params(Path(), {f"train.vit.{key}": value for key, value in (known | knobs).items()})
+    write_params(Path(), {f"train.vit.{key}": value for key, value in (known | settings).items()})
     whole = dict(vit_hub.files)
     with monkeypatch.context() as patch:
         if disturb is not None:
@@ -321,7 +321,7 @@ def test_torchvision_weights_that_are_not_those_are_one_line(
 
 
 @pytest.mark.parametrize(
-    ("model", "knobs", "text"),
+    ("model", "settings", "text"),
     [
         ("resnet34", {"revision": "V9"}, "torchvision has no weights V9 of resnet34: check"),
         ("resnet34", {"name": "resnet340"}, "no weights IMAGENET1K_V1 of resnet340: check"),
@@ -329,9 +329,9 @@ def test_torchvision_weights_that_are_not_those_are_one_line(
     ],
 )
 def test_a_wrong_name_is_one_line(
-    model: str, knobs: dict[str, str], text: str, project: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, settings: dict[str, str], text: str, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_params(project, {f"train.{model}.{key}": value for key, value in knobs.items()})
+    write_params(project, {f"train.{model}.{key}": value for key, value in settings.items()})
 
     assert text in error_line(monkeypatch, model)
 

@@ -24,7 +24,7 @@ from stages.runtime.params import Params
 from tests.browser import CHROMIUM
 from tests.project import ROOT, Clone, Project
 from tools import demo, screenshots
-from tools.drawing import drawn_bins
+from tools.synthetic import synthetic_bins
 
 PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PATHS += sorted((ROOT / "docs").glob("*.md"))
@@ -298,7 +298,7 @@ def test_the_python_of_the_pages_runs(block: str, place: Clone) -> None:
     for name in modules - {"tools"}:
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} isn't installed")
-    (place.folder / "photograph.jpg").write_bytes(next(drawn_bins(1, seed=0)).photograph)
+    (place.folder / "photograph.jpg").write_bytes(next(synthetic_bins(1, seed=0)).photograph)
     # The place has all files in its cache, so no remote is asked.
     code = block.replace("https://example.com/warehouse-classifier.git", str(place.folder))
     said = place.run(sys.executable, "-c", code + "\nprint('done')")
@@ -333,7 +333,7 @@ def test_the_nightly_job_says_how_it_went(place: Clone) -> None:
     (place.folder / "nightly.sh").write_text(script)
     (place.folder / ".venv").symlink_to(sys.prefix)
     (place.folder / "photographs").mkdir()
-    bins = [one for one in drawn_bins(30, seed=2) if one.quantity in range(1, 6)]
+    bins = [one for one in synthetic_bins(30, seed=2) if one.quantity in range(1, 6)]
     rows = [f"{one.id},{one.quantity}" for one in bins]
     for one in bins:
         (place.folder / f"photographs/{one.id}.jpg").write_bytes(one.photograph)

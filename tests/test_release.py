@@ -13,10 +13,10 @@ from stages.networks.calibration import fit_temperature, with_temperature
 from stages.networks.release import load_release, save_release
 from stages.runtime.errors import UserError
 from stages.runtime.params import Resize
-from tests.made import TINY_VIT, logits, model_knobs, one_torch_thread, random_classifier
+from tests.builders import TINY_VIT, logits, model_params, one_torch_thread, random_classifier
 
 LABELS = [1, 3, 10]
-KNOBS = model_knobs("vit", config=TINY_VIT, pretrained=False)
+KNOBS = model_params("vit", config=TINY_VIT, pretrained=False)
 RESIZE = Resize(size=32, fit="pad", quality=85, max_rejects=0.0)
 IDS = ["00100", "100", "00007", "12345"]
 ACTUAL = np.array([1, 10, 3, 3])

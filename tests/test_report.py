@@ -36,7 +36,7 @@ from stages.scoring.evaluation import (
 from stages.scoring.results import write_results
 from stages.scoring.verification import precision_table, roc_table
 from tests.browser import DESKTOP, PHONE, Browser, running_browser
-from tests.made import bin_rows, write_params, write_resized, write_split
+from tests.builders import bin_rows, write_params, write_resized, write_split
 
 FIGURES = ["confusion_resnet34", "confusion_vit", "curves_resnet34", "curves_vit", "precision"]
 FIGURES += ["quantities", "recall", "reliability", "roc"]
@@ -286,7 +286,7 @@ def test_the_page_has_the_numbers_of_both_models_and_of_the_baseline(page: Page)
         "So these numbers cannot be compared directly",
         "1,234 bins with a record and a photograph, 1,229 of them usable (rejected: 5 not JSON).",
         "Left out: 3 records without a photograph.",
-        "17 bins were drawn with 1, 2, 3, 4, 5 items",
+        "17 bins were sampled with 1, 2, 3, 4, 5 items",
         "1 of their photographs could not be used",
         "resized to 224x224 pixels (squeeze)",
         # By the probability of the record's count, then by id.

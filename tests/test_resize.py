@@ -31,12 +31,12 @@ class StopError(Exception):
 
 
 def prepare(
-    shards: Sequence[Mapping[str, bytes]], unfetched: Sequence[Reject] = (), **knobs: Any
+    shards: Sequence[Mapping[str, bytes]], unfetched: Sequence[Reject] = (), **settings: Any
 ) -> None:
     """Write params.yaml and the outputs of fetch."""
     write_params(
         {"resize.size": 32, "resize.max_rejects": 0.0}
-        | {f"resize.{key}": value for key, value in knobs.items()}
+        | {f"resize.{key}": value for key, value in settings.items()}
     )
     for number, photographs in enumerate(shards):
         rows = [
@@ -93,7 +93,11 @@ def test_undecodable_and_unfetched_bins_are_quarantined() -> None:
     resize.main()
     rejects = read_rejects(QUARANTINE)
     assert [reject.id for reject in rejects] == ["100", *bad]
-    assert [reject.reason for reject in rejects[:3]] == ["not found", "no bytes", "not an image"]
+    assert [reject.reason for reject in rejects[:3]] == [
+        "not found",
+        "no bytes",
+        "of a format that is not read (a web page or XML): save it as JPEG",
+    ]
     assert "truncated" in rejects[3].reason
     assert [[row["id"] for row in shard] for shard in resized()] == [list(good), []]
 

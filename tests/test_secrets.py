@@ -70,8 +70,8 @@ def private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Private]:
             "AWS_SECRET_ACCESS_KEY": SECRET,
             "AWS_SESSION_TOKEN": TOKEN,
         }
-        knobs = {**lab.KNOBS, "bucket.endpoint": proxy.url, "bucket.anonymous": False}
-        lab.yaml.dump(changed_params(knobs), project.folder / "params.yaml")
+        settings = {**lab.KNOBS, "bucket.endpoint": proxy.url, "bucket.anonymous": False}
+        lab.yaml.dump(changed_params(settings), project.folder / "params.yaml")
         yield Private(project, proxy)
 
 

@@ -1,4 +1,4 @@
-"""Three sets whose bins have no siblings in another one, on drawn bins and on real records."""
+"""Three sets whose bins have no siblings in another one, on synthetic bins and on real records."""
 
 import json
 import random
@@ -15,7 +15,7 @@ from stages.runtime.errors import UserError
 from stages.runtime.params import Split, Subset
 from stages.sampling.splitting import apportion, count_leaks, split
 from stages.split import main
-from stages.subset import draw, with_groups
+from stages.subset import sample, with_groups
 from tests.conftest import sibling_pairs, write_params
 
 QUANTITIES = [1, 2, 3, 4, 5]
@@ -24,13 +24,13 @@ SETS = ["train", "validation", "test"]
 By = Literal["group", "image"]
 
 
-def knobs(
+def settings(
     train: int, test: int, seed: int = 0, by: By = "group", validation: float = 0.05
 ) -> Split:
     return Split(train=train, test=test, validation=validation, by=by, file=None, seed=seed)
 
 
-def drawn_bins(count: int, seed: int = 0) -> pd.DataFrame:
+def synthetic_bins(count: int, seed: int = 0) -> pd.DataFrame:
     """Bins in groups of one to four, of which no two neighbours have the same quantity."""
     chance = random.Random(seed)
     rows: list[tuple[str, int, str]] = []
@@ -44,7 +44,7 @@ def drawn_bins(count: int, seed: int = 0) -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def bins() -> pd.DataFrame:
-    return drawn_bins(2000)
+    return synthetic_bins(2000)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def real_bins(abid_index: pa.Table) -> pd.DataFrame:
     """All real bins with one to five items."""
     fitting = sum(quantity in QUANTITIES for quantity in abid_index["quantity"].to_pylist())
     params = Subset(quantities=QUANTITIES, bins=fitting, seed=0, ids=None)
-    table: pd.DataFrame = draw(with_groups(abid_index), params).to_pandas()
+    table: pd.DataFrame = sample(with_groups(abid_index), params).to_pandas()
     return table
 
 
@@ -89,31 +89,31 @@ def shares(bins: pd.DataFrame, ids: set[str]) -> pd.Series:
 def test_each_set_has_exactly_its_size(
     bins: pd.DataFrame, train: int, test: int, validation: float, expected: list[int], by: By
 ) -> None:
-    sets = split(bins, set(), knobs(train, test, by=by, validation=validation))
+    sets = split(bins, set(), settings(train, test, by=by, validation=validation))
     assert sizes(sets) == expected
 
 
 def test_three_bins_are_a_set_each() -> None:
     three = pd.DataFrame({"id": ["1", "2", "3"], "quantity": 1, "group": ["1", "2", "3"]})
-    assert sizes(split(three, set(), knobs(2, 1, validation=0.5))) == [1, 1, 1]
+    assert sizes(split(three, set(), settings(2, 1, validation=0.5))) == [1, 1, 1]
 
 
 def test_the_groups_are_those_of_the_subset(bins: pd.DataFrame) -> None:
     groups = dict(zip(bins["id"], bins["group"], strict=True))
     for by in ("group", "image"):
-        sets = split(bins, set(), knobs(1000, 200, by=by))
+        sets = split(bins, set(), settings(1000, 200, by=by))
         assert sets["group"].tolist() == [groups[bin_id] for bin_id in sets["id"]]
 
 
 @pytest.mark.parametrize("validation", [0.05, 0.4])
 @pytest.mark.parametrize("seed", range(5))
 def test_no_group_is_divided(bins: pd.DataFrame, seed: int, validation: float) -> None:
-    sets = split(bins, set(), knobs(1700, 200, seed, validation=validation))
+    sets = split(bins, set(), settings(1700, 200, seed, validation=validation))
     assert sets.groupby("group")["set"].nunique().max() == 1
 
 
 def test_the_published_protocol_divides_groups(bins: pd.DataFrame) -> None:
-    sets = split(bins, set(), knobs(1700, 200, by="image", validation=0.3))
+    sets = split(bins, set(), settings(1700, 200, by="image", validation=0.3))
     assert sets.groupby("group")["set"].nunique().max() == 3
 
 
@@ -123,7 +123,7 @@ def test_the_published_protocol_divides_groups(bins: pd.DataFrame) -> None:
 def test_the_quantities_have_the_same_shares_in_all_sets(
     bins: pd.DataFrame, train: int, test: int, by: By, seed: int
 ) -> None:
-    sets = split(bins, set(), knobs(train, test, seed, by, 0.1))
+    sets = split(bins, set(), settings(train, test, seed, by, 0.1))
     everywhere = shares(bins, set(bins["id"]))
     for name in SETS:
         found = shares(bins, ids_of(sets, name))
@@ -131,14 +131,14 @@ def test_the_quantities_have_the_same_shares_in_all_sets(
 
 
 def test_by_image_the_quantities_are_apportioned_exactly(bins: pd.DataFrame) -> None:
-    sets = split(bins, set(), knobs(1800, 200, by="image"))
+    sets = split(bins, set(), settings(1800, 200, by="image"))
     for name, size in (("test", 200), ("validation", 90)):
         found = Counter(bins.loc[bins["id"].isin(ids_of(sets, name)), "quantity"])
         assert found == apportion(size, Counter(bins["quantity"]))
 
 
 def test_bins_are_listed_once_sorted_by_id(bins: pd.DataFrame) -> None:
-    sets = split(bins, set(), knobs(1000, 200))
+    sets = split(bins, set(), settings(1000, 200))
     assert list(sets.columns) == ["id", "set", "group"]
     assert sets["id"].is_monotonic_increasing
     assert sets["id"].is_unique
@@ -146,13 +146,13 @@ def test_bins_are_listed_once_sorted_by_id(bins: pd.DataFrame) -> None:
 
 def test_the_order_of_the_rows_does_not_matter(bins: pd.DataFrame) -> None:
     shuffled = bins.sample(frac=1, random_state=1)
-    one, two = (split(table, set(), knobs(1000, 200)) for table in (bins, shuffled))
+    one, two = (split(table, set(), settings(1000, 200)) for table in (bins, shuffled))
     assert one.to_numpy().tolist() == two.to_numpy().tolist()
 
 
 @pytest.mark.parametrize("name", ["validation", "test"])
 def test_another_seed_gives_another_set(bins: pd.DataFrame, name: str) -> None:
-    seeds = [split(bins, set(), knobs(1800, 200, seed, validation=0.1)) for seed in range(3)]
+    seeds = [split(bins, set(), settings(1800, 200, seed, validation=0.1)) for seed in range(3)]
     found = [ids_of(sets, name) for sets in seeds]
     for one, two in [(0, 1), (0, 2), (1, 2)]:
         assert len(found[one] & found[two]) < 100
@@ -164,7 +164,7 @@ def test_another_share_moves_bins_between_train_and_validation_only(
     bins: pd.DataFrame, by: By, seed: int
 ) -> None:
     found = [
-        split(bins, set(), knobs(1500, 200, seed, by, validation))
+        split(bins, set(), settings(1500, 200, seed, by, validation))
         for validation in (0.01, 0.05, 0.3, 0.9)
     ]
     for sets in found[1:]:
@@ -176,15 +176,15 @@ def test_another_share_moves_bins_between_train_and_validation_only(
 def test_what_validates_is_no_neighbour_of_what_tests(bins: pd.DataFrame) -> None:
     # An order of its own: one draw for both would cut it off the same end of train.
     small, large = (
-        ids_of(split(bins, set(), knobs(train, 200)), "validation") for train in (900, 1800)
+        ids_of(split(bins, set(), settings(train, 200)), "validation") for train in (900, 1800)
     )
     assert len(small & large) < 45
 
 
 def test_unusable_bins_are_in_no_set_and_hardly_move_the_others(bins: pd.DataFrame) -> None:
     unusable = set(bins["id"][::100])
-    before = split(bins, set(), knobs(1600, 200))
-    after = split(bins, unusable, knobs(1600, 200))
+    before = split(bins, set(), settings(1600, 200))
+    after = split(bins, unusable, settings(1600, 200))
     assert not set(after["id"]) & unusable
     assert sizes(after) == [1520, 80, 200]
     kept = ids_of(before, "test") & ids_of(after, "test")
@@ -192,21 +192,21 @@ def test_unusable_bins_are_in_no_set_and_hardly_move_the_others(bins: pd.DataFra
 
 
 def test_where_too_few_bins_are_usable_train_has_the_rest(bins: pd.DataFrame) -> None:
-    sets = split(bins, set(bins["id"][:50]), knobs(1800, 200))
+    sets = split(bins, set(bins["id"][:50]), settings(1800, 200))
     assert sizes(sets) == [1662, 88, 200]
 
 
 @pytest.mark.parametrize(("train", "test"), [(1801, 200), (2000, 1), (1, 2000)])
 def test_more_than_there_is_is_refused(bins: pd.DataFrame, train: int, test: int) -> None:
     with pytest.raises(UserError) as caught:
-        split(bins, set(), knobs(train, test))
+        split(bins, set(), settings(train, test))
     for part in (f"split.train {train}", f"split.test {test}", "2000 bins", "subset.bins"):
         assert part in str(caught.value)
 
 
 def test_a_test_set_that_leaves_nothing_to_train_is_refused(bins: pd.DataFrame) -> None:
     with pytest.raises(UserError, match=r"split\.test 200 leaves nothing to train: 100 bins"):
-        split(bins, set(bins["id"][100:]), knobs(1000, 200))
+        split(bins, set(bins["id"][100:]), settings(1000, 200))
 
 
 @pytest.mark.usefixtures("workspace")
@@ -249,7 +249,7 @@ def test_apportioning_gives_all_and_at_most_one_off(size: int) -> None:
 
 def test_the_stage_writes_ids_as_they_are(workspace: Path) -> None:
     write_params({"split.train": 30, "split.test": 10, "split.validation": 0.2})
-    table = drawn_bins(40)
+    table = synthetic_bins(40)
     table.loc[0, ["id", "group"]] = "1102"
     write_table(workspace / "data/subset.parquet", pa.Table.from_pandas(table))
     write_rejects(workspace / "data/quarantine.csv", [Reject("00002", "no bytes")])
@@ -293,7 +293,7 @@ def test_the_leak_of_both_protocols_is_written_whichever_is_chosen(
     write_params({"split.train": 1800, "split.test": 200, "split.by": by})
     main()
     leaks = json.loads(Path("data/split.json").read_text("utf-8"))
-    by_image = split(bins, set(), knobs(1800, 200, by="image"))
+    by_image = split(bins, set(), settings(1800, 200, by="image"))
     others = by_image[by_image["set"] != "test"]
     leaking = by_image[(by_image["set"] == "test") & by_image["group"].isin(others["group"])]
     assert leaks == {
@@ -320,7 +320,7 @@ def test_a_protocol_that_the_groups_do_not_allow_is_not_counted() -> None:
 def test_no_real_siblings_straddle_the_split(
     real_bins: pd.DataFrame, real_pairs: list[tuple[str, str]], seed: int
 ) -> None:
-    sets = split(real_bins, set(), knobs(5900, 662, seed, validation=0.1))
+    sets = split(real_bins, set(), settings(5900, 662, seed, validation=0.1))
     assert sizes(sets) == [5310, 590, 662]
     of_bin = dict(zip(sets["id"], sets["set"], strict=True))
     pairs = [pair for pair in real_pairs if set(pair) <= set(of_bin)]

@@ -10,11 +10,11 @@ import pytest
 from stages.formats.shards import write_table
 from stages.runtime.errors import UserError
 from stages.runtime.params import Subset
-from stages.subset import COLUMNS, draw, main, with_groups
+from stages.subset import COLUMNS, main, sample, with_groups
 from tests.conftest import index_of, sibling_pairs, write_params
 
 
-def knobs(bins: int, seed: int = 0, quantities: tuple[int, ...] = (1, 2, 3, 4, 5)) -> Subset:
+def settings(bins: int, seed: int = 0, quantities: tuple[int, ...] = (1, 2, 3, 4, 5)) -> Subset:
     return Subset(quantities=list(quantities), bins=bins, seed=seed, ids=None)
 
 
@@ -35,13 +35,13 @@ def groups_by_id(table: pa.Table) -> dict[str, str]:
 
 
 def test_only_bins_of_the_wanted_quantities_are_drawn(index: pa.Table) -> None:
-    subset = draw(with_groups(index), knobs(40, quantities=(2, 7)))
+    subset = sample(with_groups(index), settings(40, quantities=(2, 7)))
     assert len(subset) == 40
     assert set(subset["quantity"].to_pylist()) == {2, 7}
 
 
 def test_the_drawn_bins_are_sorted_and_keep_their_columns(index: pa.Table) -> None:
-    subset = draw(with_groups(index), knobs(100))
+    subset = sample(with_groups(index), settings(100))
     ids = subset["id"].to_pylist()
     assert subset.schema.names == COLUMNS
     assert ids == sorted(ids)
@@ -56,45 +56,47 @@ def test_the_order_of_the_index_does_not_matter(index: pa.Table) -> None:
     order = random.Random(1).sample(range(len(index)), len(index))
     one, two = with_groups(index), with_groups(index.take(pa.array(order)))
     assert groups_by_id(one) == groups_by_id(two)
-    assert draw(one, knobs(100)).equals(draw(two, knobs(100)))
+    assert sample(one, settings(100)).equals(sample(two, settings(100)))
 
 
 def test_another_seed_draws_other_bins(index: pa.Table) -> None:
     grouped = with_groups(index)
-    drawn = [set(draw(grouped, knobs(100, seed))["id"].to_pylist()) for seed in range(3)]
-    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
+    sampled = [set(sample(grouped, settings(100, seed))["id"].to_pylist()) for seed in range(3)]
+    assert sampled[0] != sampled[1] != sampled[2] != sampled[0]
 
 
 def test_more_bins_hold_the_fewer(index: pa.Table) -> None:
     grouped = with_groups(index)
-    few, many = (set(draw(grouped, knobs(bins))["id"].to_pylist()) for bins in (50, 150))
+    few, many = (set(sample(grouped, settings(bins))["id"].to_pylist()) for bins in (50, 150))
     assert few < many
 
 
 def test_a_bin_that_is_gone_moves_at_most_one_other(index: pa.Table) -> None:
     grouped = with_groups(index)
-    drawn = set(draw(grouped, knobs(100))["id"].to_pylist())
+    sampled = set(sample(grouped, settings(100))["id"].to_pylist())
     for gone in range(0, len(grouped), 40):
         rest = pa.concat_tables([grouped.slice(0, gone), grouped.slice(gone + 1)])
-        again = set(draw(rest, knobs(100))["id"].to_pylist())
-        assert len(drawn - again) <= 1
+        again = set(sample(rest, settings(100))["id"].to_pylist())
+        assert len(sampled - again) <= 1
 
 
 def test_the_draw_is_no_run_of_the_listing(index: pa.Table) -> None:
-    drawn = [int(bin_id) for bin_id in draw(with_groups(index), knobs(100))["id"].to_pylist()]
-    assert min(drawn) < 40
-    assert max(drawn) > 360
-    assert 140 < sum(drawn) / len(drawn) < 260
+    sampled = [
+        int(bin_id) for bin_id in sample(with_groups(index), settings(100))["id"].to_pylist()
+    ]
+    assert min(sampled) < 40
+    assert max(sampled) > 360
+    assert 140 < sum(sampled) / len(sampled) < 260
 
 
 def test_all_fitting_bins_can_be_drawn(index: pa.Table) -> None:
     fitting = sum(1 <= quantity <= 5 for quantity in index["quantity"].to_pylist())
-    assert len(draw(with_groups(index), knobs(fitting))) == fitting
+    assert len(sample(with_groups(index), settings(fitting))) == fitting
 
 
 def test_too_few_bins_are_counted_in_the_error(index: pa.Table) -> None:
     with pytest.raises(UserError) as caught:
-        draw(with_groups(index), knobs(1000, quantities=(6, 7)))
+        sample(with_groups(index), settings(1000, quantities=(6, 7)))
     fitting = sum(quantity in {6, 7} for quantity in index["quantity"].to_pylist())
     for part in ("subset.bins is 1000", f"has {fitting} bins", "subset.quantities [6, 7]"):
         assert part in str(caught.value)
@@ -103,7 +105,7 @@ def test_too_few_bins_are_counted_in_the_error(index: pa.Table) -> None:
 @pytest.mark.parametrize(
     ("contents", "groups"),
     [
-        # 00002 has too many items to be drawn, and yet links the two.
+        # 00002 has too many items to be sampled, and yet links the two.
         (
             {"00001": (2, ["A"]), "00002": (9, ["A", "B"]), "00003": (3, ["B"])},
             {"00001": "00001", "00003": "00001"},
@@ -126,7 +128,7 @@ def test_too_few_bins_are_counted_in_the_error(index: pa.Table) -> None:
 def test_groups_are_found_over_all_bins(
     contents: Mapping[str, tuple[int, list[str]]], groups: Mapping[str, str]
 ) -> None:
-    subset = draw(with_groups(index_of(contents)), knobs(len(groups)))
+    subset = sample(with_groups(index_of(contents)), settings(len(groups)))
     assert groups_by_id(subset) == groups
 
 
@@ -146,7 +148,7 @@ def test_the_stage_writes_the_same_bytes_in_every_run(workspace: Path, index: pa
         written.append((workspace / "data/subset.parquet").read_bytes())
     assert written[0] == written[1]
     subset = pq.read_table(workspace / "data/subset.parquet")
-    assert subset.equals(draw(with_groups(index), knobs(100)))
+    assert subset.equals(sample(with_groups(index), settings(100)))
 
 
 def test_real_siblings_share_their_group_and_no_others(

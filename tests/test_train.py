@@ -20,7 +20,7 @@ from stages.networks.release import load_release
 from stages.runtime.errors import UserError
 from stages.runtime.params import load_params
 from stages.training import checkpoint
-from tests.made import (
+from tests.builders import (
     REPOSITORY,
     SIZE,
     TINY_VIT,
@@ -55,8 +55,8 @@ SECONDS = 300
 class Workspace:
     """A folder with the inputs of the train stage, which runs there as DVC would run it."""
 
-    def __init__(self, folder: Path, **knobs: Any) -> None:
-        """`knobs` have keys like run.processes, with __ for the dot."""
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        """`settings` have keys like run.processes, with __ for the dot."""
         self.folder = folder
         rows = bin_rows([1, 2, 3, 4, 5] * 40)
         write_resized(folder / "data/resized", rows, shard_bins=50)
@@ -66,7 +66,7 @@ class Workspace:
         start = folder / "models/pretrained/vit/source.json"
         start.parent.mkdir(parents=True)
         start.write_text('{"pretrained": false}\n', "utf-8")
-        changes = {name.replace("__", "."): value for name, value in knobs.items()}
+        changes = {name.replace("__", "."): value for name, value in settings.items()}
         write_params(folder, KNOBS | changes)
 
     def start(self, command: Sequence[str] = STAGE) -> "subprocess.Popen[str]":

@@ -228,8 +228,8 @@ def test_unpadded_twins_are_other_bins(whole: TrueBins) -> None:
 def test_quantities_are_distributed_as_published(whole: TrueBins) -> None:
     counts = np.bincount(whole.quantities[:PADDED].clip(max=6))
     # Drawn bins have their own instead.
-    drawn = len(whole.own_records) if len(whole.own_records) < 1000 else 0
-    assert np.abs(counts - QUANTITY_COUNTS).sum() <= 2 * drawn
+    sampled = len(whole.own_records) if len(whole.own_records) < 1000 else 0
+    assert np.abs(counts - QUANTITY_COUNTS).sum() <= 2 * sampled
     twins = np.bincount(whole.quantities[PADDED:].clip(max=6)) / UNPADDED
     assert twins == pytest.approx(np.array(QUANTITY_COUNTS) / PADDED, abs=0.04)
     assert whole.quantities[whole.quantities >= 6].mean() == pytest.approx(9.2, abs=0.1)

@@ -27,7 +27,7 @@ Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 
 
-def drawn_bins(seed: int, bins: int = 40, digits: int = 15) -> tuple[Floats, Counts]:
+def synthetic_bins(seed: int, bins: int = 40, digits: int = 15) -> tuple[Floats, Counts]:
     """Probabilities that favour the count, and the counts; few digits make many ties."""
     chance = np.random.default_rng(seed)
     actual = chance.choice(LABELS, bins)
@@ -37,7 +37,7 @@ def drawn_bins(seed: int, bins: int = 40, digits: int = 15) -> tuple[Floats, Cou
 
 
 def drawn_claims(seed: int, bins: int = 40, digits: int = 15) -> Claims:
-    return make_claims(*drawn_bins(seed, bins, digits), LABELS)
+    return make_claims(*synthetic_bins(seed, bins, digits), LABELS)
 
 
 def drawn_weights(seed: int, bins: int = 40) -> Floats:
@@ -55,7 +55,7 @@ every_draw = pytest.mark.parametrize(("seed", "digits"), list(product(range(3), 
 
 @pytest.mark.parametrize("labels", [LABELS, [5, 2, 4, 1, 3]], ids=str)
 def test_each_count_is_claimed_once_of_each_bin_in_the_order_of_scores(labels: list[int]) -> None:
-    probabilities, actual = drawn_bins(0)
+    probabilities, actual = synthetic_bins(0)
 
     claims = make_claims(probabilities, actual, labels)
 
@@ -145,7 +145,7 @@ def counted_rates(
 
 @every_draw
 def test_rates_are_those_of_a_plain_loop(seed: int, digits: int) -> None:
-    probabilities, actual = drawn_bins(seed, digits=digits)
+    probabilities, actual = synthetic_bins(seed, digits=digits)
     claims = make_claims(probabilities, actual, LABELS)
 
     for threshold in (0.0, 0.1, 0.2, 0.35, 0.9, 1.1):

@@ -1,4 +1,4 @@
-"""What README promises of DVC: knobs, queues, a third model, sharing, and reading from outside.
+"""What README promises of DVC: settings, queues, a third model, sharing, and reading from outside.
 
 The tests work in copies and clones of the session's one project, whose pipeline has run.
 """

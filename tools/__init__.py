@@ -1,1 +1,1 @@
-"""What surrounds the pipeline: a local S3 server, drawn bins, the demo."""
+"""What surrounds the pipeline: a local S3 server, synthetic bins, the demo."""

@@ -1,4 +1,4 @@
-"""Run the whole pipeline on drawn bins, in a clone of this repository, with a local S3 server.
+"""Run the whole pipeline on synthetic bins, in a clone of this repository, with a local S3 server.
 
 The clone and the server stay up so that you can experiment; `make demo-clean` removes both.
 """
@@ -17,8 +17,8 @@ from obstore.store import S3Store
 from tqdm import tqdm
 
 from tools import plots_page
-from tools.drawing import DrawnBin, drawn_bins
 from tools.s3 import CLIENT_ENVIRONMENT, free_port, start_server, stop_server
+from tools.synthetic import SyntheticBin, synthetic_bins
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "demo"
@@ -27,7 +27,7 @@ BUCKETS = DEMO / "s3"
 LOG = DEMO / "s3.log"
 PID = DEMO / "s3.pid"
 
-DRAWN_BINS = 2200
+SYNTHETIC_BINS = 2200
 TRUNCATED_PHOTOGRAPH, GARBLED_RECORD = "00004", "00005"
 # Small photographs and a small ViT from random starts: minutes on two cores, without a hub.
 OVERRIDES = [
@@ -93,19 +93,21 @@ def fill_bucket(endpoint: str) -> None:
         "bins", endpoint=endpoint, skip_signature=True, client_options={"allow_http": True}
     )
 
-    def put(drawn: DrawnBin) -> None:
-        photograph, record = drawn.photograph, drawn.record
-        if drawn.id == TRUNCATED_PHOTOGRAPH:
+    def put(synthetic: SyntheticBin) -> None:
+        photograph, record = synthetic.photograph, synthetic.record
+        if synthetic.id == TRUNCATED_PHOTOGRAPH:
             photograph = photograph[: len(photograph) // 2]
-        if drawn.id == GARBLED_RECORD:
+        if synthetic.id == GARBLED_RECORD:
             record = b"not a record"
-        obstore.put(bucket, f"bin-images/{drawn.id}.jpg", photograph)
-        obstore.put(bucket, f"metadata/{drawn.id}.json", record)
+        obstore.put(bucket, f"bin-images/{synthetic.id}.jpg", photograph)
+        obstore.put(bucket, f"metadata/{synthetic.id}.json", record)
 
-    print(f"drawing {DRAWN_BINS} bins into the bucket s3://bins at {endpoint}")
-    bins = tqdm(drawn_bins(DRAWN_BINS, seed=0), total=DRAWN_BINS, unit=" bins", disable=None)
+    print(f"drawing {SYNTHETIC_BINS} bins into the bucket s3://bins at {endpoint}")
+    bins = tqdm(
+        synthetic_bins(SYNTHETIC_BINS, seed=0), total=SYNTHETIC_BINS, unit=" bins", disable=None
+    )
     with ThreadPoolExecutor(16) as pool:
-        for uploaded in [pool.submit(put, drawn) for drawn in bins]:
+        for uploaded in [pool.submit(put, synthetic) for synthetic in bins]:
             uploaded.result()
 
 

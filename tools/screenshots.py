@@ -1,6 +1,6 @@
 """Make the pictures in docs/images/ from what `make demo` has left; needs Chromium.
 
-The report is the demo's own. The audit is of newly drawn bins, of which every tenth record is made
+The report is the demo's own. The audit is of new synthetic bins, of which every tenth record is made
 wrong, so no real photograph is shown.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from tools.demo import CLONE, ROOT
-from tools.drawing import drawn_bins
+from tools.synthetic import synthetic_bins
 
 IMAGES = ROOT / "docs/images"
 BROWSERS = ("chromium", "google-chrome")
@@ -58,7 +58,7 @@ def write_bins(folder: Path) -> None:
     """Photographs and records as in Amazon's bucket; every tenth record has a wrong count."""
     for name in ("bin-images", "metadata"):
         (folder / name).mkdir(parents=True)
-    bins = [one for one in drawn_bins(AUDITED_BINS, seed=1) if one.quantity in QUANTITIES]
+    bins = [one for one in synthetic_bins(AUDITED_BINS, seed=1) if one.quantity in QUANTITIES]
     for number, one in enumerate(bins):
         record = json.loads(one.record)
         if number % WRONG_EVERY == 0:

@@ -13,7 +13,7 @@ from stages.networks.model_files import CONFIG, PREPROCESSOR, damaged, read_json
 from stages.networks.pretrained import check_pretrained
 from stages.runtime.errors import UserError
 from stages.runtime.machine import machine_error
-from stages.runtime.params import Model
+from stages.runtime.params import ModelParams
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,9 @@ def freeze_backbone(classifier: Classifier) -> None:
     classifier.network.get_submodule(layer).requires_grad_()
 
 
-def build_classifier(model: Model, pretrained: Path, labels: list[int], size: int) -> Classifier:
+def build_classifier(
+    model: ModelParams, pretrained: Path, labels: list[int], size: int
+) -> Classifier:
     """A network for `labels`, on pretrained weights from that folder or random ones.
 
     The last layer starts at random where the weights have another number of labels.
@@ -96,7 +98,7 @@ def _check_scores(network: nn.Module, labels: list[int], size: int) -> None:
         raise ValueError(f"it gives {list(logits.shape)}, not a score for each of {labels}")
 
 
-def save_classifier(classifier: Classifier, model: Model, folder: Path, fit: str) -> None:
+def save_classifier(classifier: Classifier, model: ModelParams, folder: Path, fit: str) -> None:
     """Write the files that the model's own library loads, and how to prepare images for it.
 
     `fit` is how photographs become squares, as in stages.imaging.jpeg.resize.

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import nn
 
-from stages.runtime.params import Model
+from stages.runtime.params import ModelParams
 
 
 class Library(Protocol):
@@ -17,19 +17,21 @@ class Library(Protocol):
     Its functions raise whatever the library raises, and ValueError; callers say what to do.
     """
 
-    def download(self, model: Model, folder: Path) -> str:
+    def download(self, model: ModelParams, folder: Path) -> str:
         """Put config.json and model.safetensors of the pretrained weights into `folder`.
 
         Returns the URL they are from. Raises UserError where they could not be downloaded.
         """
 
-    def build(self, model: Model, pretrained: Path, labels: list[int], size: int) -> nn.Module:
+    def build(
+        self, model: ModelParams, pretrained: Path, labels: list[int], size: int
+    ) -> nn.Module:
         """A network for images of `size` pixels, with an output for each label.
 
         Its weights are those in the folder `pretrained` if the model asks for them, else random.
         """
 
-    def save(self, network: nn.Module, model: Model, labels: list[int], folder: Path) -> None:
+    def save(self, network: nn.Module, model: ModelParams, labels: list[int], folder: Path) -> None:
         """Write config.json, with the labels, and model.safetensors."""
 
     def load(self, folder: Path, labels: list[int]) -> nn.Module:

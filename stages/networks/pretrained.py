@@ -13,10 +13,10 @@ from stages.networks.model_files import (
     read_json,
 )
 from stages.runtime.errors import UserError
-from stages.runtime.params import Model
+from stages.runtime.params import ModelParams
 
 
-def download_pretrained(model: Model, folder: Path) -> None:
+def download_pretrained(model: ModelParams, folder: Path) -> None:
     """Put the pretrained weights, their config and source.json into `folder`, this one last.
 
     Raises UserError where the source does not have them or could not be reached.

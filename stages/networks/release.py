@@ -27,7 +27,7 @@ from stages.networks.model_files import (
     digests,
     read_json,
 )
-from stages.runtime.params import Block, Model, Resize
+from stages.runtime.params import Block, ModelParams, Resize
 
 FILES = (CONFIG, PREPROCESSOR, WEIGHTS)
 SETTINGS = "inference.json"
@@ -66,7 +66,7 @@ class Release:
 def save_release(
     folder: Path,
     classifier: Classifier,
-    model: Model,
+    model: ModelParams,
     resize: Resize,
     ids: list[str],
     actual: Counts,

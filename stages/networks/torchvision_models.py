@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from stages.formats.tables import write_json
 from stages.networks.model_files import CONFIG, WEIGHTS, read_json, refuse_random_layers
 from stages.runtime.errors import UserError
-from stages.runtime.params import Model
+from stages.runtime.params import ModelParams
 
 
-def download(model: Model, folder: Path) -> str:
+def download(model: ModelParams, folder: Path) -> str:
     """The weights that `revision` names, like IMAGENET1K_V1, converted to safetensors."""
     try:
         weights = torchvision.models.get_model_weights(model.name)[model.revision]
@@ -37,7 +37,7 @@ def download(model: Model, folder: Path) -> str:
     return url
 
 
-def build(model: Model, pretrained: Path, labels: list[int], size: int) -> nn.Module:  # noqa: ARG001 - they take images of any size
+def build(model: ModelParams, pretrained: Path, labels: list[int], size: int) -> nn.Module:  # noqa: ARG001 - they take images of any size
     network = _network(model.name, labels, model.config)
     if model.pretrained:
         own = network.state_dict()
@@ -51,7 +51,7 @@ def build(model: Model, pretrained: Path, labels: list[int], size: int) -> nn.Mo
     return network
 
 
-def save(network: nn.Module, model: Model, labels: list[int], folder: Path) -> None:
+def save(network: nn.Module, model: ModelParams, labels: list[int], folder: Path) -> None:
     """The weights are the state dict of torchvision.models.get_model(name, **config)."""
     save_file(network.state_dict(), folder / WEIGHTS)
     names = {str(number): str(label) for number, label in enumerate(labels)}

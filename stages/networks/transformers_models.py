@@ -13,7 +13,7 @@ from torch import nn
 
 from stages.networks.model_files import CONFIG, WEIGHTS, read_json, refuse_random_layers
 from stages.runtime.errors import UserError
-from stages.runtime.params import Model
+from stages.runtime.params import ModelParams
 
 # One file, loaded and saved in no time; and layers that start at random are judged here.
 transformers.utils.logging.disable_progress_bar()
@@ -25,7 +25,7 @@ logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 _OURS = {"id2label", "label2id", "num_labels", "dtype"}
 
 
-def download(model: Model, folder: Path) -> str:
+def download(model: ModelParams, folder: Path) -> str:
     """The files of the hub's repository `name` at `revision`, byte for byte.
 
     The client keeps a hidden folder beside them, with which a download that broke off continues.
@@ -51,7 +51,7 @@ def _without_secrets(text: str) -> str:
     return text.replace(token, "***") if token else text
 
 
-def build(model: Model, pretrained: Path, labels: list[int], size: int) -> nn.Module:
+def build(model: ModelParams, pretrained: Path, labels: list[int], size: int) -> nn.Module:
     config = _config(model, pretrained, labels, size)
     if not model.pretrained:
         network: nn.Module = transformers.AutoModelForImageClassification.from_config(
@@ -64,7 +64,7 @@ def build(model: Model, pretrained: Path, labels: list[int], size: int) -> nn.Mo
     return network
 
 
-def save(network: nn.Module, model: Model, labels: list[int], folder: Path) -> None:  # noqa: ARG001 - its own config has them
+def save(network: nn.Module, model: ModelParams, labels: list[int], folder: Path) -> None:  # noqa: ARG001 - its own config has them
     """For AutoModelForImageClassification.from_pretrained(folder)."""
     saved: Any = network
     saved.save_pretrained(folder)
@@ -94,7 +94,7 @@ def _from_pretrained(folder: Path, config: Any) -> tuple[nn.Module, dict[str, An
     return network, loading
 
 
-def _config(model: Model, pretrained: Path, labels: list[int], size: int) -> Any:
+def _config(model: ModelParams, pretrained: Path, labels: list[int], size: int) -> Any:
     """The configuration of the weights, or of a random start, with the model's changes to it."""
     model_type = model.config["model_type"]
     default = transformers.AutoConfig.for_model(model_type)

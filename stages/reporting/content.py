@@ -61,7 +61,7 @@ def sample(predictions: Mapping[str, pd.DataFrame], seed: int) -> Rows:
     ]
 
 
-def training_knobs(params: Params, models: Sequence[str]) -> dict[str, list[str]]:
+def training_settings(params: Params, models: Sequence[str]) -> dict[str, list[str]]:
     """Each knob of training with its value for each model, as params.yaml has it."""
     blocks = [params.model(model).model_dump() for model in models]
     return {knob: [_as_text(block[knob]) for block in blocks] for knob in blocks[0]}

@@ -141,7 +141,7 @@ class Split(Block):
         return self
 
 
-class Model(Block):
+class ModelParams(Block):
     """One entry of the train block: a network, where its weights start, and how it is trained."""
 
     library: Literal["torchvision", "transformers"]
@@ -204,11 +204,11 @@ class Params(Block):
     fetch: Fetch
     resize: Resize
     split: Split
-    train: dict[ModelName, Model]
+    train: dict[ModelName, ModelParams]
     run: Run
     evaluate: Evaluate
 
-    def model(self, name: str) -> Model:
+    def model(self, name: str) -> ModelParams:
         """The train block of one model. Raises UserError where there is none."""
         if name not in self.train:
             raise UserError(f"params.yaml has no train.{name}; it has {', '.join(self.train)}")

@@ -16,7 +16,7 @@ SHOWN = 5
 def read_list(name: str, key: str, columns: Sequence[str]) -> dict[str, list[str]]:
     """These columns of a list, by name; "id" is one of them.
 
-    `key` names the file in params.yaml. Raises UserError where it is missing or no such list.
+    `key` names the file in params.yaml. Raises UserError where it is missing or is not such a list.
     """
     path = paths.LISTS / name
     strings = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string()))

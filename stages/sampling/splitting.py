@@ -23,24 +23,24 @@ def split(bins: pd.DataFrame, unusable: set[str], params: Split) -> pd.DataFrame
     """
     usable = bins[~bins["id"].isin(unusable)].sort_values("id")
     if params.file is None:
-        sets = draw_sets(usable, len(bins), params)
+        sets = split_by_seed(usable, len(bins), params)
     else:
         sets = listed_sets(usable, bins["id"], params.file, params)
     return usable.assign(set=sets).loc[sets.notna(), ["id", "set", "group"]]
 
 
-def draw_sets(bins: pd.DataFrame, drawn: int, params: Split) -> "pd.Series[str]":
-    """The set of each bin, drawn by seed; missing for those in none.
+def split_by_seed(bins: pd.DataFrame, sampled: int, params: Split) -> "pd.Series[str]":
+    """The set of each bin, sampled by seed; missing for those in none.
 
     Test has `params.test` bins (as near below it as whole groups allow). Train and validation have
     `params.train` together, of which `params.validation` is validation's share. Each set has the
-    quantities in the proportions of all. Where so many of the `drawn` bins are unusable that too
+    quantities in the proportions of all. Where so many of the `sampled` bins are unusable that too
     few remain for that, train has all the rest.
     """
-    if params.train + params.test > drawn:
+    if params.train + params.test > sampled:
         raise UserError(
             f"split.train {params.train} and split.test {params.test} are more than the"
-            f" {drawn} bins of data/subset.parquet: lower them, or have more bins there by"
+            f" {sampled} bins of data/subset.parquet: lower them, or have more bins there by"
             " subset.bins or subset.ids"
         )
     if params.test >= len(bins):
@@ -51,11 +51,11 @@ def draw_sets(bins: pd.DataFrame, drawn: int, params: Split) -> "pd.Series[str]"
     contents = contents_of(labels, bins["quantity"])
     counts = Counter(bins["quantity"])
     order = shuffled(contents, "split", params.seed)
-    test = draw(order, contents, counts, params.test, "split.test")
+    test = choose_groups(order, contents, counts, params.test, "split.test")
     rest = [label for label in order if label not in test]
     left = count_bins(rest, contents)
-    train = draw(rest, contents, counts, min(params.train, left), "split.train")
-    validation = draw_validation({label: contents[label] for label in train}, counts, params)
+    train = choose_groups(rest, contents, counts, min(params.train, left), "split.train")
+    validation = choose_validation({label: contents[label] for label in train}, counts, params)
     names = dict.fromkeys(test, "test") | dict.fromkeys(train, "train")
     names |= dict.fromkeys(validation, "validation")
     return labels.map(names)
@@ -82,7 +82,7 @@ def listed_sets(
     if shared:
         train = bins[sets == "train"]
         contents = contents_of(train["group"], train["quantity"])
-        validation = draw_validation(contents, Counter(train["quantity"]), params)
+        validation = choose_validation(contents, Counter(train["quantity"]), params)
         chosen = (sets == "train") & bins["group"].isin(validation)
         sets = sets.mask(chosen, "validation")
     return sets
@@ -97,18 +97,18 @@ def contents_of(labels: "pd.Series[str]", quantities: "pd.Series[int]") -> Conte
     return contents
 
 
-def draw_validation(train: Contents, counts: Counter[int], params: Split) -> set[str]:
+def choose_validation(train: Contents, counts: Counter[int], params: Split) -> set[str]:
     """The groups of train that validate."""
     # In an order of its own: another share moves bins between train and validation only.
     order = shuffled(train, "validation", params.seed)
     size = round(params.validation * count_bins(train, train))
-    validation = draw(order, train, counts, size, "split.validation")
+    validation = choose_groups(order, train, counts, size, "split.validation")
     if validation == train.keys():
         raise UserError(f"split.validation {params.validation:g} leaves no sibling group to train")
     return validation
 
 
-def draw(
+def choose_groups(
     order: list[str],
     contents: Contents,
     counts: Counter[int],
@@ -116,10 +116,10 @@ def draw(
     key: str,
 ) -> set[str]:
     """The groups, of those in `order`, for a set of `size` bins. Raises UserError without any."""
-    drawn = take(order, contents, apportion(size, counts))
-    if not drawn:
+    sampled = take(order, contents, apportion(size, counts))
+    if not sampled:
         raise UserError(f"{key}: no sibling group that is left fits into {size} bins")
-    return drawn
+    return sampled
 
 
 def count_bins(labels: Iterable[str], contents: Contents) -> int:

@@ -23,7 +23,7 @@ class PairedTest(NamedTuple):
 
 
 def group_weights(groups: Sequence[str], samples: int = SAMPLES) -> Iterator[Floats]:
-    """Yield samples of whole groups, drawn with replacement: how often each has each bin, [bins].
+    """Yield samples of whole groups, sampled with replacement: how often each has each bin, [bins].
 
     Whole groups, since siblings are not independent: a bootstrap of bins would give intervals that
     are too narrow (the cluster bootstrap; Davison and Hinkley, Bootstrap Methods, 1997, 3.8). The
@@ -33,8 +33,8 @@ def group_weights(groups: Sequence[str], samples: int = SAMPLES) -> Iterator[Flo
     number = places.max() + 1
     chance = np.random.default_rng(0)
     for _ in range(samples):
-        drawn = np.bincount(chance.integers(number, size=number), minlength=number)
-        yield drawn[places].astype(np.float64)
+        sampled = np.bincount(chance.integers(number, size=number), minlength=number)
+        yield sampled[places].astype(np.float64)
 
 
 def intervals(
@@ -50,8 +50,8 @@ def intervals(
     moved to the value.
     """
     values = statistics(np.ones(len(groups)))
-    drawn = group_weights(groups, samples)
-    progress = tqdm(drawn, "bootstrap", total=samples, disable=None, leave=False)
+    sampled = group_weights(groups, samples)
+    progress = tqdm(sampled, "bootstrap", total=samples, disable=None, leave=False)
     resampled = pd.DataFrame([dict(statistics(weights)) for weights in progress])
     for name in biased:
         resampled[name] = (resampled[name] - resampled[name].mean() + values[name]).clip(lower=0)

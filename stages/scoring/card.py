@@ -19,10 +19,10 @@ def model_card(
     """Markdown with YAML front matter. `tables` are those of evaluate_scores, by name."""
     intervals = tables["intervals"].set_index("metric").to_dict("index")
     precision = tables["precision"]
-    knobs = params.model(model)
+    model_params = params.model(model)
     front_matter = ModelCardData(
         model_name=model,
-        library_name=knobs.library,
+        library_name=model_params.library,
         license="cc-by-nc-sa-3.0",
         pipeline_tag="image-classification",
         tags=["counting", "warehouse", "amazon-bin-image-dataset"],
@@ -42,7 +42,7 @@ def model_card(
         front_matter,
         template_str=TEMPLATE.read_text("utf-8"),
         model=model,
-        knobs=knobs,
+        model_params=model_params,
         params=params,
         chosen=chosen_by(params),
         sets=sets["set"].value_counts().to_dict(),
@@ -58,6 +58,6 @@ def model_card(
 def chosen_by(params: Params) -> str:
     """What chose the bins and their sets: seeds, or lists of lists/."""
     bins, sets = params.subset, params.split
-    of_bins = f"bins drawn with seed {bins.seed}" if bins.ids is None else f"bins of {bins.ids}"
-    of_sets = f"sets drawn with seed {sets.seed}" if sets.file is None else f"sets of {sets.file}"
+    of_bins = f"bins sampled with seed {bins.seed}" if bins.ids is None else f"bins of {bins.ids}"
+    of_sets = f"sets sampled with seed {sets.seed}" if sets.file is None else f"sets of {sets.file}"
     return f"{of_bins}, {of_sets}"

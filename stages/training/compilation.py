@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from stages.networks.model_files import reason_of
 from stages.runtime.errors import UserError
-from stages.runtime.params import Model
+from stages.runtime.params import ModelParams
 
 NEEDS = (
     "it needs a C++ compiler and Python's headers (on Debian and Ubuntu: apt install g++"
@@ -17,20 +17,20 @@ NEEDS = (
 
 
 def compile_for(
-    module: nn.Module, device: torch.device, knobs: Model
+    module: nn.Module, device: torch.device, params: ModelParams
 ) -> tuple[Callable[[Tensor], Any], str | None]:
     """The module, compiled where that is wanted, or as it is; and why it could not be compiled.
 
     By default it is wanted on a GPU only, since compiling makes ResNet34 slower on a CPU. Raises
     UserError where the model's `compile` is true, and this machine cannot compile.
     """
-    wanted = device.type == "cuda" if knobs.compile == "auto" else knobs.compile
+    wanted = device.type == "cuda" if params.compile == "auto" else params.compile
     if not wanted:
         return module, None
     problem = compiling_problem(device)
     if problem is None:
         return torch.compile(module, dynamic=False), None
-    if knobs.compile == "auto":
+    if params.compile == "auto":
         return module, problem
     raise UserError(
         f"this model's compile is true, but torch.compile fails on this machine ({problem}):"

@@ -23,7 +23,7 @@ from stages.networks.inference import (
     scores_of,
 )
 from stages.runtime.errors import UserError
-from stages.runtime.params import Model
+from stages.runtime.params import ModelParams
 from stages.training.augmentation import flip, jitter_colors
 from stages.training.checkpoint import NotFiniteError, TrainingState, Watch
 from stages.training.compilation import compile_for
@@ -51,7 +51,7 @@ class Trainer:
 
     Everything random comes from `seed` and the numbers of epoch, step and process, so a training
     that continues from `state` does what it would have done. Raises UserError where the network
-    cannot be trained with these knobs and processes.
+    cannot be trained with these params and processes.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Trainer:
         train_bins: Bins,
         validation_bins: Bins,
         test_bins: Bins,
-        knobs: Model,
+        params: ModelParams,
         evaluate_batch_size: int,
         processes: Processes | None = None,
     ) -> None:
@@ -68,24 +68,24 @@ class Trainer:
         self.train_bins = train_bins
         self.validation_bins = validation_bins
         self.test_bins = test_bins
-        self.knobs = knobs
+        self.params = params
         self.evaluate_batch_size = evaluate_batch_size
         self.processes = processes or Processes()
-        self.normalizes_batches = has_batch_norm(classifier.network) and not knobs.freeze_backbone
+        self.normalizes_batches = has_batch_norm(classifier.network) and not params.freeze_backbone
         if self.normalizes_batches:
-            refuse_single_images(len(train_bins), knobs.batch_size)
-        if knobs.freeze_backbone:
+            refuse_single_images(len(train_bins), params.batch_size)
+        if params.freeze_backbone:
             freeze_backbone(classifier)
-        self.state = start_state(classifier, knobs)
+        self.state = start_state(classifier, params)
         self.module = self.processes.distribute(classifier.network)
         device = classifier.device
-        self.compiled, self.compiling_problem = compile_for(self.module, device, knobs)
+        self.compiled, self.compiling_problem = compile_for(self.module, device, params)
         self.normalize = normalizer(classifier)
 
     @property
     def steps(self) -> int:
         """Of an epoch."""
-        return len(split_into_batches(len(self.train_bins), self.knobs.batch_size))
+        return len(split_into_batches(len(self.train_bins), self.params.batch_size))
 
     @property
     def trained(self) -> Classifier:
@@ -102,7 +102,7 @@ class Trainer:
         and Stopped where the watch was asked to.
         """
         watch = watch or Watch(self.processes)
-        for epoch in range(1, self.knobs.epochs + 1):
+        for epoch in range(1, self.params.epochs + 1):
             if epoch > self.state.epoch:
                 self.state.start_epoch(epoch)
             if epoch == self.state.epoch:
@@ -116,17 +116,17 @@ class Trainer:
 
     def train_one_epoch(self, watch: Watch) -> tuple[float, float]:
         """The rest of one pass over the bins in a random order; its mean loss and its accuracy."""
-        state, knobs = self.state, self.knobs
-        plan = plan_epoch(self.train_bins, self.classifier, knobs, self.processes, state.epoch)
+        state, params = self.state, self.params
+        plan = plan_epoch(self.train_bins, self.classifier, params, self.processes, state.epoch)
         rows = [plan.order[part] for parts in plan.parts[state.step :] for part in parts]
         batches = load_batches(
             self.train_bins, rows, self.classifier.device, self.processes.loader_threads
         )
         images = (batch.images for batch in batches)
         # With the backbone frozen, its batch normalization and dropout rest too.
-        self.module.train(not knobs.freeze_backbone)
+        self.module.train(not params.freeze_backbone)
         seen = sum(plan.sizes[: state.step])
-        description = f"epoch {state.epoch}/{knobs.epochs}"
+        description = f"epoch {state.epoch}/{params.epochs}"
         out_of_memory = False
         with progress_bar(len(plan.order), description) as progress:
             progress.update(seen)
@@ -150,17 +150,17 @@ class Trainer:
 
     def train_step(self, plan: EpochPlan, images: Iterator[Tensor]) -> None:
         """One step of the optimizer, on the next of this process's images."""
-        state, knobs = self.state, self.knobs
+        state, params = self.state, self.params
         step, steps, size = state.step, len(plan.sizes), plan.sizes[state.step]
-        rate = learning_rate(knobs, (state.epoch - 1) * steps + step, knobs.epochs * steps)
+        rate = learning_rate(params, (state.epoch - 1) * steps + step, params.epochs * steps)
         set_learning_rate(state.optimizer, rate)
-        seed_dropout(knobs.seed, state.epoch, step, self.processes.rank, self.classifier.device)
+        seed_dropout(params.seed, state.epoch, step, self.processes.rank, self.classifier.device)
         # Compiled for one shape; what is left at the end of an epoch has another.
-        forward = self.compiled if size == knobs.batch_size else self.module
+        forward = self.compiled if size == params.batch_size else self.module
         for part in plan.parts[step]:
             self.add_gradients(forward, plan, part, next(images), size)
-        if knobs.clip_norm is not None:
-            clip_grad_norm_(self.module.parameters(), knobs.clip_norm)
+        if params.clip_norm is not None:
+            clip_grad_norm_(self.module.parameters(), params.clip_norm)
         state.optimizer.step()
         state.optimizer.zero_grad()
         if state.average is not None:
@@ -176,7 +176,7 @@ class Trainer:
         size: int,
     ) -> None:
         """Forward and backward of a part of a step of `size` images, counted in the totals."""
-        knobs, targets, totals = self.knobs, plan.targets[part], self.state.totals
+        params, targets, totals = self.params, plan.targets[part], self.state.totals
         images = images / 255
         if plan.jitters is not None:
             images = jitter_colors(images, plan.jitters[part])
@@ -190,7 +190,7 @@ class Trainer:
             logits = logits_of(forward(images)).float()
         if blank:
             logits = logits[:0]
-        losses = training_loss(knobs.loss, logits, targets, knobs.label_smoothing)
+        losses = training_loss(params.loss, logits, targets, params.label_smoothing)
         # DistributedDataParallel takes the mean over processes; wanted is that over all images.
         loss = losses.sum() * (self.processes.size / size)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -206,7 +206,7 @@ class Trainer:
         if not math.isfinite(scores.loss):
             raise UserError(
                 f"the loss is {scores.loss} on bins not trained on, after epoch {self.state.epoch}:"
-                f" lower this model's learning_rate ({self.knobs.learning_rate:g})"
+                f" lower this model's learning_rate ({self.params.learning_rate:g})"
             )
         return scores.loss, scores.accuracy
 
@@ -226,11 +226,11 @@ class Trainer:
         return scores_of(processes.gather(logits).sum(0), bins, trained.labels)
 
     def not_finite(self, step: int, steps: int) -> UserError:
-        knobs, epoch = self.knobs, self.state.epoch
-        rate = learning_rate(knobs, (epoch - 1) * steps + step, knobs.epochs * steps)
+        params, epoch = self.params, self.state.epoch
+        rate = learning_rate(params, (epoch - 1) * steps + step, params.epochs * steps)
         return UserError(
             f"the loss is not finite at step {step + 1} of epoch {epoch}, at a learning rate of"
-            f" {rate:g}: lower this model's learning_rate ({knobs.learning_rate:g}), or set its"
+            f" {rate:g}: lower this model's learning_rate ({params.learning_rate:g}), or set its"
             " clip_norm to 1.0. The last good checkpoint is kept"
         )
 
@@ -239,22 +239,22 @@ class Trainer:
 
         Memory holds what one process has of the largest part of the largest batch.
         """
-        knobs, device = self.knobs, self.classifier.device
-        largest = max(map(len, split_into_batches(len(self.train_bins), knobs.batch_size)))
+        params, device = self.params, self.classifier.device
+        largest = max(map(len, split_into_batches(len(self.train_bins), params.batch_size)))
 
         def at_once(accumulation: int) -> int:
             part = math.ceil(largest / part_count(largest, accumulation))
             return math.ceil(part / self.processes.size)
 
-        accumulation, images = knobs.accumulation, at_once(knobs.accumulation)
+        accumulation, images = params.accumulation, at_once(params.accumulation)
         problem = f"{images} images of {self.classifier.size} pixels do not fit into {device}"
-        while images > at_once(knobs.batch_size):
-            accumulation = min(2 * accumulation, knobs.batch_size)
+        while images > at_once(params.batch_size):
+            accumulation = min(2 * accumulation, params.batch_size)
             images = at_once(accumulation)
             if self.fits(images):
                 return UserError(
                     f"{problem}: set this model's accumulation to {accumulation}, and {images} at"
-                    f" once fit; batch_size stays {knobs.batch_size}"
+                    f" once fit; batch_size stays {params.batch_size}"
                 )
         return UserError(
             f"{problem}, whatever this model's accumulation: lower resize.size, or free the GPU's"
@@ -287,20 +287,20 @@ def refuse_single_images(images: int, batch_size: int) -> None:
         raise UserError(f"batch normalization takes two images at once, not one: {remedy}")
 
 
-def start_state(classifier: Classifier, knobs: Model) -> TrainingState:
+def start_state(classifier: Classifier, params: ModelParams) -> TrainingState:
     average = None
-    if knobs.ema_decay is not None:
+    if params.ema_decay is not None:
         average = AveragedModel(
             classifier.network,
-            multi_avg_fn=moving_average(knobs.ema_decay),
+            multi_avg_fn=moving_average(params.ema_decay),
             use_buffers=True,
         )
     return TrainingState(
         classifier.network,
-        make_optimizer(classifier.network, knobs),
+        make_optimizer(classifier.network, params),
         average,
         totals=torch.tensor([0, 0, math.inf], dtype=torch.float64, device=classifier.device),
-        history=torch.zeros(knobs.epochs, len(fields(Epoch)) - 1, dtype=torch.float64),
+        history=torch.zeros(params.epochs, len(fields(Epoch)) - 1, dtype=torch.float64),
     )
 
 

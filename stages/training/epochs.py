@@ -10,7 +10,7 @@ from torch import Tensor
 from stages.imaging.loader import Bins
 from stages.networks.classifier import Classifier
 from stages.networks.inference import class_numbers
-from stages.runtime.params import Model
+from stages.runtime.params import ModelParams
 from stages.training.processes import Processes
 
 
@@ -32,14 +32,14 @@ class EpochPlan:
 
 
 def plan_epoch(
-    bins: Bins, classifier: Classifier, knobs: Model, processes: Processes, epoch: int
+    bins: Bins, classifier: Classifier, params: ModelParams, processes: Processes, epoch: int
 ) -> EpochPlan:
     """An epoch's order, flips and colours, the same in all processes whatever their number."""
-    random = np.random.default_rng([knobs.seed, epoch])
+    random = np.random.default_rng([params.seed, epoch])
     order = random.permutation(len(bins))
     flipped = random.random(len(bins)) < 0.5
-    factors = 1 + knobs.color_jitter * random.uniform(-1, 1, (len(bins), 3))
-    batches = split_into_batches(len(bins), knobs.batch_size)
+    factors = 1 + params.color_jitter * random.uniform(-1, 1, (len(bins), 3))
+    batches = split_into_batches(len(bins), params.batch_size)
 
     def on_device(values: Tensor) -> Tensor:
         return values[order].to(classifier.device)
@@ -47,9 +47,9 @@ def plan_epoch(
     return EpochPlan(
         order,
         targets=on_device(class_numbers(bins, classifier.labels)),
-        flips=on_device(torch.from_numpy(flipped)) if knobs.horizontal_flip else None,
-        jitters=on_device(torch.from_numpy(factors)) if knobs.color_jitter else None,
-        parts=[split_into_parts(batch, knobs.accumulation, processes) for batch in batches],
+        flips=on_device(torch.from_numpy(flipped)) if params.horizontal_flip else None,
+        jitters=on_device(torch.from_numpy(factors)) if params.color_jitter else None,
+        parts=[split_into_parts(batch, params.accumulation, processes) for batch in batches],
         sizes=[len(batch) for batch in batches],
     )
 

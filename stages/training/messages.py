@@ -5,10 +5,10 @@ from stages.training.engine import Epoch, Trainer
 
 
 def report_start(model: str, trainer: Trainer, *, resumed: bool) -> None:
-    state, knobs, steps = trainer.state, trainer.knobs, trainer.steps
+    state, params, steps = trainer.state, trainer.params, trainer.steps
     print(
         f"{model}: {len(trainer.train_bins)} bins on {trainer.processes.size} x"
-        f" {trainer.classifier.device.type}, {knobs.epochs} epochs of {steps} steps",
+        f" {trainer.classifier.device.type}, {params.epochs} epochs of {steps} steps",
         flush=True,
     )
     if resumed:
@@ -19,10 +19,10 @@ def report_start(model: str, trainer: Trainer, *, resumed: bool) -> None:
             f" machine ({trainer.compiling_problem}): {NEEDS}",
             flush=True,
         )
-    if knobs.warmup_steps >= knobs.epochs * steps:
+    if params.warmup_steps >= params.epochs * steps:
         print(
-            f"{model}: warning: train.{model}.warmup_steps ({knobs.warmup_steps}) covers all"
-            f" {knobs.epochs * steps} steps: the learning rate never reaches its value",
+            f"{model}: warning: train.{model}.warmup_steps ({params.warmup_steps}) covers all"
+            f" {params.epochs * steps} steps: the learning rate never reaches its value",
             flush=True,
         )
 

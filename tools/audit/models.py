@@ -17,7 +17,7 @@ from stages.networks.release import SETTINGS, Release, load_release
 from stages.runtime.errors import UserError
 from stages.runtime.files import digest
 from stages.runtime.paths import MODELS
-from stages.scoring.verification import threshold_for
+from stages.scoring.verification import right_probabilities, threshold_for
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,20 @@ class Ensemble:
         """Changes with anything that decides the probabilities; settings hold SHA-256 digests."""
         return digest(*(release.settings for release in self.releases))
 
-    @property
-    def _validation(self) -> list[pd.DataFrame]:
-        return [release.validation.sort_values("id") for release in self.releases]
-
     @cached_property
-    def validation_probabilities(self) -> Floats:
-        """The mean over the models, [validation bins by id, labels]."""
+    def validation(self) -> pd.DataFrame:
+        """A row for each validation bin: actual, predicted, and p<label> for each label."""
         columns = probability_columns(self.labels)
-        mean: Floats = np.mean([table[columns].to_numpy() for table in self._validation], axis=0)
-        return mean
+        tables = [release.validation.sort_values("id") for release in self.releases]
+        mean = np.mean([table[columns].to_numpy() for table in tables], axis=0)
+        found = pd.DataFrame(mean, columns=columns)
+        found["actual"] = tables[0]["actual"].to_numpy()
+        found["predicted"] = np.array(self.labels)[mean.argmax(axis=1)]
+        return found
 
     def threshold(self, false_alarm: float) -> float:
         """The score below which that share of the correct records of validation lies."""
-        places = [self.labels.index(count) for count in self._validation[0]["actual"]]
-        right = self.validation_probabilities[np.arange(len(places)), places]
-        return threshold_for(right, false_alarm)
+        return threshold_for(right_probabilities(self.validation), false_alarm)
 
     def pixels(self, data: bytes) -> jpeg.Pixels:
         """A photograph as the resize stage prepares it, [size, size, 3]. Raises ImageError."""

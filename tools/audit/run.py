@@ -92,26 +92,24 @@ def gather_facts(
     table: pd.DataFrame,
     false_alarm: float,
 ) -> Facts:
-    trained_on = find_trained_on(source.ids)
-    validation = ensemble.validation_probabilities
     return Facts(
         photographs=source.place,
         expected=counts.place,
         models=[path.name for path in ensemble.folders],
-        validation_bins=len(validation),
+        validation_bins=len(ensemble.validation),
         false_alarm=false_alarm,
         threshold=ensemble.threshold(false_alarm),
-        trained_on=len(trained_on),
-        warning=warn(table, ensemble.labels, false_alarm, validation, trained_on),
+        trained_on=count_trained_on(source.ids),
+        warning=warn(table, false_alarm, ensemble.validation),
     )
 
 
-def find_trained_on(ids: Sequence[str]) -> set[str]:
-    """Which of these bins are in the training set, if there is a data/split.csv."""
+def count_trained_on(ids: Sequence[str]) -> int:
+    """How many of these bins are in the training set, if there is a data/split.csv."""
     if not SPLIT.exists():
-        return set()
+        return 0
     sets = read_csv(SPLIT)
-    return set(sets.loc[sets["set"] == "train", "id"]).intersection(ids)
+    return int(sets.loc[sets["set"] == "train", "id"].isin(ids).sum())
 
 
 def code_version() -> str:

@@ -1,4 +1,4 @@
-"""Small made things that several tests need: params, bins of drawn squares, tiny networks."""
+"""Small made things that several tests need: params, bins of synthetic squares, tiny networks."""
 
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from stages.formats.shards import IMAGES, shard_name, write_table
 from stages.imaging.loader import Bins, open_bins, pack_bins
 from stages.networks import inference
 from stages.networks.classifier import Classifier, build_classifier
-from stages.runtime.params import Model, load_params
+from stages.runtime.params import ModelParams, load_params
 from stages.training import engine
 
 REPOSITORY = Path(__file__).parent.parent
@@ -51,10 +51,10 @@ TINY_CONVNEXT: dict[str, Any] = {
 COLORS = [(220, 40, 40), (40, 200, 60), (50, 60, 220), (230, 210, 40), (200, 60, 210)]
 
 
-def model_knobs(model: str, /, **knobs: Any) -> Model:
-    """The repository's train block of that model, with some of its knobs changed."""
+def model_params(model: str, /, **settings: Any) -> ModelParams:
+    """The repository's train block of that model, with some of its settings changed."""
     block = load_params(REPOSITORY / "params.yaml").model(model)
-    return Model.model_validate(block.model_dump() | knobs)
+    return ModelParams.model_validate(block.model_dump() | settings)
 
 
 def write_params(folder: Path, changes: Mapping[str, Any]) -> None:
@@ -126,7 +126,7 @@ def write_split(
 def make_bins(
     folder: Path, quantities: Sequence[int], draw: Callable[[int, int], bytes] = square
 ) -> Bins:
-    """Bins of drawn squares, through files in `folder`."""
+    """Bins of synthetic squares, through files in `folder`."""
     rows = bin_rows(quantities, draw)
     write_resized(folder / "resized", rows)
     write_split(folder / "split.csv", {row["id"]: "train" for row in rows})
@@ -206,11 +206,11 @@ def tiny_classifier(
 
 
 def random_classifier(
-    knobs: Model, labels: Sequence[int] = (1, 2, 3, 4, 5), seed: int = 0
+    settings: ModelParams, labels: Sequence[int] = (1, 2, 3, 4, 5), seed: int = 0
 ) -> Classifier:
-    """The network of `knobs` on random weights: there is no folder of pretrained ones."""
+    """The network of `settings` on random weights: there is no folder of pretrained ones."""
     torch.manual_seed(seed)
-    return build_classifier(knobs, Path("nowhere"), list(labels), SIZE)
+    return build_classifier(settings, Path("nowhere"), list(labels), SIZE)
 
 
 def noise_images(count: int = 2) -> Tensor:

@@ -1,4 +1,4 @@
-"""Bins that are drawn, not photographed: a bucket in the real layout with known counts."""
+"""Bins that are synthetic, not photographed: a bucket in the real layout with known counts."""
 
 import io
 import json
@@ -17,7 +17,7 @@ PAPER = [(168, 44, 50), (36, 74, 138), (28, 112, 74), (236, 232, 222), (110, 62,
 NAMES = ["Oil Filter", "Paperback", "Phone Case", "Tea, 20 bags", "Sun Catcher", "HDMI Cable"]
 
 
-class DrawnBin(NamedTuple):
+class SyntheticBin(NamedTuple):
     """One bin of the bucket: bin-images/<id>.jpg and metadata/<id>.json."""
 
     id: str
@@ -39,7 +39,7 @@ class Item:
     shape: str
 
 
-def drawn_bins(count: int, seed: int) -> Iterator[DrawnBin]:
+def synthetic_bins(count: int, seed: int) -> Iterator[SyntheticBin]:
     """Bins 00001 to `count`, some of them siblings (the next id, one item more or less).
 
     Every hundredth has a twin with an un-padded id, which is another bin with another count.
@@ -51,9 +51,9 @@ def drawn_bins(count: int, seed: int) -> Iterator[DrawnBin]:
             items = _pick_or_stow(items, chance)
         else:
             items = _fill(_quantity(chance), chance)
-        yield _draw(f"{number:05d}", items, chance)
+        yield _render(f"{number:05d}", items, chance)
         if number % 100 == 0 and number < 10_000:
-            yield _draw(str(number), _fill(_quantity(chance), chance), chance)
+            yield _render(str(number), _fill(_quantity(chance), chance), chance)
 
 
 def _quantity(chance: random.Random) -> int:
@@ -103,7 +103,7 @@ def _overlap(place: tuple[float, float], item: Item, other: Item) -> float:
     return max(0.0, across) * max(0.0, down)
 
 
-def _draw(bin_id: str, items: list[Item], chance: random.Random) -> DrawnBin:
+def _render(bin_id: str, items: list[Item], chance: random.Random) -> SyntheticBin:
     width, height = chance.randint(260, 380), chance.randint(230, 320)
     image = Image.new("RGB", (width, height), (92, 74, 52))
     draw = ImageDraw.Draw(image)
@@ -117,7 +117,7 @@ def _draw(bin_id: str, items: list[Item], chance: random.Random) -> DrawnBin:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=90)
     record = json.dumps(_record(bin_id, items), indent=4, sort_keys=True).encode()
-    return DrawnBin(bin_id, len(items), buffer.getvalue(), record)
+    return SyntheticBin(bin_id, len(items), buffer.getvalue(), record)
 
 
 def _draw_walls(
