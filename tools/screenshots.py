@@ -1,7 +1,7 @@
 """Make the pictures in docs/images/ from what `make demo` has left; needs Chromium.
 
-The report is the demo's own. The audit is of new synthetic bins, of which every tenth record is made
-wrong, so no real photograph is shown.
+The report is the demo's own. The audit is of new synthetic bins, of which every tenth record is
+made wrong. So no real photograph is shown.
 """
 
 import argparse
