@@ -9,6 +9,7 @@ from typing import Any
 
 import obstore
 import pytest
+from obstore.exceptions import GenericError
 from obstore.store import S3Store
 
 from stages.collecting import reading
@@ -172,6 +173,24 @@ def answer(monkeypatch: pytest.MonkeyPatch, contents: Iterable[bytes], etag: str
         return Answer(next(remaining), etag)
 
     monkeypatch.setattr(obstore, "get_async", get_async)
+
+
+def test_a_retry_is_counted_though_another_shard_ends_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reader = Reader(S3Store("bins"))
+    attempts: list[str] = []
+
+    async def get_async(_: object, key: str) -> Answer:
+        attempts.append(key)
+        if len(attempts) == 1:
+            reader.take_retried()
+            raise GenericError("network")
+        return Answer(CONTENT, MD5)
+
+    monkeypatch.setattr(obstore, "get_async", get_async)
+    assert asyncio.run(reader.read(KEY, len(CONTENT), MD5)) == CONTENT
+    assert reader.take_retried() == {"network error": 1}
 
 
 @pytest.mark.parametrize("damaged", [CONTENT[:-1], CONTENT.replace(b"3", b"4")])

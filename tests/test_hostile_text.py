@@ -139,7 +139,10 @@ def test_no_cell_of_an_audits_table_is_a_formula() -> None:
     assert len(table) == len(PAYLOADS) + 1
     for cell in table.to_numpy().ravel():
         assert not re.match(r"[=+\-@\t\r]", cell)
-    assert set(table["reason"]) == {"", "unreadable photograph: not an image"}
+    assert set(table["reason"]) == {
+        "",
+        "unreadable photograph: of a format that is not read (a web page or XML): save it as JPEG",
+    }
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,6 @@ from tests.conftest import REPOSITORY, image_file, jpeg_file, picture
 # Whether a test sees Pillow's warnings is pytest's affair; one test below looks without pytest.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-ROTATED = Image.Exif()
-ROTATED[0x0112] = 6
 # 24x16 pixels of (10 x, 16 y, 128), with arithmetic coding, which Pillow cannot write.
 ARITHMETIC = base64.b64decode(
     "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAAgGBgcGBQgHBwcJCQgKDBQNDAsLDBkSEw8UHRofHh0aHBwgJC4nICIsIxwc"
@@ -59,6 +57,10 @@ def exif_with(orientation: int) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
     return exif.tobytes()
+
+
+# As bytes: to save AVIF takes the orientation out of an object.
+ROTATED = exif_with(6)
 
 
 def animation(file_format: str) -> bytes:

@@ -550,7 +550,7 @@ def test_hostile_strings_are_shown_and_not_run() -> None:
 
     page = made_page()
 
-    assert f"left out: 5 {HOSTILE}" in page.text
+    assert f"rejected: 5 {HOSTILE}" in page.text
     assert page.text.count(HOSTILE_ID) == 2  # among the doubtful ones and in the sample
     assert f"Photograph of bin {HOSTILE_ID}" in page.attributes("img", "alt")
     assert {"config", '{"model_type": "' + HOSTILE + '"}'} <= {c for r in page.rows for c in r}

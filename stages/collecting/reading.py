@@ -66,7 +66,9 @@ class Reader:
 
     def take_retried(self) -> Counter[str]:
         """The retries since the last call, by kind."""
-        retried, self.retried = self.retried, Counter()
+        # Other requests hold on to this counter while they wait.
+        retried = self.retried.copy()
+        self.retried.clear()
         return retried
 
     def read_all(self, rows: Sequence[dict[str, Any]]) -> list[bytes | ObjectError]:
