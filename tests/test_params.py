@@ -60,12 +60,12 @@ def problem_of(changes: Mapping[str, Any]) -> str:
 
 
 def test_dvc_reads_the_same_values(published: Params) -> None:
-    """And they are those of the published experiment, by the README's table."""
+    """And those of training are the published experiment's."""
     assert published.model_dump() == load_yaml(str(REPOSITORY / "params.yaml"))
     sizes = published.split
     assert sizes.train + sizes.validation + sizes.test == published.subset.bins == 230_000
     resnet, vit = published.model("resnet34"), published.model("vit")
-    assert (resnet.learning_rate, resnet.batch_size, resnet.epochs) == (1e-3, 128, 10)
+    assert (resnet.learning_rate, resnet.batch_size, resnet.epochs) == (1e-3, 512, 10)
     assert (vit.learning_rate, vit.batch_size, vit.epochs) == (2e-5, 64, 5)
 
 
@@ -167,7 +167,7 @@ def test_a_wrong_element_is_named_by_its_place() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "problem"),
     [
-        (f"{RESNET}.accumulation", 129, f"{RESNET}: accumulation (129) is more than batch_size"),
+        (f"{RESNET}.accumulation", 513, f"{RESNET}: accumulation (513) is more than batch_size"),
         (f"{VIT}.config", {}, f"{VIT}: config.model_type should be the type"),
         (f"{VIT}.config", {"model_type": 5}, f"{VIT}: config.model_type should be the type"),
         ("subset.bins", 1000, "split.train, split.validation and split.test are 230000 bins"),
@@ -235,7 +235,7 @@ def test_all_faults_are_named_at_once() -> None:
     [
         *[("bucket.url", url) for url in ("s3://b.1/a b/", "file:///a/../b", "file:///a%20@b")],
         *[("bucket.endpoint", url) for url in ("http://[::1]:9000", "https://minio_1/a/")],
-        (f"{RESNET}.accumulation", 128),
+        (f"{RESNET}.accumulation", 512),
         ("run.processes", 3),
         (f"{VIT}.ema_decay", 0.999),
         (f"{VIT}.compile", True),
