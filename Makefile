@@ -6,7 +6,7 @@ UV = UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(PIP_INDEX))}}
 PIP_INDEX = python -m pip config get global.index-url 2> /dev/null
 INSTALL = $(UV) pip install --quiet --require-hashes
 
-.PHONY: help setup demo demo-clean screenshots s3 doctor test test-slow test-all check audit-lock check-sky soak bench-train bench-data bench-dvc bench-gpu format lock
+.PHONY: help setup demo screenshots published demo-clean s3 doctor test test-slow test-all check audit-lock check-sky soak bench-train bench-data bench-dvc bench-gpu format lock
 
 help:  ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## /\1\t/p' Makefile | expand -t 12
@@ -33,6 +33,11 @@ demo: setup  ## the whole pipeline on synthetic bins; minutes, no account, no GP
 
 screenshots: setup  ## the pictures in docs/images/, from what the demo has left; needs Chromium
 	python -m tools.screenshots
+
+published: setup  ## the published protocol, leaks and all, as an experiment; GPU and internet
+	dvc exp run --name published -S subset.order=listing -S subset.bins=220000 \
+		-S split.by=image -S split.train=188100 -S split.validation=9900 -S split.test=22000 \
+		-S resize.quality=75 -S train.resnet34.accumulation=4
 
 demo-clean:  ## stop the demo's S3 server, remove demo/
 	@# In shell, since .venv may be gone by now. So may the server, and its number be another's.

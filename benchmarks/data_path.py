@@ -77,7 +77,8 @@ def run_all(project: Project, photographs: int) -> list[Command]:
     test = photographs // 10
     sizes = [
         f"subset.bins={photographs}",
-        f"split.train={photographs - test}",
+        f"split.train={photographs - test - test // 2}",
+        f"split.validation={test // 2}",
         f"split.test={test}",
     ]
     settings = [f"bucket.endpoint={project.environment[COUNTS].removesuffix(COUNTS_PATH)}", *sizes]

@@ -12,7 +12,7 @@ from stages.runtime.errors import UserError
 from stages.runtime.params import Subset, load_params
 from stages.sampling.lists import read_list, refuse_unknown, some
 from stages.sampling.order import shuffled
-from stages.sampling.siblings import sibling_groups
+from stages.sampling.siblings import sibling_groups, unpadded_twins
 
 COLUMNS = ["id", "quantity", "group", "key", "size", "etag"]
 
@@ -22,17 +22,20 @@ def main() -> str:
     columns = ["id", "quantity", "items.list.element.asin", "key", "size", "etag"]
     with whole_parquet(paths.INDEX):
         index = pq.ParquetFile(paths.INDEX).read(columns)
-    grouped = with_groups(index)
+    grouped = with_groups(index, params.quantities)
     name = params.ids
     subset = sample(grouped, params) if name is None else take(grouped, name, params.quantities)
     write_table(paths.SUBSET, subset)
     groups = pc.count_distinct(subset["group"]).as_py()
-    how = "sampled" if name is None else f"of {paths.LISTS / name}"
+    how = f"in {params.order} order" if name is None else f"of {paths.LISTS / name}"
     return f"{len(subset)} bins {how}, in {groups} sibling groups"
 
 
-def with_groups(index: pa.Table) -> pa.Table:
-    """The index with the column group, found over all bins: a chain may pass through any."""
+def with_groups(index: pa.Table, quantities: list[int]) -> pa.Table:
+    """The index with the column group, found over all bins, since a chain may pass through any.
+
+    Empty bins join their neighbours only if the experiment has empty bins.
+    """
     items = index["items"].combine_chunks()
     contents = pd.DataFrame(
         {
@@ -40,18 +43,29 @@ def with_groups(index: pa.Table) -> pa.Table:
             "asin": pc.struct_field(pc.list_flatten(items), "asin"),
         }
     )
-    groups = sibling_groups(index["id"].to_pylist(), contents)
+    empty = index.filter(pc.equal(index["quantity"], 0))["id"].to_pylist()
+    ids = index["id"].to_pylist()
+    groups = sibling_groups(ids, contents, empty if 0 in quantities else ())
     return index.append_column("group", pa.array(groups, pa.string())).select(COLUMNS)
 
 
 def sample(index: pa.Table, params: Subset) -> pa.Table:
-    """`params.bins` of the bins that have a quantity of `params.quantities`, sorted by id."""
+    """`params.bins` of the bins that have a quantity of `params.quantities`, sorted by id.
+
+    In random order, un-padded twins are left out: they may be siblings of any other bin. In the
+    order of the listing, as the published experiment took its bins, they are not.
+    """
     fitting = index.filter(pc.is_in(index["quantity"], pa.array(params.quantities, pa.int32())))
+    if params.order == "random":
+        twins = unpadded_twins(index["id"].to_pylist())
+        fitting = fitting.filter(pc.invert(pc.is_in(fitting["id"], pa.array(twins, pa.string()))))
     if len(fitting) < params.bins:
         raise UserError(
             f"subset.bins is {params.bins}, but the bucket has {len(fitting)} bins with a quantity"
             f" of subset.quantities {params.quantities}: lower subset.bins"
         )
+    if params.order == "listing":
+        return fitting.sort_by("key").slice(0, params.bins).sort_by("id")
     sampled = shuffled(fitting["id"].to_pylist(), "subset", params.seed)[: params.bins]
     return with_ids(fitting, sampled)
 
@@ -59,7 +73,7 @@ def sample(index: pa.Table, params: Subset) -> pa.Table:
 def take(index: pa.Table, name: str, quantities: list[int]) -> pa.Table:
     """Exactly the bins of the file lists/`name`, sorted by id.
 
-    Raises UserError where the index lacks one of them, or one has none of the `quantities`.
+    Raises UserError if the index lacks one of them, or one has a quantity not in `quantities`.
     """
     ids = read_list(name, "subset.ids", ["id"])["id"]
     refuse_unknown(name, ids, index["id"].to_pylist(), str(paths.INDEX))

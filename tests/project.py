@@ -22,9 +22,9 @@ SETTINGS = [
     "fetch.shard_bins=30",
     "resize.size=32",
     "resize.max_rejects=0.05",
-    "split.train=48",
+    "split.train=36",
+    "split.validation=12",
     "split.test=20",
-    "split.validation=0.25",
     # The network of torchvision's that trains fastest on a CPU.
     "train.resnet34.name=squeezenet1_1",
     "train.resnet34.pretrained=false",

@@ -88,6 +88,7 @@ def test_the_hub_reads_the_front_matter(model: str, library: str) -> None:
             {"subset.seed": 11, "split.seed": 12},
             "(bins sampled with seed 11, sets sampled with seed 12)",
         ),
+        ({"subset.order": "listing"}, "(the first bins of the listing, sets sampled with seed 0)"),
         ({"subset.ids": "mine.csv"}, "(bins of mine.csv, sets sampled with seed 0)"),
         (
             {"split.by": "file", "split.file": "its.csv"},

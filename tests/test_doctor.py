@@ -21,7 +21,8 @@ from tools.s3 import CLIENT_ENVIRONMENT, free_port, serving
 
 PHOTOGRAPHS = {"metadata/00001.json": b"{}", "bin-images/00001.jpg": b"x"}
 KEYS = {"access_key_id": "key-of-mine", "secret_access_key": "secret-of-mine"}
-FEW_BINS = {"subset.bins": 1000, "split.train": 800, "split.test": 100}
+ONE_EACH = {"split.train": 1, "split.validation": 1, "split.test": 1}
+FEW_BINS = {"subset.bins": 1000, "split.train": 800, "split.validation": 50, "split.test": 100}
 Said = Callable[[str], str]
 
 
@@ -273,7 +274,7 @@ def test_a_cache_of_another_user(
 
 
 def test_the_disk(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_params({"subset.bins": 100_000, "split.train": 1, "split.test": 1, "resize.size": 112})
+    write_params({"subset.bins": 100_000, **ONE_EACH, "resize.size": 112})
     usage = shutil.disk_usage(".")._replace(free=8_500_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _folder: usage)
     # 60 kB and twice a quarter of 12 kB each, and 2 GB.

@@ -435,7 +435,7 @@ def test_few_open_files_lose_no_bin(abid: Path) -> None:
         endpoint=None,
         anonymous=True,
     )
-    sizes = {"subset.bins": 6620, "split.train": 5958, "split.test": 662}
+    sizes = {"subset.bins": 6620, "split.train": 5362, "split.validation": 596, "split.test": 662}
     write_params({**bucket_params(source), **sizes})
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     for stage, said in {

@@ -48,7 +48,7 @@ def run_subset(text: str | bytes) -> list[str]:
     return ids
 
 
-def run_split(text: str | bytes, validation: float = 0.25) -> dict[str, str]:
+def run_split(text: str | bytes, validation: int = 2) -> dict[str, str]:
     """The set of each bin in data/split.csv, of a subset of all fitting bins."""
     run_subset("\n".join(["id", *FITTING]))
     write_list(text)
@@ -124,8 +124,8 @@ def test_a_list_that_is_missing_says_where_it_goes_and_how_it_gets_into_queued_r
     with pytest.raises(UserError) as caught:
         subset.main()
     assert str(caught.value) == (
-        "subset.ids: there is no file lists/mine.csv: put it there. `dvc exp run --queue` and"
-        " `--temp` only have the files that git knows: `git add lists/mine.csv` first"
+        "subset.ids: there is no file lists/mine.csv. Put it there; `dvc exp run --queue` and"
+        " `--temp` need `git add lists/mine.csv` too, since they only have files that git knows"
     )
 
 
@@ -159,14 +159,14 @@ def test_the_stage_says_how_many_bins_are_in_no_set() -> None:
 def test_without_validation_in_the_file_whole_groups_of_train_validate() -> None:
     sets = dict.fromkeys(FITTING, "train") | {"00007": "test", "00003": "test"}
 
-    found = run_split(listing(sets), validation=0.5)
+    found = run_split(listing(sets), validation=3)
 
     assert {bin_id for bin_id, name in found.items() if name == "test"} == {"00003", "00007"}
     assert found["00001"] == found["00002"]
     assert found["00004"] == found["00005"]
     assert {"train", "validation"} < set(found.values())
     assert found.keys() == set(FITTING)
-    assert run_split(listing(sets), validation=0.5) == found
+    assert run_split(listing(sets), validation=3) == found
 
 
 def test_a_listed_bin_that_is_unusable_is_in_no_set() -> None:

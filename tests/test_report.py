@@ -315,7 +315,7 @@ def test_the_tables_show_what_was_found_and_how_each_model_was_trained(page: Pag
         ["2", "1", "0.0%", "0.0%"],
         ["knob", "resnet34", "vit"],
         ["learning_rate", "0.001", "2e-05"],
-        ["clip_norm", "null", "null"],
+        ["clip_norm", "null", "1.0"],
         [
             *["vit, this run", "71.1%", "0.812", "1, 2, 3, 4, 5", "8 to train, 6 to test"],
             *["by group", "0.0%"],

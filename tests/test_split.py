@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -24,10 +25,8 @@ SETS = ["train", "validation", "test"]
 By = Literal["group", "image"]
 
 
-def settings(
-    train: int, test: int, seed: int = 0, by: By = "group", validation: float = 0.05
-) -> Split:
-    return Split(train=train, test=test, validation=validation, by=by, file=None, seed=seed)
+def settings(train: int, test: int, seed: int = 0, by: By = "group", validation: int = 90) -> Split:
+    return Split(train=train, validation=validation, test=test, by=by, file=None, seed=seed)
 
 
 def synthetic_bins(count: int, seed: int = 0) -> pd.DataFrame:
@@ -51,8 +50,8 @@ def bins() -> pd.DataFrame:
 def real_bins(abid_index: pa.Table) -> pd.DataFrame:
     """All real bins with one to five items."""
     fitting = sum(quantity in QUANTITIES for quantity in abid_index["quantity"].to_pylist())
-    params = Subset(quantities=QUANTITIES, bins=fitting, seed=0, ids=None)
-    table: pd.DataFrame = sample(with_groups(abid_index), params).to_pandas()
+    params = Subset(quantities=QUANTITIES, bins=fitting, order="listing", seed=0, ids=None)
+    table: pd.DataFrame = sample(with_groups(abid_index, QUANTITIES), params).to_pandas()
     return table
 
 
@@ -76,26 +75,20 @@ def shares(bins: pd.DataFrame, ids: set[str]) -> pd.Series:
 
 
 @pytest.mark.parametrize(
-    ("train", "test", "validation", "expected"),
-    [
-        (1800, 200, 0.05, [1710, 90, 200]),
-        (1000, 500, 0.3, [700, 300, 500]),
-        (1999, 1, 0.001, [1997, 2, 1]),
-        (500, 333, 0.6, [200, 300, 333]),
-        (30, 7, 0.1, [27, 3, 7]),
-    ],
+    ("train", "validation", "test"),
+    [(1710, 90, 200), (700, 300, 500), (1997, 2, 1), (200, 300, 333), (27, 3, 7)],
 )
 @pytest.mark.parametrize("by", ["group", "image"])
 def test_each_set_has_exactly_its_size(
-    bins: pd.DataFrame, train: int, test: int, validation: float, expected: list[int], by: By
+    bins: pd.DataFrame, train: int, validation: int, test: int, by: By
 ) -> None:
     sets = split(bins, set(), settings(train, test, by=by, validation=validation))
-    assert sizes(sets) == expected
+    assert sizes(sets) == [train, validation, test]
 
 
 def test_three_bins_are_a_set_each() -> None:
     three = pd.DataFrame({"id": ["1", "2", "3"], "quantity": 1, "group": ["1", "2", "3"]})
-    assert sizes(split(three, set(), settings(2, 1, validation=0.5))) == [1, 1, 1]
+    assert sizes(split(three, set(), settings(1, 1, validation=1))) == [1, 1, 1]
 
 
 def test_the_groups_are_those_of_the_subset(bins: pd.DataFrame) -> None:
@@ -105,25 +98,25 @@ def test_the_groups_are_those_of_the_subset(bins: pd.DataFrame) -> None:
         assert sets["group"].tolist() == [groups[bin_id] for bin_id in sets["id"]]
 
 
-@pytest.mark.parametrize("validation", [0.05, 0.4])
+@pytest.mark.parametrize("validation", [85, 680])
 @pytest.mark.parametrize("seed", range(5))
-def test_no_group_is_divided(bins: pd.DataFrame, seed: int, validation: float) -> None:
-    sets = split(bins, set(), settings(1700, 200, seed, validation=validation))
+def test_no_group_is_divided(bins: pd.DataFrame, seed: int, validation: int) -> None:
+    sets = split(bins, set(), settings(1700 - validation, 200, seed, validation=validation))
     assert sets.groupby("group")["set"].nunique().max() == 1
 
 
 def test_the_published_protocol_divides_groups(bins: pd.DataFrame) -> None:
-    sets = split(bins, set(), settings(1700, 200, by="image", validation=0.3))
+    sets = split(bins, set(), settings(1200, 200, by="image", validation=500))
     assert sets.groupby("group")["set"].nunique().max() == 3
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("by", ["group", "image"])
-@pytest.mark.parametrize(("train", "test"), [(1800, 200), (900, 300)])
+@pytest.mark.parametrize(("train", "test"), [(1620, 200), (810, 300)])
 def test_the_quantities_have_the_same_shares_in_all_sets(
     bins: pd.DataFrame, train: int, test: int, by: By, seed: int
 ) -> None:
-    sets = split(bins, set(), settings(train, test, seed, by, 0.1))
+    sets = split(bins, set(), settings(train, test, seed, by, train // 9))
     everywhere = shares(bins, set(bins["id"]))
     for name in SETS:
         found = shares(bins, ids_of(sets, name))
@@ -131,7 +124,7 @@ def test_the_quantities_have_the_same_shares_in_all_sets(
 
 
 def test_by_image_the_quantities_are_apportioned_exactly(bins: pd.DataFrame) -> None:
-    sets = split(bins, set(), settings(1800, 200, by="image"))
+    sets = split(bins, set(), settings(1710, 200, by="image"))
     for name, size in (("test", 200), ("validation", 90)):
         found = Counter(bins.loc[bins["id"].isin(ids_of(sets, name)), "quantity"])
         assert found == apportion(size, Counter(bins["quantity"]))
@@ -152,7 +145,7 @@ def test_the_order_of_the_rows_does_not_matter(bins: pd.DataFrame) -> None:
 
 @pytest.mark.parametrize("name", ["validation", "test"])
 def test_another_seed_gives_another_set(bins: pd.DataFrame, name: str) -> None:
-    seeds = [split(bins, set(), settings(1800, 200, seed, validation=0.1)) for seed in range(3)]
+    seeds = [split(bins, set(), settings(1620, 200, seed, validation=180)) for seed in range(3)]
     found = [ids_of(sets, name) for sets in seeds]
     for one, two in [(0, 1), (0, 2), (1, 2)]:
         assert len(found[one] & found[two]) < 100
@@ -160,52 +153,50 @@ def test_another_seed_gives_another_set(bins: pd.DataFrame, name: str) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("by", ["group", "image"])
-def test_another_share_moves_bins_between_train_and_validation_only(
+def test_another_number_of_validation_bins_moves_none_of_test(
     bins: pd.DataFrame, by: By, seed: int
 ) -> None:
     found = [
-        split(bins, set(), settings(1500, 200, seed, by, validation))
-        for validation in (0.01, 0.05, 0.3, 0.9)
+        split(bins, set(), settings(1500 - validation, 200, seed, by, validation))
+        for validation in (15, 75, 450, 1350)
     ]
-    for sets in found[1:]:
-        assert sets["id"].tolist() == found[0]["id"].tolist()
-        assert ids_of(sets, "test") == ids_of(found[0], "test")
     assert [sizes(sets)[1] for sets in found] == [15, 75, 450, 1350]
+    for smaller, larger in pairwise(found):
+        assert ids_of(smaller, "test") == ids_of(larger, "test")
 
 
 def test_what_validates_is_no_neighbour_of_what_tests(bins: pd.DataFrame) -> None:
     # An order of its own: one draw for both would cut it off the same end of train.
-    small, large = (
-        ids_of(split(bins, set(), settings(train, 200)), "validation") for train in (900, 1800)
-    )
-    assert len(small & large) < 45
+    some = split(bins, set(), settings(1000, 200))
+    ends = {*bins["id"][:200], *bins["id"][-200:]}
+    assert len(ids_of(some, "validation") & ends) < 45
 
 
 def test_unusable_bins_are_in_no_set_and_hardly_move_the_others(bins: pd.DataFrame) -> None:
     unusable = set(bins["id"][::100])
-    before = split(bins, set(), settings(1600, 200))
-    after = split(bins, unusable, settings(1600, 200))
+    before = split(bins, set(), settings(1520, 200))
+    after = split(bins, unusable, settings(1520, 200))
     assert not set(after["id"]) & unusable
-    assert sizes(after) == [1520, 80, 200]
+    assert sizes(after) == [1520, 90, 200]
     kept = ids_of(before, "test") & ids_of(after, "test")
     assert len(kept) > 170
 
 
 def test_where_too_few_bins_are_usable_train_has_the_rest(bins: pd.DataFrame) -> None:
-    sets = split(bins, set(bins["id"][:50]), settings(1800, 200))
-    assert sizes(sets) == [1662, 88, 200]
+    sets = split(bins, set(bins["id"][:50]), settings(1710, 200))
+    assert sizes(sets) == [1660, 90, 200]
 
 
-@pytest.mark.parametrize(("train", "test"), [(1801, 200), (2000, 1), (1, 2000)])
+@pytest.mark.parametrize(("train", "test"), [(1711, 200), (2000, 1), (1, 2000)])
 def test_more_than_there_is_is_refused(bins: pd.DataFrame, train: int, test: int) -> None:
     with pytest.raises(UserError) as caught:
         split(bins, set(), settings(train, test))
-    for part in (f"split.train {train}", f"split.test {test}", "2000 bins", "subset.bins"):
+    for part in (f"split.train {train}, validation 90 and test {test}", "2000 bins", "subset.bins"):
         assert part in str(caught.value)
 
 
 def test_a_test_set_that_leaves_nothing_to_train_is_refused(bins: pd.DataFrame) -> None:
-    with pytest.raises(UserError, match=r"split\.test 200 leaves nothing to train: 100 bins"):
+    with pytest.raises(UserError, match=r"test 200 leave nothing to train: only 100 bins"):
         split(bins, set(bins["id"][100:]), settings(1000, 200))
 
 
@@ -213,16 +204,14 @@ def test_a_test_set_that_leaves_nothing_to_train_is_refused(bins: pd.DataFrame) 
 @pytest.mark.parametrize(
     ("groups", "train", "test", "validation", "problem"),
     [
-        ([10], 8, 2, 0.5, "test: no sibling group that is left fits into 2 bins"),
-        ([2, 2], 1, 3, 0.5, "train: no sibling group that is left fits into 1 bins"),
-        ([1] * 20, 9, 2, 0.05, "validation: no sibling group that is left fits into 0 bins"),
-        ([3, 3, 3], 6, 3, 0.3, "validation: no sibling group that is left fits into 2 bins"),
-        ([1] * 20, 9, 2, 0.99, "validation 0.99 leaves no sibling group to train"),
-        ([3, 3], 3, 3, 0.999, "validation 0.999 leaves no sibling group to train"),
+        ([10], 6, 2, 2, "test: no remaining sibling group fits into 2 bins"),
+        ([1, 1, 2], 1, 1, 1, "train: no remaining sibling group fits into 1 bins"),
+        ([3, 3, 3], 4, 3, 2, "validation: no remaining sibling group fits into 2 bins"),
+        ([3, 4], 1, 3, 3, "validation: no remaining sibling group fits into 3 bins"),
     ],
 )
 def test_a_set_that_no_group_fits_into_is_a_readable_error(
-    groups: list[int], train: int, test: int, validation: float, problem: str
+    groups: list[int], train: int, test: int, validation: int, problem: str
 ) -> None:
     labels = [f"{group:05d}" for group, size in enumerate(groups) for _ in range(size)]
     rows = [
@@ -248,7 +237,8 @@ def test_apportioning_gives_all_and_at_most_one_off(size: int) -> None:
 
 
 def test_the_stage_writes_ids_as_they_are(workspace: Path) -> None:
-    write_params({"split.train": 30, "split.test": 10, "split.validation": 0.2})
+    sizes = {"split.train": 24, "split.validation": 6, "split.test": 10}
+    write_params({**sizes, "split.by": "image"})
     table = synthetic_bins(40)
     table.loc[0, ["id", "group"]] = "1102"
     write_table(workspace / "data/subset.parquet", pa.Table.from_pandas(table))
@@ -290,10 +280,10 @@ def test_the_leak_of_both_protocols_is_written_whichever_is_chosen(
 ) -> None:
     write_table(Path("data/subset.parquet"), pa.Table.from_pandas(bins))
     write_rejects(Path("data/quarantine.csv"), [])
-    write_params({"split.train": 1800, "split.test": 200, "split.by": by})
+    write_params({"split.train": 1710, "split.validation": 90, "split.test": 200, "split.by": by})
     main()
     leaks = json.loads(Path("data/split.json").read_text("utf-8"))
-    by_image = split(bins, set(), settings(1800, 200, by="image"))
+    by_image = split(bins, set(), settings(1710, 200, by="image"))
     others = by_image[by_image["set"] != "test"]
     leaking = by_image[(by_image["set"] == "test") & by_image["group"].isin(others["group"])]
     assert leaks == {
@@ -309,7 +299,7 @@ def test_a_protocol_that_the_groups_do_not_allow_is_not_counted() -> None:
     rows = [{"id": f"{n:05d}", "quantity": n % 2 + 1, "group": "00000"} for n in range(10)]
     write_table(Path("data/subset.parquet"), pa.Table.from_pylist(rows))
     write_rejects(Path("data/quarantine.csv"), [])
-    chosen = {"split.train": 8, "split.test": 2, "split.validation": 0.5}
+    chosen = {"split.train": 4, "split.validation": 4, "split.test": 2}
     write_params(chosen | {"split.by": "image"})
     assert main() == "4 train, 4 validation, 2 test; 0 unusable"
     leaks = json.loads(Path("data/split.json").read_text("utf-8"))
@@ -320,7 +310,7 @@ def test_a_protocol_that_the_groups_do_not_allow_is_not_counted() -> None:
 def test_no_real_siblings_straddle_the_split(
     real_bins: pd.DataFrame, real_pairs: list[tuple[str, str]], seed: int
 ) -> None:
-    sets = split(real_bins, set(), settings(5900, 662, seed, validation=0.1))
+    sets = split(real_bins, set(), settings(5310, 662, seed, validation=590))
     assert sizes(sets) == [5310, 590, 662]
     of_bin = dict(zip(sets["id"], sets["set"], strict=True))
     pairs = [pair for pair in real_pairs if set(pair) <= set(of_bin)]
@@ -334,7 +324,9 @@ def test_the_published_protocol_leaks_real_siblings_and_the_stage_says_so(
 ) -> None:
     write_table(Path("data/subset.parquet"), pa.Table.from_pandas(real_bins))
     write_rejects(Path("data/quarantine.csv"), [])
-    write_params({"split.train": 5900, "split.test": 662, "split.by": "image"})
+    write_params(
+        {"split.train": 5605, "split.validation": 295, "split.test": 662, "split.by": "image"}
+    )
     main()
     sets = pd.read_csv("data/split.csv", dtype=str)
     # A sibling of a sibling is one, also by way of a bin with more than five items.

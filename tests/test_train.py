@@ -33,9 +33,9 @@ from tests.builders import (
 EPOCHS, STEPS = 6, 10
 KNOBS: dict[str, Any] = {
     "subset.bins": 200,
-    "split.train": 180,
+    "split.train": 160,
+    "split.validation": 20,
     "split.test": 20,
-    "split.validation": 1 / 9,
     "resize.size": SIZE,
     # A checkpoint after each step.
     "run.checkpoint_minutes": 1e-9,

@@ -320,7 +320,8 @@ def test_a_page_repeats_the_request_encoded_if_asked(bucket: Bucket) -> None:
 @pytest.mark.usefixtures("workspace")
 def test_the_first_stages_run_on_it(url: str) -> None:
     wanted = 60
-    sizes = {"subset.bins": wanted, "split.train": wanted - 10, "split.test": 10}
+    sizes = {"split.train": wanted - 20, "split.validation": 10, "split.test": 10}
+    sizes["subset.bins"] = wanted
     write_params(bucket_params(at(url)) | sizes)
     index.main()
     counts = json.loads(Path("data/index.json").read_text("utf-8"))

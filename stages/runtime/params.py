@@ -107,6 +107,7 @@ class Index(Block):
 class Subset(Block):
     quantities: Annotated[list[Natural], AfterValidator(_classes)]
     bins: Count
+    order: Literal["random", "listing"]
     seed: Seed
     ids: ListName | None
 
@@ -126,8 +127,8 @@ class Resize(Block):
 
 class Split(Block):
     train: Count
+    validation: Count
     test: Count
-    validation: ProperShare
     by: Literal["group", "image", "file"]
     file: ListName | None
     seed: Seed
@@ -221,12 +222,12 @@ class Params(Block):
         # models/pretrained and reports/figures are folders of other stages.
         for name in {"pretrained", "figures"} & self.train.keys():
             raise ValueError(f"train.{name} has the name of another stage's folder: rename it")
-        wanted = self.split.train + self.split.test
+        wanted = self.split.train + self.split.validation + self.split.test
         sized = self.subset.ids is None and self.split.by != "file"
         if sized and wanted > self.subset.bins:
             raise ValueError(
-                f"split.train and split.test are {wanted} bins together, subset.bins only"
-                f" {self.subset.bins}"
+                f"split.train, split.validation and split.test are {wanted} bins together,"
+                f" subset.bins only {self.subset.bins}"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""Lists of bins that people bring: CSV files in the folder lists/, with a row for each bin."""
+"""Lists of bins that users provide: CSV files in the folder lists/, with a row per bin."""
 
 import reprlib
 from collections import Counter
@@ -14,9 +14,10 @@ SHOWN = 5
 
 
 def read_list(name: str, key: str, columns: Sequence[str]) -> dict[str, list[str]]:
-    """These columns of a list, by name; "id" is one of them.
+    """Read these columns, "id" among them, of a list.
 
-    `key` names the file in params.yaml. Raises UserError where it is missing or is not such a list.
+    `key` is the key of params.yaml that names the file. Raises UserError if the file is missing, or
+    is not such a list.
     """
     path = paths.LISTS / name
     strings = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string()))
@@ -24,8 +25,8 @@ def read_list(name: str, key: str, columns: Sequence[str]) -> dict[str, list[str
         table = pyarrow.csv.read_csv(path, convert_options=strings)
     except FileNotFoundError:
         raise UserError(
-            f"{key}: there is no file {path}: put it there. `dvc exp run --queue` and `--temp` only"
-            f" have the files that git knows: `git add {path}` first"
+            f"{key}: there is no file {path}. Put it there; `dvc exp run --queue` and `--temp` need"
+            f" `git add {path}` too, since they only have files that git knows"
         ) from None
     except pa.ArrowInvalid as error:
         reason = " ".join(str(error).split())
@@ -44,7 +45,7 @@ def read_list(name: str, key: str, columns: Sequence[str]) -> dict[str, list[str
 
 
 def refuse_unknown(name: str, ids: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raise UserError where an id of the list is not among the `known` ones, which are `where`."""
+    """Raise UserError if the list has an id that is not `known`; `where` says what is known."""
     known = set(known)
     if unknown := [bin_id for bin_id in ids if bin_id not in known]:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Dividing bins into train, validation and test, whole sibling groups at a time."""
+"""Splitting bins into train, validation and test, in whole sibling groups."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -12,14 +12,14 @@ from stages.sampling.lists import read_list, refuse_unknown, some
 from stages.sampling.order import shuffled
 
 SETS = ("train", "validation", "test")
-#: Of each group the number of bins with each quantity.
+#: For each group, the number of bins with each quantity.
 Contents = dict[str, dict[int, int]]
 
 
 def split(bins: pd.DataFrame, unusable: set[str], params: Split) -> pd.DataFrame:
     """A row per chosen bin: id, set ("train", "validation" or "test") and group, sorted by id.
 
-    `bins` has id, quantity and group. Bins that are `unusable` are passed over.
+    `bins` has id, quantity and group. `unusable` bins are skipped.
     """
     usable = bins[~bins["id"].isin(unusable)].sort_values("id")
     if params.file is None:
@@ -30,33 +30,31 @@ def split(bins: pd.DataFrame, unusable: set[str], params: Split) -> pd.DataFrame
 
 
 def split_by_seed(bins: pd.DataFrame, sampled: int, params: Split) -> "pd.Series[str]":
-    """The set of each bin, sampled by seed; missing for those in none.
+    """The set of each bin, chosen by seed; missing for bins in no set.
 
-    Test has `params.test` bins (as near below it as whole groups allow). Train and validation have
-    `params.train` together, of which `params.validation` is validation's share. Each set has the
-    quantities in the proportions of all. Where so many of the `sampled` bins are unusable that too
-    few remain for that, train has all the rest.
+    Each set has the number of bins in `params`, or as many below it as whole groups allow, and the
+    quantities in the proportions of all. If so many of the `sampled` bins are unusable that too few
+    remain, train has the rest.
     """
-    if params.train + params.test > sampled:
+    sizes = f"split.train {params.train}, validation {params.validation} and test {params.test}"
+    if params.train + params.validation + params.test > sampled:
         raise UserError(
-            f"split.train {params.train} and split.test {params.test} are more than the"
-            f" {sampled} bins of data/subset.parquet: lower them, or have more bins there by"
-            " subset.bins or subset.ids"
+            f"{sizes} are more than the {sampled} bins of data/subset.parquet: lower them, or"
+            " choose more bins with subset.bins or subset.ids"
         )
-    if params.test >= len(bins):
-        raise UserError(
-            f"split.test {params.test} leaves nothing to train: {len(bins)} bins remain"
-        )
+    if params.validation + params.test >= len(bins):
+        raise UserError(f"{sizes} leave nothing to train: only {len(bins)} bins are usable")
     labels = bins["group"] if params.by == "group" else bins["id"]
     contents = contents_of(labels, bins["quantity"])
     counts = Counter(bins["quantity"])
     order = shuffled(contents, "split", params.seed)
     test = choose_groups(order, contents, counts, params.test, "split.test")
-    rest = [label for label in order if label not in test]
-    left = count_bins(rest, contents)
-    train = choose_groups(rest, contents, counts, min(params.train, left), "split.train")
-    validation = choose_validation({label: contents[label] for label in train}, counts, params)
-    names = dict.fromkeys(test, "test") | dict.fromkeys(train, "train")
+    others = {label: contents[label] for label in order if label not in test}
+    validation = choose_validation(others, counts, params)
+    rest = [label for label in others if label not in validation]
+    size = min(params.train, count_bins(rest, contents))
+    train = choose_groups(rest, contents, counts, size, "split.train")
+    names = dict.fromkeys(train, "train") | dict.fromkeys(test, "test")
     names |= dict.fromkeys(validation, "validation")
     return labels.map(names)
 
@@ -64,10 +62,10 @@ def split_by_seed(bins: pd.DataFrame, sampled: int, params: Split) -> "pd.Series
 def listed_sets(
     bins: pd.DataFrame, ids: Iterable[str], name: str, params: Split
 ) -> "pd.Series[str]":
-    """The set of each bin as the file lists/`name` has it; missing for those that it doesn't list.
+    """The set of each bin in the file lists/`name`; missing for bins that it does not list.
 
-    Without validation in the file, `params.validation` takes its share of train, whole sibling
-    groups at a time. `ids` are those of the unusable bins too, which the file may list.
+    If the file has no validation set, `params.validation` bins of train become one, in whole
+    sibling groups. `ids` includes unusable bins, which the file may list.
     """
     columns = read_list(name, "split.file", ["id", "set"])
     listed = dict(zip(columns["id"], columns["set"], strict=True))
@@ -89,7 +87,7 @@ def listed_sets(
 
 
 def contents_of(labels: "pd.Series[str]", quantities: "pd.Series[int]") -> Contents:
-    # Dicts, as hundreds of thousands of Counters take seconds.
+    # Plain dicts, because hundreds of thousands of Counters take seconds.
     contents: Contents = defaultdict(dict)
     for label, quantity in zip(labels.tolist(), quantities.tolist(), strict=True):
         held = contents[label]
@@ -97,14 +95,13 @@ def contents_of(labels: "pd.Series[str]", quantities: "pd.Series[int]") -> Conte
     return contents
 
 
-def choose_validation(train: Contents, counts: Counter[int], params: Split) -> set[str]:
-    """The groups of train that validate."""
-    # In an order of its own: another share moves bins between train and validation only.
-    order = shuffled(train, "validation", params.seed)
-    size = round(params.validation * count_bins(train, train))
-    validation = choose_groups(order, train, counts, size, "split.validation")
-    if validation == train.keys():
-        raise UserError(f"split.validation {params.validation:g} leaves no sibling group to train")
+def choose_validation(others: Contents, counts: Counter[int], params: Split) -> set[str]:
+    """The validation groups, chosen from all groups that are not in test."""
+    # In an order of its own, so that it is not a neighbour of test in theirs.
+    order = shuffled(others, "validation", params.seed)
+    validation = choose_groups(order, others, counts, params.validation, "split.validation")
+    if validation == others.keys():
+        raise UserError(f"split.validation {params.validation} leaves no sibling group to train")
     return validation
 
 
@@ -115,11 +112,11 @@ def choose_groups(
     size: int,
     key: str,
 ) -> set[str]:
-    """The groups, of those in `order`, for a set of `size` bins. Raises UserError without any."""
-    sampled = take(order, contents, apportion(size, counts))
-    if not sampled:
-        raise UserError(f"{key}: no sibling group that is left fits into {size} bins")
-    return sampled
+    """Choose groups, in `order`, for a set of `size` bins. Raises UserError if none fits."""
+    chosen = take(order, contents, apportion(size, counts))
+    if not chosen:
+        raise UserError(f"{key}: no remaining sibling group fits into {size} bins")
+    return chosen
 
 
 def count_bins(labels: Iterable[str], contents: Contents) -> int:
@@ -127,7 +124,7 @@ def count_bins(labels: Iterable[str], contents: Contents) -> int:
 
 
 def count_leaks(sets: pd.DataFrame) -> dict[str, int]:
-    """How many bins of test have a sibling among those that are trained or chosen with."""
+    """How many test bins there are, and how many have a sibling in train or validation."""
     tested = sets["set"] == "test"
     seen = set(sets.loc[~tested, "group"])
     leaking = sum(group in seen for group in sets.loc[tested, "group"])
@@ -146,10 +143,10 @@ def apportion(size: int, counts: Counter[int]) -> Counter[int]:
 
 
 def take(order: list[str], contents: Contents, wanted: Counter[int]) -> set[str]:
-    """Groups, in order, that hold `wanted` bins of each quantity, as near as whole groups allow.
+    """Groups, in order, with `wanted` bins of each quantity, or as near as whole groups allow.
 
-    First every group that fits into what is still wanted of its quantities; then, where that
-    left gaps, whatever fits into their sum.
+    First, every group that fits into what is still wanted of its quantities; then, if gaps remain,
+    any group that fits into their sum.
     """
     missing = dict(wanted)
     taken = set()

@@ -56,8 +56,13 @@ def model_card(
 
 
 def chosen_by(params: Params) -> str:
-    """What chose the bins and their sets: seeds, or lists of lists/."""
+    """How the bins and their sets were chosen: by seed, by the listing, or by files of lists/."""
     bins, sets = params.subset, params.split
-    of_bins = f"bins sampled with seed {bins.seed}" if bins.ids is None else f"bins of {bins.ids}"
+    if bins.ids is not None:
+        of_bins = f"bins of {bins.ids}"
+    elif bins.order == "listing":
+        of_bins = "the first bins of the listing"
+    else:
+        of_bins = f"bins sampled with seed {bins.seed}"
     of_sets = f"sets sampled with seed {sets.seed}" if sets.file is None else f"sets of {sets.file}"
     return f"{of_bins}, {of_sets}"
