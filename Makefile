@@ -6,7 +6,7 @@ UV = UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(PIP_INDEX))}}
 PIP_INDEX = python -m pip config get global.index-url 2> /dev/null
 INSTALL = $(UV) pip install --quiet --require-hashes
 
-.PHONY: help setup demo published demo-clean s3 doctor test test-slow test-all check audit-lock check-sky soak bench-train bench-data bench-dvc bench-gpu format lock
+.PHONY: help setup demo screenshots published demo-clean s3 doctor test test-slow test-all check audit-lock check-sky soak bench-train bench-data bench-dvc bench-gpu format lock
 
 help:  ## this list
 	@sed -nE 's/^([a-z0-9-]+):.*## /\1\t/p' Makefile | expand -t 12
@@ -28,8 +28,11 @@ $(VENV)/.installed: requirements.txt
 .dvc/plots.html: $(VENV)/.installed tools/plots_page.py tools/plots_page.html
 	python -m tools.plots_page
 
-demo: setup  ## the whole pipeline on drawn bins; minutes, no account, no GPU
+demo: setup  ## the whole pipeline on synthetic bins; minutes, no account, no GPU
 	python -m tools.demo
+
+screenshots: setup  ## the pictures in docs/images/, from what the demo has left; needs Chromium
+	python -m tools.screenshots
 
 published: setup  ## the published protocol, leaks and all, as an experiment; GPU and internet
 	dvc exp run --name published -S subset.order=listing -S subset.bins=220000 \

@@ -1,6 +1,6 @@
-"""The whole pipeline on synthetic bins, with a local S3 server, in a clone of this repository.
+"""Run the whole pipeline on synthetic bins, in a clone of this repository, with a local S3 server.
 
-`make demo` runs it and leaves both to play with; `make demo-clean` removes them.
+The clone and the server stay up so that you can experiment; `make demo-clean` removes both.
 """
 
 import argparse
@@ -141,23 +141,43 @@ def run_pipeline(endpoint: str) -> None:
 
 
 def show(endpoint: str, seconds: float) -> None:
-    clone = CLONE.relative_to(ROOT)
-    settings = " ".join(f"{name}={value}" for name, value in CLIENT_ENVIRONMENT.items())
     print()
     in_clone("dvc", "metrics", "show")
-    print(
-        f"""
-Done in {seconds / 60:.1f} minutes. The report: {clone}/reports/index.html
+    print()
+    print(f"Done in {seconds / 60:.1f} minutes. {farewell(endpoint)}")
 
-The clone is yours to play with; the S3 server at {endpoint} keeps running for it:
+
+def farewell(endpoint: str) -> str:
+    """What is there now, and three things to try."""
+    clone = CLONE.relative_to(ROOT)
+    settings = " ".join(f"{name}={value}" for name, value in CLIENT_ENVIRONMENT.items())
+    return f"""\
+Open the report in a browser: {clone}/reports/index.html
+
+The clone and its S3 server stay up so you can experiment. In a shell, first:
+
   . .venv/bin/activate && cd {clone}
   export {settings}
-  dvc exp run -S train.vit.learning_rate=1e-3   # runs train@vit, evaluate@vit and report
-  dvc plots diff HEAD workspace                 # writes dvc_plots/index.html
-  dvc exp show --only-changed
-  rm -rf .dvc/cache models && dvc pull models/vit
+
+1. Change one setting. Only the stages that depend on it run again: train@vit, evaluate@vit and
+   report. The second command draws both runs into dvc_plots/index.html.
+
+  dvc exp run -S train.vit.learning_rate=1e-3
+  dvc plots diff HEAD workspace
+
+2. Look for wrong records. audit/index.html then shows the bins whose photograph contradicts the
+   record. Every record here is correct, so every alarm is false; about 5% are expected.
+
+  python -m tools.audit s3://bins --endpoint {endpoint}
+
+3. Be the colleague who has no GPU. The first two commands share your work and delete it here; the
+   last one fetches a trained model within seconds.
+
+  dvc push
+  rm -rf .dvc/cache models/vit
+  dvc pull models/vit
+
 `make demo-clean` stops the server and removes everything."""
-    )
 
 
 def in_clone(*command: str) -> None:
