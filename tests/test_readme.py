@@ -47,6 +47,7 @@ ELSEWHERE = {
     "make test": "../.ci/run",
     "make check": "../.ci/run",
     "make test-slow": "../.ci/run",
+    "make published": "test_params.py::test_the_published_protocol_is_made_of_keys_that_exist",
     "make demo": "test_pipeline.py::test_each_model_is_trained_evaluated_and_loads",
     "dvc repro": "test_pipeline.py::test_nothing_is_left_to_do_and_nothing_unfinished_is_left",
     "dvc repro --force index": "test_readme.py::test_the_bucket_is_listed_again_by_force",
