@@ -68,9 +68,10 @@ def main() -> str:
             indexed = concatenate(parts, paths.INDEX)
             counts = summarize(len(listing), indexed, rejects, left_out)
             write_json(paths.INDEX_COUNTS, counts)
-    rejected = f"{len(rejects)} records rejected {counts['rejected'] or ''}".rstrip()
-    others = "".join(f"; {number} {what}" for what, number in counts["left_out"].items())
-    return f"{indexed} bins; {rejected}{others}{summary(retried + of_records)}"
+    rejected = f"records rejected: {len(rejects)} {counts['rejected'] or ''}".rstrip()
+    others = ", ".join(f"{number} {what}" for what, number in counts["left_out"].items())
+    left_out_too = f"; left out: {others}" if others else ""
+    return f"{indexed} bins; {rejected}{left_out_too}{summary(retried + of_records)}"
 
 
 def list_bins(store: Store, url: str, retried: Counter[str]) -> tuple[pa.Table, dict[str, int]]:

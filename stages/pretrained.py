@@ -21,7 +21,11 @@ def main(model: str) -> str:
                 mark_random_start(folder)
         source = read_json(folder / SOURCE)
         publish_folder(folder, paths.PRETRAINED / model)
-    return f"weights from {source['source']}" if params.pretrained else "none: a random start"
+    return (
+        f"weights from {source['source']}"
+        if params.pretrained
+        else "no pretrained weights; training starts from random ones"
+    )
 
 
 if __name__ == "__main__":
