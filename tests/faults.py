@@ -79,7 +79,8 @@ def at_random(faults: list[Fault], share: float, seed: int) -> Plan:
     """
 
     def plan(request: Request) -> Fault | None:
-        chance = random.Random(f"{seed} {request.key} {request.number} {request.continues}")
+        name = request.key.partition("/")[2]
+        chance = random.Random(f"{seed} {name} {request.number} {request.continues}")
         possible = [fault for fault in faults if _can_have(request, fault)]
         return chance.choice(possible) if possible and chance.random() < share else None
 
