@@ -22,7 +22,7 @@ from stages.reporting.content import (
     training_settings,
 )
 from stages.reporting.figures import Picture, Tables, draw_figures
-from stages.reporting.page import PUBLISHED, REPORT, embedded, render
+from stages.reporting.page import PUBLISHED, PUBLISHED_CURVES, REPORT, embedded, render
 from stages.runtime import paths
 from stages.runtime.command import run_stage
 from stages.runtime.errors import UserError
@@ -48,7 +48,8 @@ def main() -> str:
     write_csv(COMPARISON, comparison)
     majority = int(bins.loc[bins["set"] == "train", "quantity"].mode().iloc[0])
     by_majority = majority_metrics(tables["predictions"], majority)
-    figures = draw_figures(bins, by_majority["accuracy"], tables)
+    published_curves = pd.read_csv(PUBLISHED_CURVES)
+    figures = draw_figures(bins, by_majority["accuracy"], tables, published_curves)
     write_figures(figures)
     doubted, some = doubtful(tables), sample(tables["predictions"], params.split.seed)
     page = render(
@@ -63,6 +64,7 @@ def main() -> str:
         comparison=comparison.to_dict("records"),
         leaks=read_json(paths.LEAKS),
         published=read_csv(PUBLISHED).to_dict("records"),
+        has_published_curves=bool(published_curves["model"].isin(results.keys()).any()),
         figures=figures,
         tables=tables,
         doubtful=doubted,

@@ -18,7 +18,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from stages.formats.tables import write_csv
-from stages.reporting.plots import SETS
+from stages.reporting.plots import LEARNED
 from stages.scoring.evaluation import confusion_table, per_quantity_table
 from stages.scoring.metrics import confusion_matrix, reliability_table
 from stages.scoring.verification import make_claims, roc_table
@@ -44,7 +44,7 @@ PLOTS: dict[str, dict[str, str]] = {
 # A tag of the repository, and the epochs of its curves.
 REVISIONS = {"three": 3, "two": 2, "one": 1}
 LABELS = [1, 2, 3, 10]
-CURVES = [f"{name}_{value}" for value in ("loss", "accuracy") for name in SETS]
+CURVES = [f"{name}_{value}" for value in ("loss", "accuracy") for name in LEARNED]
 
 
 @dataclass(frozen=True)
@@ -225,9 +225,13 @@ def test_curves_have_a_point_per_epoch_also_of_one(compared: Path, browser: Brow
         assert len({(point["rev"], point["fill"]) for point in points}) == len(REVISIONS)
         # Of each set a line for loss and one for accuracy, but for the revision of one epoch.
         assert len(marks(page, path, "line")) == 2 * len(CURVES)
-        assert texts(page, path, ".row_header .role-title-text text") == ["loss", "accuracy"]
+        headers = texts(page, path, ".row_header .role-title-text text")
+        assert headers == ["loss (lower is better)", "accuracy (higher is better)"]
+        # Both panels begin at 0, so that a difference of two revisions keeps its proportion.
+        ticks = texts(page, path, ".cell .role-axis-label text")
+        assert [float(tick) for tick in ticks].count(0) == 2
         assert texts(page, path, ".column_footer .role-axis-label text") == ["1", "2", "3"]
-        assert texts(page, path, ".role-legend-label text") == [*REVISIONS, *SETS]
+        assert texts(page, path, ".role-legend-label text") == [*REVISIONS, *LEARNED]
 
 
 def test_one_epoch_of_one_revision_shows_all_sets(shown: Path, browser: Browser) -> None:

@@ -13,7 +13,7 @@ from stages.sampling.order import shuffled
 from stages.scoring.metrics import counting_metrics
 from stages.scoring.verification import right_probabilities
 
-DOUBTFUL, SAMPLE = 24, 24
+DOUBTFUL, SAMPLE = 20, 20
 
 Rows = list[dict[Hashable, Any]]
 

@@ -24,14 +24,18 @@ class Picture(NamedTuple):
 
 
 def draw_figures(
-    bins: pd.DataFrame, majority_accuracy: float, tables: Tables
+    bins: pd.DataFrame, majority_accuracy: float, tables: Tables, published: pd.DataFrame
 ) -> dict[str, Picture]:
-    """Each figure by the name of its file; `bins` has the quantity and set of each bin."""
+    """Each figure by the name of its file.
+
+    `bins` has the quantity and set of each bin, `published` the rows of published_curves.csv.
+    """
     quantities = pd.crosstab(bins["quantity"], bins["set"])
     figures = {"quantities": (plots.quantities_figure(quantities), quantities_text(quantities))}
     for model, curves in tables["curves"].items():
-        figure = plots.curves_figure(model, curves, majority_accuracy)
-        figures[f"curves_{model}"] = figure, curves_text(model, curves)
+        known = published[published["model"] == model]
+        figure = plots.curves_figure(model, curves, known, majority_accuracy)
+        figures[f"curves_{model}"] = figure, curves_text(model, curves, known)
         confusion = tables["confusion"][model].pivot_table(
             "test_bins", "actual", "predicted", aggfunc="sum"
         )
@@ -54,12 +58,19 @@ def quantities_text(quantities: pd.DataFrame) -> str:
     )
 
 
-def curves_text(model: str, curves: pd.DataFrame) -> str:
+def curves_text(model: str, curves: pd.DataFrame, published: pd.DataFrame) -> str:
     last = curves.iloc[-1]
-    return (
+    text = (
         f"Loss and accuracy of {model} by epoch. After epoch {last['epoch']:.0f} it is right on"
-        f" {last['train_accuracy']:.1%} of train, {last['validation_accuracy']:.1%} of validation"
-        f" and {last['test_accuracy']:.1%} of test."
+        f" {last['train_accuracy']:.1%} of train and {last['validation_accuracy']:.1%} of"
+        " validation."
+    )
+    if published.empty:
+        return text
+    last = published.iloc[-1]
+    return (
+        f"{text} The published run is right on {last['test_accuracy']:.1%} of its test bins after"
+        f" epoch {last['epoch']:.0f}."
     )
 
 

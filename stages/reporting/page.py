@@ -8,6 +8,7 @@ import jinja2
 
 REPORT = Path(__file__).with_name("report.html")
 PUBLISHED = Path(__file__).with_name("published.csv")
+PUBLISHED_CURVES = Path(__file__).with_name("published_curves.csv")
 
 
 def render(template: Path, **values: Any) -> str:

@@ -19,6 +19,11 @@ from numpy.typing import NDArray
 from stages.scoring.verification import PREVALENCES, precision
 
 SETS = {"train": "#5b7690", "validation": "#d9a13b", "test": "#c8385a"}
+# The sets that have curves: this run's, and those of the published runs.
+LEARNED = ("train", "validation")
+PUBLISHED = ("train", "test")
+# The least height of a panel of losses, so that the figures of most runs have one scale.
+USUAL_LOSS = 2.0
 REFERENCE = "#6b7683"
 MODELS = ["#1f6fb4", "#c2571a", "#3f7f3f", "#7a4fa3"]
 WIDTH = 4.8
@@ -41,24 +46,43 @@ def quantities_figure(quantities: pd.DataFrame) -> Figure:
     return figure
 
 
-def curves_figure(model: str, curves: pd.DataFrame, majority_accuracy: float) -> Figure:
-    """Loss and accuracy by epoch; `curves`: rows of curves.csv."""
-    figure, (loss, accuracy) = _figure(height=5.6, rows=2)
-    for name, color in SETS.items():
-        for panel, value in ((loss, "loss"), (accuracy, "accuracy")):
-            values = curves[f"{name}_{value}"]
-            # With a marker, since a line through one epoch shows nothing.
-            panel.plot(curves["epoch"], values, "o-", color=color, markersize=4, label=name)
-    accuracy.axhline(majority_accuracy, color=REFERENCE, linestyle="--", label="majority class")
-    loss.set(title=f"Training of {model}", ylabel="cross-entropy")
-    accuracy.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
+def curves_figure(
+    model: str, curves: pd.DataFrame, published: pd.DataFrame, majority_accuracy: float
+) -> Figure:
+    """Loss and accuracy by epoch, and dashed those of the published run.
+
+    `curves`: rows of curves.csv; `published`: the model's rows of published_curves.csv, if any.
+    """
+    figure, panels = _figure(height=6.4, rows=2)
+    for panel, value in zip(panels, ("loss", "accuracy"), strict=True):
+        for name in LEARNED:
+            _draw_curve(panel, curves, f"{name}_{value}", "o-", SETS[name], name)
+        for name in PUBLISHED:
+            label = f"published ({name})"
+            _draw_curve(panel, published, f"{name}_{value}", ".--", SETS[name], label)
+    loss, accuracy = panels
+    accuracy.axhline(majority_accuracy, color=REFERENCE, linestyle=":", label="majority class")
+    loss.set(title=f"Training of {model}", ylabel="cross-entropy (lower is better)")
+    loss.set_ylim(0, max(USUAL_LOSS, loss.get_ylim()[1]))
+    accuracy.set(xlabel="epoch", ylabel="accuracy (higher is better)", ylim=(0, 1))
     accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    for panel in (loss, accuracy):
-        panel.set_xlim(0.5, len(curves) + 0.5)
+    for panel in panels:
+        panel.set_xlim(0.5, max([*curves["epoch"], *published["epoch"]]) + 0.5)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.25)
-    _legend(figure, accuracy, columns=2)
+    _legend(figure, *panels, columns=2)
     return figure
+
+
+def _draw_curve(
+    panel: Axes, curves: pd.DataFrame, column: str, style: str, color: str, label: str
+) -> None:
+    """Draw a column by epoch, unless it is empty."""
+    values = curves[column].dropna()
+    if len(values):
+        # With markers, because a line through one epoch is invisible.
+        epochs = curves.loc[values.index, "epoch"]
+        panel.plot(epochs, values, style, color=color, markersize=4, label=label)
 
 
 def confusion_figure(model: str, confusion: NDArray[np.int64], labels: Sequence[int]) -> Figure:
@@ -76,7 +100,8 @@ def confusion_figure(model: str, confusion: NDArray[np.int64], labels: Sequence[
         panel.text(column, row, text, ha="center", va="center", color=color, fontsize=size)
     panel.set_xticks(range(len(labels)), map(str, labels))
     panel.set_yticks(range(len(labels)), map(str, labels))
-    panel.set(title=f"Confusion of {model}", xlabel="predicted items", ylabel="items in the record")
+    panel.set(title=f"Counts of {model} (the diagonal is right)")
+    panel.set(xlabel="predicted items", ylabel="items in the record")
     panel.spines[:].set_visible(False)
     return figure
 
@@ -91,7 +116,10 @@ def recall_figure(per_quantity: Mapping[str, pd.DataFrame]) -> Figure:
         axes.bar(places, table["recall"], width, color=color, label=model)
         axes.set_xticks(range(len(table)), table["quantity"].astype(str))
     axes.set(
-        xlabel="items in the record", ylabel="recall", ylim=(0, 1), title="Recall per quantity"
+        xlabel="items in the record",
+        ylabel="recall",
+        ylim=(0, 1),
+        title="Recall per quantity (higher is better)",
     )
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.grid(axis="y", alpha=0.25)
@@ -117,7 +145,7 @@ def reliability_figure(
         label = f"{model} before"
         axes.plot(confidence, accuracy, "x:", color=color, linewidth=1, markersize=4, label=label)
     axes.set(xlabel="confidence in the prediction", ylabel="share that is right")
-    axes.set_title("Reliability")
+    axes.set_title("Reliability (the diagonal is ideal)")
     _make_unit_square(axes)
     _legend(figure, axes)
     return figure
@@ -130,7 +158,7 @@ def roc_figure(roc: Mapping[str, pd.DataFrame]) -> Figure:
     for (model, table), color in zip(roc.items(), cycle(MODELS), strict=False):
         axes.plot(table["false_alarms"], table["found"], color=color, label=model)
     axes.set(xlabel="right records that are alarms", ylabel="wrong records found")
-    axes.set_title("Verification: ROC")
+    axes.set_title("Verification: ROC (upper left is better)")
     _make_unit_square(axes)
     _legend(figure, axes)
     return figure
@@ -150,7 +178,12 @@ def precision_figure(roc: Mapping[str, pd.DataFrame]) -> Figure:
             some = false_alarms > 0
             axes.plot(found[some], shares[some], color=color, linestyle=style, label=label)
     axes.set(xlabel="wrong records found", ylabel="alarms that are wrong records")
-    axes.set(xlim=(0, 1), ylim=(5e-4, 1), yscale="log", title="Verification: precision and recall")
+    axes.set(
+        xlim=(0, 1),
+        ylim=(5e-4, 1),
+        yscale="log",
+        title="Precision and recall (upper right is better)",
+    )
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
     axes.grid(alpha=0.25)
@@ -173,9 +206,16 @@ def _make_unit_square(axes: Axes) -> None:
     axes.grid(alpha=0.25)
 
 
-def _legend(figure: Figure, axes: Axes, columns: int = 3) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+def _legend(figure: Figure, *panels: Axes, columns: int = 3) -> None:
+    """A legend below the panels; a label that several of them have is listed once."""
+    handles = {
+        label: handle
+        for panel in panels
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        [*handles.values()], [*handles], loc="outside lower center", ncols=columns, frameon=False
+    )
 
 
 def _figure(height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
