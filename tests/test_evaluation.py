@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import sklearn.metrics
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 
 from stages.scoring import evaluation
 from stages.scoring.bootstrap import group_weights, intervals
@@ -26,8 +26,18 @@ from tests.conftest import REPOSITORY
 
 LABELS = [1, 2, 3]
 METRICS = ["accuracy", "rmse", "mae", "within_one", "macro_f1", "kappa"]
-METRICS += ["rmse_of_mean", "nll", "ece", "auroc", "found_at_1", "found_at_5", "found_at_10"]
+METRICS += [
+    "rmse_of_mean",
+    "rps",
+    "nll",
+    "calibration_error",
+    "auroc",
+    "found_at_1",
+    "found_at_5",
+    "found_at_10",
+]
 METRICS += ["found", "false_alarms"]
+PROBABILISTIC = {"rmse_of_mean", "rps", "nll", "calibration_error"}
 SAMPLES = 100
 
 
@@ -93,7 +103,7 @@ def test_calibrating_changes_confidence_and_nothing_else() -> None:
     np.testing.assert_allclose(calibrated.probabilities, expected)
     for name, value in scored.metrics().items():
         same = calibrated.metrics()[name] == pytest.approx(value)
-        assert same == (name not in {"rmse_of_mean", "nll", "ece"}), name
+        assert same == (name not in PROBABILISTIC), name
 
 
 def test_metrics_have_intervals_of_sibling_groups() -> None:
@@ -113,8 +123,52 @@ def test_metrics_have_intervals_of_sibling_groups() -> None:
     samples = [np.average(right, weights=weights) for weights in resampled]
     found = (rows["low"]["accuracy"], rows["high"]["accuracy"])
     assert found == pytest.approx(tuple(np.quantile(samples, [0.025, 0.975])))
-    for name in ("accuracy", "rmse", "mae", "nll", "ece", "auroc", "found", "false_alarms"):
+    for name in ("accuracy", "rmse", "rps", "nll", "auroc", "found", "false_alarms"):
         assert rows["low"][name] < rows["value"][name] < rows["high"][name], name
+
+
+def confident(seed: int, sharper: float, bins: int = 662) -> Scored:
+    """Bins whose logits are too large by this factor; 1 is a perfectly calibrated model."""
+    chance = np.random.default_rng(seed)
+    logits = chance.normal(0, 1.2, (bins, len(LABELS)))
+    true, told = softmax(logits, axis=1), softmax(sharper * logits, axis=1)
+    places = (true.cumsum(axis=1) < chance.random((bins, 1))).sum(axis=1)
+    actual = np.array(LABELS)[places.clip(max=len(LABELS) - 1)]
+    ids = [f"{place:05d}" for place in range(bins)]
+    return Scored(ids, ids, actual, told, LABELS)
+
+
+def calibration_intervals(sharper: float) -> pd.DataFrame:
+    """The rows of the calibration error in 24 samples of bins."""
+    tables = [metrics_with_intervals(confident(seed, sharper), 0.2) for seed in range(24)]
+    return pd.concat([table[table["metric"] == "calibration_error"] for table in tables])
+
+
+def test_a_calibrated_model_is_not_called_miscalibrated() -> None:
+    found = calibration_intervals(1.0)
+
+    # 95% of the intervals should include the true error, 0.
+    assert (found["low"] == 0).sum() >= 23
+    # Chance makes some estimates larger than 0 but does not add up over the samples.
+    squares = [confident(s, 1.0).squared_calibration_error(np.ones(662)) for s in range(24)]
+    assert abs(np.mean(squares)) < 2.5 * np.std(squares) / 24**0.5
+    assert min(squares) < 0 < max(squares)
+
+
+@pytest.mark.parametrize(("sharper", "detected"), [(1.5, 12), (2.5, 24)])
+def test_the_interval_of_the_calibration_error_includes_the_true_one(
+    sharper: float, detected: int
+) -> None:
+    # The error of so many bins that chance is small.
+    many = confident(99, sharper, bins=400_000)
+    true = many.squared_calibration_error(np.ones(400_000)) ** 0.5
+
+    found = calibration_intervals(sharper)
+
+    assert ((found["low"] <= true) & (true <= found["high"])).sum() >= 22
+    assert found["value"].mean() == pytest.approx(true, rel=0.15)
+    # A large error is told from none.
+    assert (found["low"] > 0).sum() >= detected
 
 
 def answered(actual: list[int], predicted: list[int]) -> Scored:
@@ -228,7 +282,10 @@ def test_calibration_is_told_before_and_after() -> None:
     assert tables["reliability_uncalibrated"].to_numpy().tolist() == pytest.approx(
         np.array([[0.5, 0.5, 2], [0.8, 1, 1], [0.9, 1, 1]])
     )
-    assert calibration["ece"][0] == pytest.approx((0.2 + 0.1) / 4)
+    errors = [test.metrics(), test.calibrated(2.0).metrics()]
+    assert calibration["calibration_error"].tolist() == pytest.approx(
+        [metrics["calibration_error"] for metrics in errors]
+    )
     pd.testing.assert_frame_equal(tables["reliability"], test.calibrated(2.0).reliability())
 
 

@@ -12,10 +12,11 @@ from stages.scoring.metrics import (
     CONFIDENCE_INTERVALS,
     confusion_matrix,
     counting_metrics,
-    expected_calibration_error,
     probability_metrics,
+    ranked_probability_scores,
     recall_and_precision,
     reliability_table,
+    squared_calibration_error,
 )
 
 LABELS = [1, 2, 3, 4, 5]
@@ -82,7 +83,7 @@ def test_counting_metrics_are_scikit_learns(
 
 @every_draw
 @weighted_or_not
-def test_probability_metrics_are_scikit_learns(
+def test_probability_metrics_are_scikit_learns_and_those_of_plain_loops(
     seed: int, occurring: list[int], *, weighted: bool
 ) -> None:
     actual, _ = random_counts(seed, occurring)
@@ -99,7 +100,12 @@ def test_probability_metrics_are_scikit_learns(
             "nll": sklearn.metrics.log_loss(
                 actual, probabilities, labels=LABELS, sample_weight=weights
             ),
-            "ece": papers_calibration_error(right, probabilities.max(axis=1), weights),
+            "rps": np.average(
+                [energy_score(*row) for row in zip(actual, probabilities, strict=True)],
+                weights=weights,
+            ),
+            "calibration_error": max(0.0, error_by_pairs(right, probabilities.max(axis=1), weights))
+            ** 0.5,
         },
         abs=1e-12,
     )
@@ -204,22 +210,54 @@ def test_kappa_weights_errors_by_items_and_not_by_places(labels: list[int]) -> N
     assert 0.2 < kappa < 0.8
 
 
-def papers_calibration_error(
+def energy_score(actual: int, probabilities: Floats) -> float:
+    """The ranked probability score in its other form, the mean distances of independent counts."""
+    pairs = list(zip(LABELS, probabilities.tolist(), strict=True))
+    to_actual = sum(p * abs(label - actual) for label, p in pairs)
+    to_each_other = sum(p * q * abs(label - other) for label, p in pairs for other, q in pairs)
+    return float(to_actual - to_each_other / 2)
+
+
+@pytest.mark.parametrize(
+    ("actual", "probabilities", "labels", "expected"),
+    [
+        (3, [0.0, 0.0, 1.0, 0.0, 0.0], LABELS, 0),
+        # Certain answers are as far as their errors, and order matters.
+        (3, [1.0, 0.0, 0.0, 0.0, 0.0], LABELS, 2),
+        (1, [0.5, 0.5, 0.0, 0.0, 0.0], LABELS, 0.25),
+        (1, [0.5, 0.0, 0.0, 0.0, 0.5], LABELS, 4 * 0.25),
+        # In items, also if the counts have gaps or are in another order.
+        (0, [0.0, 1.0], [0, 10], 10),
+        (2, [0.5, 0.0, 0.5], [7, 4, 2], 5 * 0.25),
+    ],
+)
+def test_ranked_probability_scores_worked_by_hand(
+    actual: int, probabilities: list[float], labels: list[int], expected: float
+) -> None:
+    scores = ranked_probability_scores(np.array([actual]), np.array([probabilities]), labels)
+
+    assert scores.tolist() == pytest.approx([expected])
+
+
+def error_by_pairs(
     right: NDArray[np.bool_], confidence: NDArray[np.floating], weights: Floats | None = None
 ) -> float:
-    """Section 2 of Guo et al., interval by interval."""
+    """The squared calibration error, pair by pair; a weight is how often a bin occurs."""
     weights = np.ones(len(right)) if weights is None else weights
     rows = [
         # Exactly, where 10 times a float32 would be rounded.
-        (math.ceil(CONFIDENCE_INTERVALS * Fraction(float(sure))), weight, float(sure), bool(hit))
+        (math.ceil(CONFIDENCE_INTERVALS * Fraction(float(sure))), weight, float(sure) - bool(hit))
         for sure, hit, weight in zip(confidence, right, weights.tolist(), strict=True)
     ]
     error = 0.0
     for number in range(1, CONFIDENCE_INTERVALS + 1):
         members = [row[1:] for row in rows if row[0] == number]
-        gap = sum(weight * (hit - sure) for weight, sure, hit in members)
-        error += abs(gap) / sum(weight for _, weight, _, _ in rows)
-    return error
+        bins = sum(weight for weight, _ in members)
+        if bins > 1:
+            products = sum(w * v * d * e for w, d in members for v, e in members)
+            with_itself = sum(weight * difference**2 for weight, difference in members)
+            error += (products - with_itself) / (bins - 1)
+    return error / sum(weights)
 
 
 def test_a_reliability_worked_by_hand() -> None:
@@ -232,5 +270,10 @@ def test_a_reliability_worked_by_hand() -> None:
     assert table["confidence"].tolist() == pytest.approx([0.475, 0.51, 0.975])
     assert table["accuracy"].tolist() == [0.5, 1.0, 0.5]
     assert table["test_bins"].tolist() == [2, 1, 2]
-    error = expected_calibration_error(right, confidence, np.ones(5))
-    assert error == pytest.approx((2 * 0.025 + 0.49 + 2 * 0.475) / 5)
+    error = squared_calibration_error(right, confidence, np.ones(5))
+    # Two products in the first interval and two in the last one, of 5 bins.
+    assert error == pytest.approx(2 * (-0.55 * 0.5 + 0 * 0.95) / 5)
+
+
+def test_a_single_bin_has_no_calibration_error() -> None:
+    assert squared_calibration_error(np.array([False]), np.array([0.9]), np.ones(1)) == 0

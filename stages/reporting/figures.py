@@ -86,8 +86,8 @@ def confusion_text(model: str, confusion: pd.DataFrame) -> str:
 
 def reliability_text(calibration: Mapping[str, pd.DataFrame]) -> str:
     return "Accuracy by confidence: " + "; ".join(
-        f"{model} differs by {table['ece'].iloc[-1]:.1%} on average,"
-        f" {table['ece'].iloc[0]:.1%} before calibration"
+        f"{model} differs by {table['calibration_error'].iloc[-1]:.1%},"
+        f" {table['calibration_error'].iloc[0]:.1%} before calibration"
         for model, table in calibration.items()
     )
 

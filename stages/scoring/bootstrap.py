@@ -41,20 +41,20 @@ def intervals(
     statistics: Callable[[Floats], Mapping[str, float]],
     groups: Sequence[str],
     samples: int = SAMPLES,
-    biased: Sequence[str] = (),
+    centred: Sequence[str] = (),
 ) -> pd.DataFrame:
     """Each statistic's value with its 95% percentile interval: metric, value, low and high.
 
-    `statistics` computes them from bins with the weights it is given. The `biased` ones are
-    distances from 0, which the noise of resampling only makes larger: the mean of their samples is
-    moved to the value.
+    `statistics` computes them from bins with the weights it is given. The samples of a squared
+    distance are larger than its value on average, since resampling adds noise before the square is
+    taken. Name such statistics in `centred`, which moves the mean of their samples to the value.
     """
     values = statistics(np.ones(len(groups)))
     sampled = group_weights(groups, samples)
     progress = tqdm(sampled, "bootstrap", total=samples, disable=None, leave=False)
     resampled = pd.DataFrame([dict(statistics(weights)) for weights in progress])
-    for name in biased:
-        resampled[name] = (resampled[name] - resampled[name].mean() + values[name]).clip(lower=0)
+    for name in centred:
+        resampled[name] += values[name] - resampled[name].mean()
     tail = (1 - CONFIDENCE) / 2
     low, high = resampled.quantile(tail), resampled.quantile(1 - tail)
     return (

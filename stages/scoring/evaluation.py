@@ -15,6 +15,7 @@ from stages.scoring.metrics import (
     probability_metrics,
     recall_and_precision,
     reliability_table,
+    squared_calibration_error,
 )
 from stages.scoring.verification import (
     FALSE_ALARMS,
@@ -61,6 +62,10 @@ class Scored:
     def metrics(self, weights: Floats | None = None) -> dict[str, float]:
         counted = counting_metrics(self.actual, self.predicted, self.labels, weights)
         return counted | probability_metrics(self.actual, self.probabilities, self.labels, weights)
+
+    def squared_calibration_error(self, weights: Floats) -> float:
+        right, confidence = self.predicted == self.actual, self.probabilities.max(axis=1)
+        return squared_calibration_error(right, confidence, weights)
 
     def reliability(self) -> pd.DataFrame:
         return reliability_table(self.predicted == self.actual, self.probabilities.max(axis=1))
@@ -123,14 +128,22 @@ def evaluate_scores(
 
 
 def metrics_with_intervals(test: Scored, threshold: float) -> pd.DataFrame:
-    """Each metric's value with its 95% interval; found and false_alarms are at the threshold."""
+    """Each metric's value with its 95% interval.
+
+    `found` and `false_alarms` are those at the threshold, which every sample of the bootstrap
+    shares: their intervals leave out how chance in validation may have moved it. The calibration
+    error is resampled as its square, which has no bias to resample.
+    """
 
     def statistics(weights: Floats) -> dict[str, float]:
         rates = rates_at(test.claims, threshold, weights)
         verified = {"found": rates.found, "false_alarms": rates.false_alarms}
-        return test.metrics(weights) | roc_metrics(test.claims, weights) | verified
+        squared = {"calibration_error": test.squared_calibration_error(weights)}
+        return test.metrics(weights) | squared | roc_metrics(test.claims, weights) | verified
 
-    return intervals(statistics, test.groups, biased=["ece"])
+    table = intervals(statistics, test.groups, centred=["calibration_error"]).set_index("metric")
+    table.loc["calibration_error"] = table.loc["calibration_error"].clip(lower=0) ** 0.5
+    return table.reset_index()
 
 
 def accuracy_by_siblings(test: Scored, seen_groups: set[str]) -> pd.DataFrame:
@@ -185,15 +198,11 @@ def alarm_rates(validation: pd.DataFrame, test: Scored, false_alarm: float) -> p
 
 
 def calibration_table(before: Scored, after: Scored, temperature: float) -> pd.DataFrame:
-    """Negative log-likelihood and ECE before and after temperature scaling."""
-    rows = [
-        {"calibrated": name, "temperature": value, "nll": metrics["nll"], "ece": metrics["ece"]}
-        for name, value, metrics in (
-            ("before", 1.0, before.metrics()),
-            ("after", temperature, after.metrics()),
-        )
-    ]
-    return pd.DataFrame(rows)
+    """The negative log-likelihood and the calibration error before and after scaling."""
+    metrics = pd.DataFrame([before.metrics(), after.metrics()])[["nll", "calibration_error"]]
+    metrics.insert(0, "calibrated", ["before", "after"])
+    metrics.insert(1, "temperature", [1.0, temperature])
+    return metrics
 
 
 def confusion_table(confusion: Floats, labels: list[int]) -> pd.DataFrame:

@@ -3,6 +3,8 @@
 Every bin has a weight, 1 where none is given: the bootstrap resamples by weights.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -65,19 +67,41 @@ def probability_metrics(
     """How good `probabilities` [bins, labels] are.
 
     rmse_of_mean is the RMSE of the distribution's expected count, which need not be whole, in
-    items; nll is the negative log-likelihood in nats; ece is the expected_calibration_error.
+    items; rps is the mean of ranked_probability_scores, in items; nll is the negative
+    log-likelihood in nats; calibration_error is the root of squared_calibration_error, or 0.
     """
     weights = np.ones(len(actual)) if weights is None else weights
-    places = probabilities.argmax(axis=1)
+    predicted = probabilities.argmax(axis=1)
     targets = (actual[:, None] == np.array(labels)).argmax(axis=1)
     error = probabilities @ np.array(labels) - actual
     loss = negative_log_likelihood(probabilities, targets)
-    right, confidence = places == targets, probabilities.max(axis=1)
+    scores = ranked_probability_scores(actual, probabilities, labels)
+    right, confidence = predicted == targets, probabilities.max(axis=1)
+    squared = squared_calibration_error(right, confidence, weights)
     return {
         "rmse_of_mean": float(np.sqrt(np.average(error**2, weights=weights))),
+        "rps": float(np.average(scores, weights=weights)),
         "nll": float(np.average(loss, weights=weights)),
-        "ece": expected_calibration_error(right, confidence, weights),
+        "calibration_error": max(0.0, squared) ** 0.5,
     }
+
+
+def ranked_probability_scores(actual: Counts, probabilities: Floats, labels: list[int]) -> Floats:
+    """How far each bin's distribution is from its count, in items; 0 is perfect.
+
+    Unlike the negative log-likelihood it counts how many items a probability is off, and for an
+    answer that is certain it is the absolute error. It integrates the squared difference of the
+    two cumulative distributions over the counts (Epstein, A Scoring System for Probability
+    Forecasts of Ranked Categories, Journal of Applied Meteorology 1969; the integral is the
+    continuous ranked probability score of Gneiting and Raftery 2007).
+    """
+    order = np.argsort(labels)
+    counts = np.array(labels)[order]
+    predicted = probabilities[:, order].cumsum(axis=1)
+    observed = actual[:, None] <= counts
+    squares = (predicted - observed)[:, :-1] ** 2
+    scores: Floats = squares @ np.diff(counts).astype(np.float64)
+    return scores
 
 
 def recall_and_precision(confusion: Floats) -> tuple[Floats, Floats]:
@@ -100,27 +124,47 @@ def reliability_table(right: NDArray[np.bool_], confidence: NDArray[np.floating]
     number. There are CONFIDENCE_INTERVALS of equal width, closed on the right, as in section 2 of
     Guo et al., On Calibration of Modern Neural Networks, 2017 (arXiv:1706.04599).
     """
-    means, accuracy, bins = _by_confidence(right, confidence, np.ones(len(right)))
-    return pd.DataFrame({"confidence": means, "accuracy": accuracy, "test_bins": bins})
+    ones = np.ones(len(right))
+    columns = [ones, confidence, right.astype(np.float64)]
+    bins, confident, rightly = _sums_by_confidence(confidence, ones, columns)
+    table = pd.DataFrame(
+        {
+            "confidence": confident / np.maximum(bins, 1),
+            "accuracy": rightly / np.maximum(bins, 1),
+            "test_bins": bins,
+        }
+    )
+    return table[bins > 0].reset_index(drop=True)
 
 
-def expected_calibration_error(
+def squared_calibration_error(
     right: NDArray[np.bool_], confidence: NDArray[np.floating], weights: Floats
 ) -> float:
-    """The mean distance between confidence and accuracy over all bins (eq. 3 of the same paper)."""
-    means, accuracy, bins = _by_confidence(right, confidence, weights)
-    return float(np.average(np.abs(means - accuracy), weights=bins))
+    """The mean squared distance between confidence and accuracy, over intervals of confidence.
+
+    In each interval the square is estimated from products of different bins' differences. Chance
+    adds nothing to it on average, as it does to the expected calibration error of Guo et al., which
+    is never 0. So it may be negative, and is around 0 for a perfectly calibrated model (the
+    debiased estimator of Kumar et al., Verified Uncertainty Calibration, 2019, arXiv:1909.10155,
+    with the variance of the difference instead of that of the accuracy).
+    """
+    difference = confidence - right
+    bins, total, squares = _sums_by_confidence(
+        confidence, weights, [np.ones(len(right)), difference, difference**2]
+    )
+    # A single bin has no product with another.
+    several = bins > 1
+    products = total[several] ** 2 - squares[several]
+    return float((products / (bins[several] - 1)).sum() / bins.sum())
 
 
-def _by_confidence(
-    right: NDArray[np.bool_], confidence: NDArray[np.floating], weights: Floats
-) -> tuple[Floats, Floats, Floats]:
-    """The columns of reliability_table, as arrays: a bootstrap needs them a thousand times."""
+def _sums_by_confidence(
+    confidence: NDArray[np.floating], weights: Floats, columns: Sequence[NDArray[np.floating]]
+) -> list[Floats]:
+    """The weighted sums of the columns in each interval of confidence."""
     edges = np.linspace(0, 1, CONFIDENCE_INTERVALS + 1)
     interval = np.digitize(confidence, edges[1:-1], right=True)
-    bins, confident, rightly = (
+    return [
         np.bincount(interval, weights * values, minlength=CONFIDENCE_INTERVALS).astype(np.float64)
-        for values in (1.0, np.float64(confidence), right)
-    )
-    some = bins > 0
-    return confident[some] / bins[some], rightly[some] / bins[some], bins[some]
+        for values in columns
+    ]
