@@ -16,10 +16,11 @@ from stages.scoring.comparison import compare_models
 from stages.scoring.evaluation import (
     Evaluation,
     Scored,
-    accuracy_by_siblings,
+    accuracy_by_overlap,
     alarm_rates,
     evaluate_scores,
     metrics_with_intervals,
+    overlap_table,
 )
 from stages.scoring.verification import rates_at, roc_metrics
 from tests.conftest import REPOSITORY
@@ -75,10 +76,10 @@ def random_scores(seed: int, bins: int = 60) -> Scored:
 
 
 def evaluated(
-    test: Scored, validation: Scored | None = None, temperature: float = 1.0, seen: str = ""
+    test: Scored, validation: Scored | None = None, temperature: float = 1.0
 ) -> Evaluation:
     table = (validation or by_hand()).table()
-    return evaluate_scores(table, test, temperature, 0.25, set(seen.split()))
+    return evaluate_scores(table, test, temperature, 0.25, {"siblings": set()})
 
 
 def test_a_table_has_a_row_per_bin_and_its_labels_need_not_be_in_order() -> None:
@@ -202,18 +203,31 @@ def answered(actual: list[int], predicted: list[int]) -> Scored:
     ],
     ids=["a leak", "other quantities", "none seen", "all seen"],
 )
-def test_accuracy_by_siblings_worked_by_hand(
+def test_accuracy_by_overlap_worked_by_hand(
     actual: list[int], predicted: list[int], seen: str, expected: dict[str, tuple[int, float]]
 ) -> None:
-    table = accuracy_by_siblings(answered(actual, predicted), set(seen.split()))
+    table = accuracy_by_overlap(answered(actual, predicted), set(seen.split()))
 
-    columns = ["siblings_in_train", "test_bins", "accuracy", "low", "high"]
-    assert table.columns.tolist() == columns
-    assert table["siblings_in_train"].tolist() == list(expected)
+    assert table["half"].tolist() == list(expected)
     found = zip(table["test_bins"], table["accuracy"], strict=True)
     assert list(found) == [pytest.approx(values) for values in expected.values()]
     assert (table["low"] <= table["accuracy"] + 1e-12).all()
     assert (table["accuracy"] <= table["high"] + 1e-12).all()
+
+
+def test_each_kind_of_overlap_has_its_rows() -> None:
+    test = answered([1, 2, 3, 3], [1, 2, 3, 2])
+
+    table = overlap_table(test, {"siblings": set(), "products": {"2", "3"}})
+
+    assert table.columns.tolist() == ["shared", "half", "test_bins", "accuracy", "low", "high"]
+    kinds = list(zip(table["shared"], table["half"], table["test_bins"], strict=True))
+    assert kinds == [
+        ("siblings", "without", 4),
+        ("products", "with", 2),
+        ("products", "without", 2),
+        ("products", "difference", 4),
+    ]
 
 
 def test_alarm_rates_worked_by_hand() -> None:

@@ -49,7 +49,7 @@ def model_card(
         intervals=intervals,
         alarms=tables["alarms"].to_dict("records")[0],
         precision=precision[precision["alarms"] == "chosen"].to_dict("records"),
-        siblings=tables["siblings"].to_dict("records"),
+        overlap=tables["overlap"].to_dict("records"),
         temperature=tables["calibration"]["temperature"].iloc[-1],
     )
     return str(card).rstrip("\n") + "\n"

@@ -1,5 +1,6 @@
 """A model's scores of bins whose counts are known, and everything that is computed from them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -29,6 +30,9 @@ from stages.scoring.verification import (
     threshold_for,
     verification_table,
 )
+
+# The columns of overlap.csv.
+OVERLAP = ["shared", "half", "test_bins", "accuracy", "low", "high"]
 
 
 @dataclass(frozen=True)
@@ -93,14 +97,14 @@ def evaluate_scores(
     test: Scored,
     temperature: float,
     false_alarm: float,
-    seen_groups: set[str],
+    shared: Mapping[str, set[str]],
 ) -> Evaluation:
     """Everything that a model's scores tell.
 
     `validation` has its calibrated scores, a row per bin as Scored.table has it; they choose the
     threshold with a share of `false_alarm`. `test` has scores as they come out of the network,
-    which `temperature` calibrates; they are only measured. `seen_groups` are the sibling groups
-    with bins in other sets than test.
+    which `temperature` calibrates; they are only measured. `shared` has the ids of the test bins
+    that have something in common with train or validation, by what it is.
     """
     uncalibrated, test = test, test.calibrated(temperature)
     alarms = alarm_rates(validation, test, false_alarm)
@@ -115,13 +119,13 @@ def evaluate_scores(
         "calibration": calibration_table(uncalibrated, test, temperature),
         "confusion": confusion_table(confusion, test.labels),
         "intervals": measured,
+        "overlap": overlap_table(test, shared),
         "per_quantity": per_quantity_table(confusion, test.labels),
         "precision": precision_table(alarms, len(test.ids)),
         "predictions": test.table(),
         "reliability": test.reliability(),
         "reliability_uncalibrated": uncalibrated.reliability(),
         "roc": roc_table(test.claims),
-        "siblings": accuracy_by_siblings(test, seen_groups),
         "validation": validation,
     }
     return Evaluation(metrics | {"validation_accuracy": float(right.mean())}, tables)
@@ -146,14 +150,22 @@ def metrics_with_intervals(test: Scored, threshold: float) -> pd.DataFrame:
     return table.reset_index()
 
 
-def accuracy_by_siblings(test: Scored, seen_groups: set[str]) -> pd.DataFrame:
-    """Accuracy with its interval on the test bins with a sibling in `seen_groups`, and without.
+def overlap_table(test: Scored, shared: Mapping[str, set[str]]) -> pd.DataFrame:
+    """The rows of accuracy_by_overlap for each kind of bins that are `shared`."""
+    tables = [
+        accuracy_by_overlap(test, ids).assign(shared=kind)[OVERLAP] for kind, ids in shared.items()
+    ]
+    return pd.concat(tables, ignore_index=True)
 
-    The difference of the two is what the leak is worth. Bins without siblings hold other counts,
-    which are easier or harder in themselves, so each half is weighted to the quantities of all
-    test bins. A half without bins has no row.
+
+def accuracy_by_overlap(test: Scored, ids: set[str]) -> pd.DataFrame:
+    """Accuracy with its interval on the test bins with these ids, and on those without.
+
+    The difference of the two is what the overlap is worth. Bins without it hold other counts, which
+    are easier or harder in themselves, so each half is weighted to the quantities of all test bins.
+    A half without bins has no row.
     """
-    seen = np.array([group in seen_groups for group in test.groups])
+    seen = np.isin(test.ids, [*ids])
     halves = {"with": seen, "without": ~seen}
     halves = {name: half for name, half in halves.items() if half.any()}
 
@@ -166,9 +178,8 @@ def accuracy_by_siblings(test: Scored, seen_groups: set[str]) -> pd.DataFrame:
 
     table = intervals(accuracies, test.groups)
     bins = {name: int(half.sum()) for name, half in halves.items()} | {"difference": len(seen)}
-    table = table.rename(columns={"metric": "siblings_in_train", "value": "accuracy"})
-    table.insert(1, "test_bins", table["siblings_in_train"].map(bins))
-    return table
+    table = table.rename(columns={"metric": "half", "value": "accuracy"})
+    return table.assign(test_bins=table["half"].map(bins))
 
 
 def standardized_accuracies(
