@@ -69,7 +69,7 @@ def bins_with_siblings(sets: pd.DataFrame) -> set[str]:
 
 
 def bins_with_products(sets: pd.DataFrame) -> set[str]:
-    """The test bins with a product that a bin of train or validation holds too, by their ASINs."""
+    """The test bins that share a product (an ASIN) with a bin of train or validation."""
     with whole_parquet(paths.INDEX):
         index = pq.ParquetFile(paths.INDEX).read(["id", "items.list.element.asin"])
     items = index["items"].combine_chunks()

@@ -1,7 +1,7 @@
-"""Draw the figures and write the page that shows the run: reports/figures, reports/index.html.
+"""Plot the figures and write the page that shows the run: reports/figures, reports/index.html.
 
 The same inputs give the same bytes. So the page has no times, which differ from run to run, and no
-commit, which is made after the run; its MD5s are those of dvc.lock, by which git finds the commit.
+commit, which is made after the run. It has the MD5s of dvc.lock, by which git finds the commit.
 """
 
 import hashlib
@@ -41,7 +41,9 @@ def main() -> str:
     params = load_params()
     results = {m: read_metrics(paths.REPORTS / m) for m in params.train if is_evaluated(m)}
     if not results:
-        raise UserError("no model has been evaluated: make reports/<model> with `dvc repro`")
+        raise UserError(
+            "no model has been evaluated: run `dvc repro`, which writes reports/<model>"
+        )
     tables = tables_by_name(list(results))
     bins = read_bins()
     comparison = compare_models(tables["predictions"], bins.set_index("id")["group"])
@@ -55,7 +57,7 @@ def main() -> str:
     page = render(
         REPORT,
         params=params,
-        # Not on test, which measures and chooses nothing.
+        # Test only measures, so validation chooses the model of the headline.
         best=max(results, key=lambda model: results[model]["validation_accuracy"]),
         results=results,
         majority=majority,
@@ -91,14 +93,14 @@ def tables_by_name(models: Sequence[str]) -> Tables:
 
 
 def read_bins() -> pd.DataFrame:
-    """The bins of all sets: id, quantity, set and group."""
+    """The bins of all sets, with the columns id, quantity, set and group."""
     with whole_parquet(paths.SUBSET):
         subset = pd.read_parquet(paths.SUBSET, columns=["id", "quantity"])
     return subset.merge(read_csv(paths.SPLIT), on="id")
 
 
 def write_figures(figures: Mapping[str, Picture]) -> None:
-    """Write the folder of figures, whole or not at all."""
+    """Write the folder of figures, completely or not at all."""
     with scratch("report") as folder:
         for name, picture in figures.items():
             write_bytes(folder / f"{name}.png", picture.png)
@@ -106,7 +108,7 @@ def write_figures(figures: Mapping[str, Picture]) -> None:
 
 
 def read_photographs(ids: Sequence[str]) -> dict[str, str]:
-    """The resized photographs of these bins by id, each as a URL that holds it."""
+    """The resized photographs of these bins as data URLs, by id."""
     photographs: dict[str, str] = {}
     for path in shard_paths(paths.RESIZED):
         with whole_parquet(path):
@@ -117,12 +119,12 @@ def read_photographs(ids: Sequence[str]) -> dict[str, str]:
 
 
 def identifying_files(models: Mapping[str, object]) -> list[Path]:
-    """Inputs that dvc.lock has the MD5s of, and that no other run has."""
+    """The inputs that tell this run from others, and whose MD5s are in dvc.lock."""
     return [paths.SUBSET, paths.SPLIT, *(paths.REPORTS / model / METRICS for model in models)]
 
 
 def md5(path: Path) -> str:
-    """As dvc.lock records it."""
+    """The MD5 of a file, as in dvc.lock."""
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 

@@ -134,8 +134,8 @@ def test_the_text_says_what_was_found_and_what_it_is_good_for() -> None:
     for said in (
         "188,100 bins to train, 9,900 to calibrate and choose thresholds, 22,000 to test",
         "temperature of 1.235, fitted on validation",
-        "Those of `found` and `false_alarms` take the threshold as given",
-        "Scores below 0.0765 are alarms",
+        "The intervals of `found` and `false_alarms` take the threshold as given.",
+        "Claims whose probability is below 0.0765 are alarms",
         "5.1% of right records are alarms, and 43.2% of wrong ones",
         "(31.4% of those off by one, 59.3% of those off by more)",
         "the 1,234 test bins with siblings in train or validation: 61.2% (60.0 to 62.4)",

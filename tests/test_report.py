@@ -301,7 +301,7 @@ def test_the_page_begins_with_the_answer_and_a_picture(page: Page) -> None:
         "it finds 50.2% of them, and raises a false alarm for 6.0% of the right ones",
         "resnet34 minus vit: +0.0 points of accuracy (95% interval +0.0 to +0.0)",
         "McNemar's test gives p = 1.",
-        "at the chosen threshold take the threshold as given: it was chosen on validation",
+        "at the chosen threshold take the threshold as given. It was chosen on validation",
         "0 have one in train or validation; split by image, 4 of 6 would",
         "8 photographs of bins to train, 2 to validate, 6 to test, split by group, siblings tog",
         "So these numbers cannot be compared directly",
@@ -560,7 +560,7 @@ def test_the_losses_of_two_runs_are_drawn_on_one_scale() -> None:
 
 
 def test_the_page_says_which_lines_are_published(page: Page) -> None:
-    assert "Dashed lines are the published runs of these networks." in page.words()
+    assert "The dashed lines are the published runs of these networks." in page.words()
 
 
 @pytest.mark.parametrize(("least", "most", "share"), [(1, 5, "about 61%"), (0, 5, "about 59%")])

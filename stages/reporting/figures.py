@@ -1,4 +1,4 @@
-"""The report's figures by name, each with a text for people who cannot see it."""
+"""The report's figures by name, each with a text for screen readers."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -8,12 +8,12 @@ import pandas as pd
 from stages.reporting import plots
 from stages.reporting.page import embedded
 
-# By name of the file in reports/<model>, and by model.
+# Tables by the name of their file in reports/<model>, then by model.
 Tables = Mapping[str, Mapping[str, pd.DataFrame]]
 
 
 class Picture(NamedTuple):
-    """A figure as PNG, with the text that says what it shows."""
+    """A figure as PNG, and a text that says what it shows."""
 
     png: bytes
     text: str
@@ -26,7 +26,7 @@ class Picture(NamedTuple):
 def draw_figures(
     bins: pd.DataFrame, majority_accuracy: float, tables: Tables, published: pd.DataFrame
 ) -> dict[str, Picture]:
-    """Each figure by the name of its file.
+    """Plot each figure; the result is by the name of its file.
 
     `bins` has the quantity and set of each bin, `published` the rows of published_curves.csv.
     """
@@ -75,7 +75,7 @@ def curves_text(model: str, curves: pd.DataFrame, published: pd.DataFrame) -> st
 
 
 def confusion_text(model: str, confusion: pd.DataFrame) -> str:
-    """`confusion`: test bins, with the quantities as index and the predictions as columns."""
+    """`confusion` has the number of test bins by quantity (index) and prediction (columns)."""
     shares = confusion.div(confusion.sum(axis=1).clip(lower=1), axis=0)
     return f"Predictions of {model} for each quantity: " + "; ".join(
         f"{quantity}: "

@@ -1,6 +1,6 @@
-"""The report's figures, drawn with matplotlib: same data, same bytes.
+"""The report's figures, plotted with matplotlib: the same data give the same bytes.
 
-Each is narrow enough to read on a phone.
+Each figure is narrow enough for a phone.
 """
 
 import io
@@ -19,21 +19,21 @@ from numpy.typing import NDArray
 from stages.scoring.verification import PREVALENCES, precision
 
 SETS = {"train": "#5b7690", "validation": "#d9a13b", "test": "#c8385a"}
-# The sets that have curves: this run's, and those of the published runs.
+# The sets with curves in this run, and in the published runs.
 LEARNED = ("train", "validation")
 PUBLISHED = ("train", "test")
-# The least height of a panel of losses, so that the figures of most runs have one scale.
+# The axis of losses reaches at least this high, so that most runs are plotted on the same scale.
 USUAL_LOSS = 2.0
 REFERENCE = "#6b7683"
 MODELS = ["#1f6fb4", "#c2571a", "#3f7f3f", "#7a4fa3"]
 WIDTH = 4.8
-# With more quantities, the cells of a confusion are too small for the numbers of bins.
+# With more quantities, the cells of a confusion matrix are too small for the numbers of bins.
 MOST_COUNTED = 8
 DOTS_PER_INCH = 130
 
 
 def quantities_figure(quantities: pd.DataFrame) -> Figure:
-    """Bars of the bins per quantity; `quantities`: index quantity, columns of SETS."""
+    """Bars of the bins per quantity; `quantities` has a row per quantity and a column per set."""
     figure, (axes,) = _figure(height=3.2)
     bottom = np.zeros(len(quantities))
     for name, color in SETS.items():
@@ -49,17 +49,17 @@ def quantities_figure(quantities: pd.DataFrame) -> Figure:
 def curves_figure(
     model: str, curves: pd.DataFrame, published: pd.DataFrame, majority_accuracy: float
 ) -> Figure:
-    """Loss and accuracy by epoch, and dashed those of the published run.
+    """Loss and accuracy by epoch, with dashed lines for the published run.
 
-    `curves`: rows of curves.csv; `published`: the model's rows of published_curves.csv, if any.
+    `curves` has the rows of curves.csv, `published` the model's rows of published_curves.csv.
     """
     figure, panels = _figure(height=6.4, rows=2)
     for panel, value in zip(panels, ("loss", "accuracy"), strict=True):
         for name in LEARNED:
-            _draw_curve(panel, curves, f"{name}_{value}", "o-", SETS[name], name)
+            _plot_curve(panel, curves, f"{name}_{value}", "o-", SETS[name], name)
         for name in PUBLISHED:
             label = f"published ({name})"
-            _draw_curve(panel, published, f"{name}_{value}", ".--", SETS[name], label)
+            _plot_curve(panel, published, f"{name}_{value}", ".--", SETS[name], label)
     loss, accuracy = panels
     accuracy.axhline(majority_accuracy, color=REFERENCE, linestyle=":", label="majority class")
     loss.set(title=f"Training of {model}", ylabel="cross-entropy (lower is better)")
@@ -74,10 +74,10 @@ def curves_figure(
     return figure
 
 
-def _draw_curve(
+def _plot_curve(
     panel: Axes, curves: pd.DataFrame, column: str, style: str, color: str, label: str
 ) -> None:
-    """Draw a column by epoch, unless it is empty."""
+    """Plot a column by epoch, unless it is empty."""
     values = curves[column].dropna()
     if len(values):
         # With markers, because a line through one epoch is invisible.
@@ -86,10 +86,10 @@ def _draw_curve(
 
 
 def confusion_figure(model: str, confusion: NDArray[np.int64], labels: Sequence[int]) -> Figure:
-    """The share of each row's bins, and their number where the cells have room for both."""
+    """The share of each row's bins, and their number if the cells have room for both."""
     figure, (panel,) = _figure(height=WIDTH)
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    # In points, so that the text fits into a cell.
+    # Points that fit into a cell.
     size = min(10.0, 72 / len(labels))
     panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for row, column in np.ndindex(*confusion.shape):
@@ -107,13 +107,13 @@ def confusion_figure(model: str, confusion: NDArray[np.int64], labels: Sequence[
 
 
 def recall_figure(per_quantity: Mapping[str, pd.DataFrame]) -> Figure:
-    """A group of bars for each quantity; `per_quantity`: rows of per_quantity.csv by model."""
+    """A group of bars per quantity; `per_quantity` has the rows of per_quantity.csv by model."""
     figure, (axes,) = _figure(height=3.4)
     width = 0.8 / len(per_quantity)
     for number, (model, table) in enumerate(per_quantity.items()):
-        places = np.arange(len(table)) + (number - (len(per_quantity) - 1) / 2) * width
+        positions = np.arange(len(table)) + (number - (len(per_quantity) - 1) / 2) * width
         color = MODELS[number % len(MODELS)]
-        axes.bar(places, table["recall"], width, color=color, label=model)
+        axes.bar(positions, table["recall"], width, color=color, label=model)
         axes.set_xticks(range(len(table)), table["quantity"].astype(str))
     axes.set(
         xlabel="items in the record",
@@ -130,9 +130,9 @@ def recall_figure(per_quantity: Mapping[str, pd.DataFrame]) -> Figure:
 def reliability_figure(
     before: Mapping[str, pd.DataFrame], after: Mapping[str, pd.DataFrame]
 ) -> Figure:
-    """Accuracy by confidence, each point sized by its bins, and a thin line before calibration.
+    """Accuracy by confidence, with points sized by their bins and dotted lines before calibration.
 
-    `before` and `after`: rows of reliability_uncalibrated.csv and reliability.csv, by model.
+    `before` and `after` have the rows of reliability_uncalibrated.csv and reliability.csv by model.
     """
     figure, (axes,) = _figure(height=WIDTH + 0.3)
     axes.plot([0, 1], [0, 1], color=REFERENCE, linestyle="--", label="ideal")
@@ -152,7 +152,7 @@ def reliability_figure(
 
 
 def roc_figure(roc: Mapping[str, pd.DataFrame]) -> Figure:
-    """Wrong records found by false alarms; `roc`: rows of roc.csv, by model."""
+    """Wrong records found by false alarms; `roc` has the rows of roc.csv by model."""
     figure, (axes,) = _figure(height=WIDTH)
     axes.plot([0, 1], [0, 1], color=REFERENCE, linestyle="--", label="chance")
     for (model, table), color in zip(roc.items(), cycle(MODELS), strict=False):
@@ -165,9 +165,9 @@ def roc_figure(roc: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def precision_figure(roc: Mapping[str, pd.DataFrame]) -> Figure:
-    """Precision by wrong records found, where PREVALENCES of the records are wrong.
+    """Precision by wrong records found, for each of PREVALENCES.
 
-    `roc`: rows of roc.csv, by model. The axis of precision is logarithmic, since it spans decades.
+    `roc` has the rows of roc.csv by model. Precision spans decades, so its axis is logarithmic.
     """
     figure, (axes,) = _figure(height=WIDTH)
     for (model, table), color in zip(roc.items(), cycle(MODELS), strict=False):
@@ -193,13 +193,13 @@ def precision_figure(roc: Mapping[str, pd.DataFrame]) -> Figure:
 
 def as_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    # Without the version of matplotlib, which would change the bytes.
+    # matplotlib would write its version, which changes the bytes.
     figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
     return buffer.getvalue()
 
 
 def _make_unit_square(axes: Axes) -> None:
-    """Shares along both axes."""
+    """Give both axes shares from 0 to 1."""
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -207,7 +207,7 @@ def _make_unit_square(axes: Axes) -> None:
 
 
 def _legend(figure: Figure, *panels: Axes, columns: int = 3) -> None:
-    """A legend below the panels; a label that several of them have is listed once."""
+    """Add a legend below the panels, with each label once."""
     handles = {
         label: handle
         for panel in panels

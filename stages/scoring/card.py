@@ -1,4 +1,4 @@
-"""The model card, in the form of the Hugging Face hub, written from the run's own numbers."""
+"""The model card in the format of the Hugging Face hub, with the numbers of the run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,14 +9,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from stages.runtime.params import Params
 
 TEMPLATE = Path(__file__).with_name("card.md")
-# What the hub lists as results; the text of the card has every metric.
+# The hub lists these metrics as results; the text of the card has all of them.
 LISTED = ["accuracy", "rmse", "mae", "auroc"]
 
 
 def model_card(
     model: str, params: Params, sets: pd.DataFrame, tables: Mapping[str, pd.DataFrame]
 ) -> str:
-    """Markdown with YAML front matter. `tables` are those of evaluate_scores, by name."""
+    """Markdown with YAML front matter. `tables` are the tables of evaluate_scores, by name."""
     intervals = tables["intervals"].set_index("metric").to_dict("index")
     precision = tables["precision"]
     model_params = params.model(model)
@@ -56,7 +56,7 @@ def model_card(
 
 
 def chosen_by(params: Params) -> str:
-    """What chose the bins and their sets: seeds, or lists of lists/."""
+    """Whether seeds or files in lists/ chose the bins and their sets."""
     bins, sets = params.subset, params.split
     of_bins = f"bins sampled with seed {bins.seed}" if bins.ids is None else f"bins of {bins.ids}"
     of_sets = f"sets sampled with seed {sets.seed}" if sets.file is None else f"sets of {sets.file}"

@@ -1,4 +1,4 @@
-"""A model's scores of bins whose counts are known, and everything that is computed from them."""
+"""A model's scores of bins with known counts, and the metrics and tables computed from them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -52,9 +52,9 @@ class Scored:
 
     @cached_property
     def targets(self) -> Counts:
-        """The place of each bin's count in `labels`."""
-        places: Counts = (self.actual[:, None] == np.array(self.labels)).argmax(axis=1)
-        return places
+        """The position of each bin's count in `labels`."""
+        positions: Counts = (self.actual[:, None] == np.array(self.labels)).argmax(axis=1)
+        return positions
 
     @cached_property
     def claims(self) -> Claims:
@@ -86,7 +86,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is known of a model: `tables` are of test, but for "validation"."""
+    """A model's metrics and tables, all of test except the table "validation"."""
 
     metrics: dict[str, float]
     tables: dict[str, pd.DataFrame]
@@ -99,19 +99,19 @@ def evaluate_scores(
     false_alarm: float,
     shared: Mapping[str, set[str]],
 ) -> Evaluation:
-    """Everything that a model's scores tell.
+    """Compute all metrics and tables from a model's scores.
 
-    `validation` has its calibrated scores, a row per bin as Scored.table has it; they choose the
-    threshold with a share of `false_alarm`. `test` has scores as they come out of the network,
-    which `temperature` calibrates; they are only measured. `shared` has the ids of the test bins
-    that have something in common with train or validation, by what it is.
+    `validation` has calibrated scores, with the columns of Scored.table; they choose the threshold
+    for a share of `false_alarm`. `test` has the network's own scores, which are calibrated by
+    `temperature` and only measured. `shared` maps "siblings" and "products" to the ids of the test
+    bins that have some in train or validation.
     """
     uncalibrated, test = test, test.calibrated(temperature)
     alarms = alarm_rates(validation, test, false_alarm)
     measured = metrics_with_intervals(test, threshold=alarms["threshold"].iloc[0])
     confusion = test.confusion()
     pairs = zip(measured["metric"], measured["value"], strict=True)
-    # Those at round false alarms are in intervals.csv: a table of experiments has room for few.
+    # A table of experiments has room for few columns; intervals.csv has the others.
     metrics = {name: value for name, value in pairs if not name.startswith("found_at_")}
     right = validation["actual"] == validation["predicted"]
     tables = {
@@ -134,9 +134,9 @@ def evaluate_scores(
 def metrics_with_intervals(test: Scored, threshold: float) -> pd.DataFrame:
     """Each metric's value with its 95% interval.
 
-    `found` and `false_alarms` are those at the threshold, which every sample of the bootstrap
-    shares: their intervals leave out how chance in validation may have moved it. The calibration
-    error is resampled as its square, which has no bias to resample.
+    `found` and `false_alarms` are measured at the threshold. Their intervals take it as given,
+    although other validation bins would have given another one. The calibration error is resampled
+    as its square, which is unbiased.
     """
 
     def statistics(weights: Floats) -> dict[str, float]:
@@ -151,7 +151,7 @@ def metrics_with_intervals(test: Scored, threshold: float) -> pd.DataFrame:
 
 
 def overlap_table(test: Scored, shared: Mapping[str, set[str]]) -> pd.DataFrame:
-    """The rows of accuracy_by_overlap for each kind of bins that are `shared`."""
+    """The rows of accuracy_by_overlap for each kind of overlap in `shared`."""
     tables = [
         accuracy_by_overlap(test, ids).assign(shared=kind)[OVERLAP] for kind, ids in shared.items()
     ]
@@ -159,11 +159,11 @@ def overlap_table(test: Scored, shared: Mapping[str, set[str]]) -> pd.DataFrame:
 
 
 def accuracy_by_overlap(test: Scored, ids: set[str]) -> pd.DataFrame:
-    """Accuracy with its interval on the test bins with these ids, and on those without.
+    """The accuracy with its interval on the test bins with these ids, and on the other test bins.
 
-    The difference of the two is what the overlap is worth. Bins without it hold other counts, which
-    are easier or harder in themselves, so each half is weighted to the quantities of all test bins.
-    A half without bins has no row.
+    The difference between the two is what the overlap is worth. The halves hold other counts, which
+    are easier or harder in themselves, so each is weighted to the quantities of all test bins. A
+    half without bins has no row.
     """
     seen = np.isin(test.ids, [*ids])
     halves = {"with": seen, "without": ~seen}
@@ -185,9 +185,9 @@ def accuracy_by_overlap(test: Scored, ids: set[str]) -> pd.DataFrame:
 def standardized_accuracies(
     test: Scored, halves: list[NDArray[np.bool_]], weights: Floats
 ) -> list[float]:
-    """The accuracy on each of `halves`, if it held the quantities that all bins hold.
+    """The accuracy on each half, weighted to the quantities of all bins.
 
-    Only quantities that occur in every half count; without any, the accuracy is 0.
+    Only quantities that occur in every half count; if there are none, the accuracy is 0.
     """
     right, size = test.predicted == test.actual, len(test.labels)
     bins = [np.bincount(test.targets, weights * half, minlength=size) for half in halves]
@@ -201,7 +201,7 @@ def standardized_accuracies(
 
 
 def alarm_rates(validation: pd.DataFrame, test: Scored, false_alarm: float) -> pd.DataFrame:
-    """Rates on test: at the threshold that validation chose, and at those of round false alarms."""
+    """Rates on test: at validation's threshold, and at test's own for each of FALSE_ALARMS."""
     chosen = {"chosen": threshold_for(right_probabilities(validation), false_alarm)}
     right = test.claims.scores[test.claims.right]
     of_test = {f"{share:.0%}": threshold_for(right, share) for share in FALSE_ALARMS}
@@ -217,7 +217,7 @@ def calibration_table(before: Scored, after: Scored, temperature: float) -> pd.D
 
 
 def confusion_table(confusion: Floats, labels: list[int]) -> pd.DataFrame:
-    """A row for each pair of counts, including pairs that did not occur."""
+    """A row for each pair of counts, including pairs that do not occur."""
     pairs = pd.MultiIndex.from_product([labels, labels], names=["actual", "predicted"])
     return pd.DataFrame({"test_bins": confusion.ravel().astype(int)}, index=pairs).reset_index()
 

@@ -1,6 +1,6 @@
 """How good predicted counts are, and how far their confidence can be trusted.
 
-Every bin has a weight, 1 where none is given: the bootstrap resamples by weights.
+Every bin has a weight, by default 1. It says how often a sample of the bootstrap has the bin.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,10 @@ CONFIDENCE_INTERVALS = 10
 def confusion_matrix(
     actual: Counts, predicted: Counts, labels: list[int], weights: Floats | None = None
 ) -> Floats:
-    """[actual, predicted] in the order of `labels`, which contain every value."""
+    """The number of bins, [actual, predicted], in the order of `labels`.
+
+    The labels must contain every count.
+    """
     order = np.argsort(labels)
     rows, columns = (
         order[np.searchsorted(labels, counts, sorter=order)] for counts in (actual, predicted)
@@ -30,12 +33,12 @@ def confusion_matrix(
 def counting_metrics(
     actual: Counts, predicted: Counts, labels: list[int], weights: Floats | None = None
 ) -> dict[str, float]:
-    """How far predicted counts are from those of the records.
+    """How far predicted counts are from the records' counts.
 
-    RMSE and MAE are in items, accuracy and within_one shares of 1. macro_f1 is the mean F1 over the
-    labels that occur; F1 is 0 for a label that is never predicted correctly. kappa is Cohen's with
-    quadratic weights (Psychological Bulletin 1968): 1 is perfect and 0 as good as chance; it is 0
-    too where all records and predictions are the same count.
+    RMSE and MAE are in items; accuracy and within_one are shares of 1. macro_f1 is the mean F1 over
+    the labels that occur; F1 is 0 for a label that is never predicted correctly. kappa is Cohen's
+    with quadratic weights (Psychological Bulletin 1968): 1 is perfect, and 0 is as good as chance.
+    It is also 0 if all records and predictions have the same count.
     """
     weights = np.ones(len(actual)) if weights is None else weights
     error = np.abs(predicted - actual)
@@ -89,11 +92,10 @@ def probability_metrics(
 def ranked_probability_scores(actual: Counts, probabilities: Floats, labels: list[int]) -> Floats:
     """How far each bin's distribution is from its count, in items; 0 is perfect.
 
-    Unlike the negative log-likelihood it counts how many items a probability is off, and for an
-    answer that is certain it is the absolute error. It integrates the squared difference of the
-    two cumulative distributions over the counts (Epstein, A Scoring System for Probability
-    Forecasts of Ranked Categories, Journal of Applied Meteorology 1969; the integral is the
-    continuous ranked probability score of Gneiting and Raftery 2007).
+    Unlike the negative log-likelihood, the score depends on how many items a prediction is off; for
+    a certain answer it is the absolute error. It is the integral over the counts of the squared
+    difference between the predicted and the actual cumulative distribution (Epstein, A Scoring
+    System for Probability Forecasts of Ranked Categories, Journal of Applied Meteorology 1969).
     """
     order = np.argsort(labels)
     counts = np.array(labels)[order]
@@ -105,9 +107,9 @@ def ranked_probability_scores(actual: Counts, probabilities: Floats, labels: lis
 
 
 def recall_and_precision(confusion: Floats) -> tuple[Floats, Floats]:
-    """Per label: the share of its bins that were found, and of its predictions that are right.
+    """The share of each label's bins that were found, and of its predictions that are right.
 
-    0 for a label without bins, or without predictions.
+    Recall is 0 for a label without bins, and precision for a label without predictions.
     """
     right = np.diag(confusion).astype(np.float64)
     recall, precision = (
@@ -118,11 +120,12 @@ def recall_and_precision(confusion: Floats) -> tuple[Floats, Floats]:
 
 
 def reliability_table(right: NDArray[np.bool_], confidence: NDArray[np.floating]) -> pd.DataFrame:
-    """How often predictions of about the same confidence are right: ideally as often as it says.
+    """How often predictions of about the same confidence are right.
 
-    A row for each interval of confidence with any predictions: their mean confidence, accuracy and
-    number. There are CONFIDENCE_INTERVALS of equal width, closed on the right, as in section 2 of
-    Guo et al., On Calibration of Modern Neural Networks, 2017 (arXiv:1706.04599).
+    The table has a row for each interval of confidence with any predictions: their mean confidence,
+    their accuracy, which is ideally the same, and their number. There are CONFIDENCE_INTERVALS of
+    equal width, closed on the right, as in section 2 of Guo et al., On Calibration of Modern Neural
+    Networks, 2017 (arXiv:1706.04599).
     """
     ones = np.ones(len(right))
     columns = [ones, confidence, right.astype(np.float64)]
@@ -140,19 +143,20 @@ def reliability_table(right: NDArray[np.bool_], confidence: NDArray[np.floating]
 def squared_calibration_error(
     right: NDArray[np.bool_], confidence: NDArray[np.floating], weights: Floats
 ) -> float:
-    """The mean squared distance between confidence and accuracy, over intervals of confidence.
+    """The mean squared distance between confidence and accuracy over all bins, without bias.
 
-    In each interval the square is estimated from products of different bins' differences. Chance
-    adds nothing to it on average, as it does to the expected calibration error of Guo et al., which
-    is never 0. So it may be negative, and is around 0 for a perfectly calibrated model (the
-    debiased estimator of Kumar et al., Verified Uncertainty Calibration, 2019, arXiv:1909.10155,
-    with the variance of the difference instead of that of the accuracy).
+    The expected calibration error of Guo et al. is positive even for a perfectly calibrated model,
+    because chance moves the accuracy of each interval of confidence. Here each interval's square is
+    the mean product of the differences of two different bins, to which chance adds nothing on
+    average; so it may be negative. This is the debiased estimator of Kumar et al., Verified
+    Uncertainty Calibration, 2019 (arXiv:1909.10155), with the variance of the difference instead of
+    the accuracy.
     """
     difference = confidence - right
     bins, total, squares = _sums_by_confidence(
         confidence, weights, [np.ones(len(right)), difference, difference**2]
     )
-    # A single bin has no product with another.
+    # An interval with one bin has no such product.
     several = bins > 1
     products = total[several] ** 2 - squares[several]
     return float((products / (bins[several] - 1)).sum() / bins.sum())
