@@ -1,4 +1,4 @@
-"""The model card: what the hub reads of it, and that its text has the numbers of the tables."""
+"""The model card: its front matter for the hub, and the numbers in its text."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -61,7 +61,7 @@ def card_of(
 
 
 def plain(text: str) -> str:
-    """On one line."""
+    """The text on one line."""
     return " ".join(text.split())
 
 
@@ -169,7 +169,7 @@ def test_each_metric_and_each_precision_has_a_row() -> None:
     for name, value, low, high in INTERVALS.itertuples(index=False):
         assert f"| {name} | {value:.4f} | {low:.4f} to {high:.4f} |" in rows
     for share in (0.001, 0.01, 0.05):
-        # Of the chosen threshold.
+        # The precision at the chosen threshold.
         precision = share * 0.4321 / (share * 0.4321 + (1 - share) * 0.0512)
         assert f"| {100 * share:g}% | {100 * precision:.2f}% | {1 / precision:.0f} |" in rows
     assert len(rows) == 2 * 2 + len(INTERVALS) + 3

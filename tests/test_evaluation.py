@@ -1,4 +1,4 @@
-"""What is computed from scored bins: tables of few bins by hand, of more by other libraries."""
+"""The tables of scored bins, compared with other libraries and with results worked by hand."""
 
 import subprocess
 import sys
@@ -44,12 +44,12 @@ SAMPLES = 100
 
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of them takes a millisecond or two."""
+    """A sample of the bootstrap takes a millisecond or two."""
     monkeypatch.setattr(evaluation, "intervals", partial(intervals, samples=SAMPLES))
 
 
 def by_hand() -> Scored:
-    """Four bins, of which the last is taken for a 2."""
+    """Four bins; the last one is counted as 2."""
     return Scored(
         ids=["00001", "00002", "00003", "3"],
         groups=["00001", "00001", "00003", "3"],
@@ -67,8 +67,8 @@ def random_scores(seed: int, bins: int = 60) -> Scored:
     actual = chance.choice(LABELS, bins)
     scores = chance.gamma(0.7, size=(bins, 3)) + 0.6 * (actual[:, None] == LABELS)
     return Scored(
-        ids=[f"{place:05d}" for place in range(bins)],
-        groups=[f"{place // 2 * 2:05d}" for place in range(bins)],
+        ids=[f"{position:05d}" for position in range(bins)],
+        groups=[f"{position // 2 * 2:05d}" for position in range(bins)],
         actual=actual,
         probabilities=scores / scores.sum(axis=1, keepdims=True),
         labels=LABELS,
@@ -133,14 +133,14 @@ def confident(seed: int, sharper: float, bins: int = 662) -> Scored:
     chance = np.random.default_rng(seed)
     logits = chance.normal(0, 1.2, (bins, len(LABELS)))
     true, told = softmax(logits, axis=1), softmax(sharper * logits, axis=1)
-    places = (true.cumsum(axis=1) < chance.random((bins, 1))).sum(axis=1)
-    actual = np.array(LABELS)[places.clip(max=len(LABELS) - 1)]
-    ids = [f"{place:05d}" for place in range(bins)]
+    positions = (true.cumsum(axis=1) < chance.random((bins, 1))).sum(axis=1)
+    actual = np.array(LABELS)[positions.clip(max=len(LABELS) - 1)]
+    ids = [f"{position:05d}" for position in range(bins)]
     return Scored(ids, ids, actual, told, LABELS)
 
 
 def calibration_intervals(sharper: float) -> pd.DataFrame:
-    """The rows of the calibration error in 24 samples of bins."""
+    """The rows of the calibration error for 24 samples of bins."""
     tables = [metrics_with_intervals(confident(seed, sharper), 0.2) for seed in range(24)]
     return pd.concat([table[table["metric"] == "calibration_error"] for table in tables])
 
@@ -150,7 +150,7 @@ def test_a_calibrated_model_is_not_called_miscalibrated() -> None:
 
     # 95% of the intervals should include the true error, 0.
     assert (found["low"] == 0).sum() >= 23
-    # Chance makes some estimates larger than 0 but does not add up over the samples.
+    # Chance moves the estimates both ways, so their mean is about 0.
     squares = [confident(s, 1.0).squared_calibration_error(np.ones(662)) for s in range(24)]
     assert abs(np.mean(squares)) < 2.5 * np.std(squares) / 24**0.5
     assert min(squares) < 0 < max(squares)
@@ -160,7 +160,7 @@ def test_a_calibrated_model_is_not_called_miscalibrated() -> None:
 def test_the_interval_of_the_calibration_error_includes_the_true_one(
     sharper: float, detected: int
 ) -> None:
-    # The error of so many bins that chance is small.
+    # With this many bins the error is nearly that of the model.
     many = confident(99, sharper, bins=400_000)
     true = many.squared_calibration_error(np.ones(400_000)) ** 0.5
 
@@ -168,30 +168,31 @@ def test_the_interval_of_the_calibration_error_includes_the_true_one(
 
     assert ((found["low"] <= true) & (true <= found["high"])).sum() >= 22
     assert found["value"].mean() == pytest.approx(true, rel=0.15)
-    # A large error is told from none.
+    # A large error is detected.
     assert (found["low"] > 0).sum() >= detected
 
 
 def answered(actual: list[int], predicted: list[int]) -> Scored:
-    """Bins without siblings, with these predictions; the ids are their places."""
+    """Bins without siblings, with these predictions; their ids are 0, 1, 2 and so on."""
     probabilities = (np.array(predicted)[:, None] == np.array(LABELS)) * 0.7 + 0.1
-    ids = [f"{place}" for place in range(len(actual))]
+    ids = [f"{position}" for position in range(len(actual))]
     return Scored(ids, ids, np.array(actual), probabilities, LABELS)
 
 
 @pytest.mark.parametrize(
     ("actual", "predicted", "seen", "expected"),
     [
-        # Half of all bins are 1 and half 2: with siblings all 1 are right and no 2, without
-        # siblings half of the 1 and all 2.
+        # Half of all bins hold 1 item and half hold 2. With siblings, every 1 is right and no 2;
+        # without, half of the 1s and every 2.
         (
             [1, 1, 2, 1, 1, 2, 2, 2],
             [1, 1, 3, 1, 2, 2, 2, 2],
             "0 1 2 77",
             {"with": (3, 0.5), "without": (5, 0.75), "difference": (8, -0.25)},
         ),
-        # Right on every 1 and on every second 2, sibling or not: other quantities are no leak. No
-        # bin with 3 has a sibling; of the other ten 4 are 1 and 6 are 2.
+        # Every 1 and every second 2 is right in both halves. So there is no leak, although
+        # the halves hold other quantities. Only bins without siblings hold 3 items; of the other
+        # ten, 4 hold 1 item and 6 hold 2.
         (
             [1, 1, 1, 2, 2, 1, 2, 2, 2, 2, 3],
             [1, 1, 1, 2, 3, 1, 2, 3, 2, 3, 1],
@@ -231,13 +232,13 @@ def test_each_kind_of_overlap_has_its_rows() -> None:
 
 
 def test_alarm_rates_worked_by_hand() -> None:
-    # Of four right claims one may be an alarm: the second lowest score of validation's.
+    # One of validation's four right claims may be an alarm, so the second lowest is the threshold.
     table = alarm_rates(by_hand().table(), by_hand(), 0.25)
 
     assert table["alarms"].tolist() == ["chosen", "1%", "5%", "10%"]
-    # A share that small of test's four is no bin: the threshold is the lowest score.
+    # These shares of test's four right claims are less than one, so the lowest is the threshold.
     assert table["threshold"].tolist() == pytest.approx([0.5, 0.25, 0.25, 0.25])
-    # Of the other eight claims one scores 0.5 and is no alarm; below 0.25 there are five.
+    # One of the eight wrong claims scores 0.5 and raises no alarm; five score below 0.25.
     assert table["false_alarms"].tolist() == [0.25, 0, 0, 0]
     assert table["found"].tolist() == pytest.approx([7 / 8, 5 / 8, 5 / 8, 5 / 8])
 
@@ -259,7 +260,7 @@ def test_validation_chooses_the_first_threshold_and_test_only_measures() -> None
         scores = after.probabilities[np.arange(len(after.ids)), after.targets]
         chosen = table["alarms"].iloc[0]
         assert chosen["false_alarms"] == pytest.approx(np.mean(scores < chosen["threshold"]))
-        # The other thresholds are test's own.
+        # Test chooses the other thresholds.
         assert set(table["alarms"]["threshold"][1:]) <= set(scores)
 
 
@@ -292,7 +293,7 @@ def test_calibration_is_told_before_and_after() -> None:
     assert calibration["temperature"].tolist() == [1, 2]
     losses = [-np.log([0.8, 0.5, 0.9, 0.25]).mean(), -np.log(of_true).mean()]
     assert calibration["nll"].tolist() == pytest.approx(losses)
-    # 0.8, 0.5 and 0.9 are right, the other 0.5 is wrong.
+    # The predictions with 0.8, 0.9 and one with 0.5 are right; the other with 0.5 is wrong.
     assert tables["reliability_uncalibrated"].to_numpy().tolist() == pytest.approx(
         np.array([[0.5, 0.5, 2], [0.8, 1, 1], [0.9, 1, 1]])
     )
@@ -314,7 +315,7 @@ def test_confusion_and_quantities_are_those_of_the_predictions() -> None:
 
     confusion = tables["confusion"]
     assert confusion.columns.tolist() == ["actual", "predicted", "test_bins"]
-    # A row for each pair of counts.
+    # There is a row for each pair of counts.
     assert confusion["actual"].tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert confusion["predicted"].tolist() == [1, 2, 3] * 3
     assert confusion["test_bins"].tolist() == expected.ravel().tolist()
@@ -341,7 +342,7 @@ def test_two_models_are_compared_on_the_same_bins() -> None:
 
 
 def test_scoring_and_reporting_import_no_torch() -> None:
-    """The report starts at once, and whoever only computes metrics needs no networks."""
+    """The report starts at once, and metrics can be computed without the libraries of networks."""
     modules = (
         "stages.report, stages.scoring.evaluation, stages.scoring.results, stages.scoring.card"
     )

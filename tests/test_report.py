@@ -42,15 +42,15 @@ from tests.builders import bin_rows, write_params, write_resized, write_split
 FIGURES = ["confusion_resnet34", "confusion_vit", "curves_resnet34", "curves_vit", "precision"]
 FIGURES += ["quantities", "recall", "reliability", "roc"]
 LABELS = [1, 2, 3, 4, 5]
-# Of the bins in published work.
+# The share of test in published work.
 TEST_SHARE = 0.1
-# A narrow window on a desktop, in pixels.
+# The width of a narrow window on a desktop, in pixels.
 LAPTOP = 1100
 HOSTILE = "<script>alert('1')</script>"
 HOSTILE_ID = '"><img src=x onerror="alert(1)">'
 QUANTITIES = [1, 2, 3, 4, 5] * 3 + [1]
 TRAINED, VALIDATION, TEST = 8, range(8, 10), range(10, 16)
-# Of each test bin the count that both models see, and how surely.
+# The count that both models predict for each test bin, and their confidence.
 PREDICTED = [[1, 0.5], [5, 0.9], [4, 0.7], [3, 0.9], [2, 0.65], [1, 0.8]]
 NAMES = ["accuracy", "within_one", "rmse", "rmse_of_mean", "mae", "macro_f1", "kappa", "nll"]
 NAMES += ["rps", "calibration_error"]
@@ -70,7 +70,7 @@ RESULTS = {
     | {"majority_accuracy": 0.2104, "validation_accuracy": values[0] - 0.01, "test_bins": 6}
     for model, values in VALUES.items()
 }
-# Of accuracy, and of all after it; an interval is 0.05 to either side.
+# The cells of each metric's row; an interval reaches 0.05 to either side.
 ACCURACY = ["accuracy", "62.5%57.5% to 67.5%", "71.1%66.1% to 76.1%", "33.3%"]
 SHOWN = {
     "within one item": ["91.5%", "94.7%", "50.0%"],
@@ -125,13 +125,13 @@ class Page(HTMLParser):
         return " ".join(self.text.split())
 
     def attributes(self, tag: str, name: str) -> list[str]:
-        """The values of an attribute that every such tag must have."""
+        """The values of an attribute, which all tags with this name must have."""
         return [attributes[name] for found, attributes in self.tags if found == tag]
 
 
 @pytest.fixture
-def drawn_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to work in, with everything that the stage reads."""
+def plotted_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project folder with the inputs of the stage."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     write_project()
@@ -139,10 +139,10 @@ def drawn_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def project(drawn_project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same, but with the data of each figure in place of its picture, which takes a while."""
+def project(plotted_project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, with the data of figures instead of their pictures, which take a while."""
     monkeypatch.setattr(plots, "as_png", data_of)
-    return drawn_project
+    return plotted_project
 
 
 def data_of(figure: Figure) -> bytes:
@@ -159,7 +159,7 @@ def data_of(figure: Figure) -> bytes:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder where the stage has run."""
+    """A project folder in which the stage has run."""
     folder = tmp_path_factory.mktemp("project")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -175,7 +175,7 @@ def page(made: Path) -> Page:
 
 
 def write_project() -> None:
-    """What the stage reads, for both models of params.yaml."""
+    """Write the inputs of the stage for both models of params.yaml."""
     write_params(Path(), {})
     rows = bin_rows(QUANTITIES)
     write_inputs(rows)
@@ -219,7 +219,7 @@ def write_model(
     *,
     sure: bool = False,
 ) -> None:
-    """What train and evaluate write of a model; one that is `sure` is always right."""
+    """Write a model's files of train and evaluate. With `sure` the model is always right."""
     names = [f"{name}_{value}" for name in plots.LEARNED for value in ("loss", "accuracy")]
     curve = {"epoch": range(1, epochs + 1)} | {n: np.linspace(0.3, 0.6, epochs) for n in names}
     write_csv(Path("reports", model, "curves.csv"), pd.DataFrame(curve))
@@ -227,7 +227,8 @@ def write_model(
     test, validation = (
         scored(some, [[row["quantity"], 0.9] for row in some] if sure else predicted)
         for some, predicted in (
-            ([rows[place] for place in places], predicted) for places, predicted in of_sets.values()
+            ([rows[number] for number in numbers], predicted)
+            for numbers, predicted in of_sets.values()
         )
     )
     intervals = pd.DataFrame({"metric": NAMES, "value": VALUES[model]})
@@ -257,8 +258,8 @@ def scored(rows: list[dict[str, Any]], predicted: list[list[float]]) -> Scored:
     """`predicted` has a count and its confidence for each bin."""
     confidence = np.array([sure for _, sure in predicted])
     probabilities = np.repeat((1 - confidence[:, None]) / 4, 5, axis=1)
-    places = [int(count) - 1 for count, _ in predicted]
-    probabilities[np.arange(len(rows)), places] = confidence
+    columns = [int(count) - 1 for count, _ in predicted]
+    probabilities[np.arange(len(rows)), columns] = confidence
     ids = [row["id"] for row in rows]
     actual = np.array([row["quantity"] for row in rows])
     return Scored(ids, ids, actual, probabilities, LABELS)
@@ -310,7 +311,7 @@ def test_the_page_begins_with_the_answer_and_a_picture(page: Page) -> None:
         "17 bins were sampled with 1, 2, 3, 4, 5 items",
         "1 of their photographs could not be used",
         "resized to 224x224 pixels (squeeze)",
-        # By the probability of the record's count, then by id.
+        # They are sorted by belief, then by id.
         "00012 record 2, looks like 5 belief in the record 2.5%"
         " 00014 record 4, looks like 3 belief in the record 2.5%"
         " 00013 record 3, looks like 4 belief in the record 7.5%"
@@ -328,7 +329,7 @@ def test_the_page_says(said: str, page: Page) -> None:
 def test_the_tables_show_what_was_found_and_how_each_model_was_trained(page: Page) -> None:
     rows = page.rows
 
-    # No threshold has fewer false alarms than one of six but none.
+    # Any false alarm among six bins would be more than 5%, so the threshold allows none.
     assert rows.count(["chosen: below 0.025", "0.0%", "0.0%", "0.0%", "0.0%"]) == 2
     for row in (
         ["5%", "0.00%", "-"],
@@ -458,7 +459,7 @@ def test_the_photographs_are_those_of_the_bins(page: Page) -> None:
         assert base64.b64decode(photograph["src"].partition(",")[2]) == images[bin_id]
 
 
-@pytest.mark.usefixtures("drawn_project")
+@pytest.mark.usefixtures("plotted_project")
 def test_the_same_inputs_give_the_same_bytes(made: Path) -> None:
     report.main()
 
@@ -491,7 +492,7 @@ def test_the_figures_show_their_data() -> None:
 
 
 def curves_of(epochs: int, loss: float = 1.0) -> pd.DataFrame:
-    """Rows of curves.csv."""
+    """A table like curves.csv."""
     curves = pd.DataFrame({"epoch": range(1, epochs + 1)})
     for name in plots.LEARNED:
         curves[f"{name}_loss"], curves[f"{name}_accuracy"] = loss, 0.5
@@ -503,15 +504,15 @@ def published_curves(model: str) -> pd.DataFrame:
     return published[published["model"] == model]
 
 
-def drawn_lines(figure: Figure) -> list[dict[str, Any]]:
+def plotted_lines(figure: Figure) -> list[dict[str, Any]]:
     """The lines of each panel, by label."""
     return [{str(line.get_label()): line for line in panel.get_lines()} for panel in figure.axes]
 
 
-def test_one_epoch_is_drawn_with_markers() -> None:
+def test_one_epoch_is_plotted_with_markers() -> None:
     figure = plots.curves_figure("vit", curves_of(1), published_curves("none"), 0.2)
 
-    for lines in drawn_lines(figure):
+    for lines in plotted_lines(figure):
         # A line of one point shows nothing without a marker.
         assert [lines[name].get_marker() for name in plots.LEARNED] == ["o", "o"]
 
@@ -531,7 +532,7 @@ def test_the_published_curves_are_dashed_beside_those_of_the_same_model(
 
     figure = plots.curves_figure(model, curves_of(3), published, 0.2)
 
-    panels = drawn_lines(figure)
+    panels = plotted_lines(figure)
     for lines, labels in zip(panels, (loss, accuracy), strict=True):
         assert {label for label in lines if "published" in label} == labels
         assert all(lines[label].get_linestyle() == "--" for label in labels)
@@ -539,14 +540,14 @@ def test_the_published_curves_are_dashed_beside_those_of_the_same_model(
     if last is not None:
         points = panels[1]["published (test)"].get_xydata().tolist()
         assert points[-1] == [len(published), last]
-        # The longer run fits into the panels, whichever it is.
+        # The longer of the two runs fits into the panels.
         assert figure.axes[0].get_xlim()[1] > len(published)
     assert {text.get_text() for text in figure.legends[0].get_texts()} == (
         loss | accuracy | {"train", "validation", "majority class"}
     )
 
 
-def test_the_losses_of_two_runs_are_drawn_on_one_scale() -> None:
+def test_the_losses_of_two_runs_are_plotted_on_one_scale() -> None:
     none = published_curves("none")
     low, usual, high = (
         plots.curves_figure("vit", curves_of(2, loss), none, 0.2).axes[0].get_ylim()
@@ -567,7 +568,7 @@ def test_the_page_says_which_lines_are_published(page: Page) -> None:
 def test_the_published_leaks_are_those_of_real_records(
     abid: Path, least: int, most: int, share: str
 ) -> None:
-    """Of a range of ids whose bins with these counts are all used, split by image at random."""
+    """All bins of a range of ids with these counts, split by image at random."""
     ids, quantities, items = [], [], []
     for number, path in enumerate(sorted((abid / "resized-10k/metadata").iterdir())):
         record = json.loads(path.read_text("utf-8"))
@@ -663,7 +664,7 @@ def test_hostile_strings_are_shown_and_not_run() -> None:
     page = made_page()
 
     assert f"rejected: 5 {HOSTILE}" in page.text
-    assert page.text.count(HOSTILE_ID) == 2  # among the doubtful ones and in the sample
+    assert page.text.count(HOSTILE_ID) == 2  # among the doubtful bins and in the sample
     assert f"Photograph of bin {HOSTILE_ID}" in page.attributes("img", "alt")
     assert {"config", '{"model_type": "' + HOSTILE + '"}'} <= {c for r in page.rows for c in r}
     assert "script" not in {tag for tag, _ in page.tags}
@@ -690,15 +691,15 @@ def browser() -> Iterator[Browser]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "hostile"), [(PHONE, True), (LAPTOP, False)])
 def test_a_browser_shows_the_page_without_a_network(
-    drawn_project: Path, browser: Browser, width: int, *, hostile: bool
+    plotted_project: Path, browser: Browser, width: int, *, hostile: bool
 ) -> None:
     if hostile:
         write_hostile_project()
     report.main()
 
-    page = browser.open(drawn_project / "reports/index.html", width)
+    page = browser.open(plotted_project / "reports/index.html", width)
 
-    # Tables may be wider than a phone, but then they scroll in their own boxes.
+    # On a phone, wide tables scroll in their own boxes.
     scrolled = (
         "[...document.querySelectorAll('.scroll')].filter(b => b.scrollWidth > b.clientWidth)"
     )
@@ -709,8 +710,8 @@ def test_a_browser_shows_the_page_without_a_network(
     if width > PHONE:
         assert page.evaluate(f"{scrolled}.map(box => box.ariaLabel)") == []
     assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
-    page.screenshot(drawn_project / "page.png")
-    with Image.open(drawn_project / "page.png") as image:
+    page.screenshot(plotted_project / "page.png")
+    with Image.open(plotted_project / "page.png") as image:
         assert image.width == width
         assert image.height > 2000
         assert len(image.convert("RGB").getcolors(1 << 24) or []) > 100
@@ -720,7 +721,7 @@ def test_a_browser_shows_the_page_without_a_network(
 def test_the_texts_of_the_page_stand_out(made: Path, browser: Browser) -> None:
     page = browser.open(made / "reports/index.html")
 
-    # The contrast ratio of WCAG 2, which asks for 4.5, against the page's white.
+    # The contrast ratio with white by WCAG 2, which requires 4.5.
     ratios = page.evaluate(
         """[...document.body.querySelectorAll("*")].map(element => getComputedStyle(element).color)
         .map(color => color.match(/[0-9]+/g).slice(0, 3).map(v => v / 255)
