@@ -6,7 +6,10 @@ only measures.
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from stages.formats.shards import whole_parquet
 from stages.formats.tables import read_csv
 from stages.imaging.loader import Bins, load_bins
 from stages.networks.classifier import Classifier
@@ -34,7 +37,7 @@ def main(model: str) -> str:
         test,
         release.settings.temperature,
         params.evaluate.false_alarm,
-        seen_groups=set(sets.loc[sets["set"] != "test", "group"]),
+        shared={"siblings": bins_with_siblings(sets), "products": bins_with_products(sets)},
     )
     metrics = evaluation.metrics | {
         "majority_accuracy": float((test.actual == majority_quantity(sets)).mean()),
@@ -56,6 +59,30 @@ def score(classifier: Classifier, bins: Bins, sets: pd.DataFrame, batch_size: in
         probabilities=probabilities.astype(np.float64),
         labels=classifier.labels,
     )
+
+
+def bins_with_siblings(sets: pd.DataFrame) -> set[str]:
+    """The test bins with a sibling in train or validation."""
+    tested = sets["set"] == "test"
+    seen = sets["group"].isin(sets.loc[~tested, "group"])
+    return set(sets.loc[tested & seen, "id"])
+
+
+def bins_with_products(sets: pd.DataFrame) -> set[str]:
+    """The test bins that share a product (an ASIN) with a bin of train or validation."""
+    with whole_parquet(paths.INDEX):
+        index = pq.ParquetFile(paths.INDEX).read(["id", "items.list.element.asin"])
+    items = index["items"].combine_chunks()
+    products = pd.DataFrame(
+        {
+            "id": index["id"].take(pc.list_parent_indices(items)),
+            "asin": pc.struct_field(pc.list_flatten(items), "asin"),
+        }
+    )
+    products = products.dropna().merge(sets[["id", "set"]], on="id")
+    tested = products["set"] == "test"
+    seen = products["asin"].isin(products.loc[~tested, "asin"])
+    return set(products.loc[tested & seen, "id"])
 
 
 def majority_quantity(sets: pd.DataFrame) -> int:

@@ -1,7 +1,7 @@
-"""Draw the figures and write the page that shows the run: reports/figures, reports/index.html.
+"""Plot the figures and write the page that shows the run: reports/figures, reports/index.html.
 
 The same inputs give the same bytes. So the page has no times, which differ from run to run, and no
-commit, which is made after the run; its MD5s are those of dvc.lock, by which git finds the commit.
+commit, which is made after the run. It has the MD5s of dvc.lock, by which git finds the commit.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from stages.reporting.content import (
     training_settings,
 )
 from stages.reporting.figures import Picture, Tables, draw_figures
-from stages.reporting.page import PUBLISHED, REPORT, embedded, render
+from stages.reporting.page import PUBLISHED, PUBLISHED_CURVES, REPORT, embedded, render
 from stages.runtime import paths
 from stages.runtime.command import run_stage
 from stages.runtime.errors import UserError
@@ -41,20 +41,23 @@ def main() -> str:
     params = load_params()
     results = {m: read_metrics(paths.REPORTS / m) for m in params.train if is_evaluated(m)}
     if not results:
-        raise UserError("no model has been evaluated: make reports/<model> with `dvc repro`")
+        raise UserError(
+            "no model has been evaluated: run `dvc repro`, which writes reports/<model>"
+        )
     tables = tables_by_name(list(results))
     bins = read_bins()
     comparison = compare_models(tables["predictions"], bins.set_index("id")["group"])
     write_csv(COMPARISON, comparison)
     majority = int(bins.loc[bins["set"] == "train", "quantity"].mode().iloc[0])
     by_majority = majority_metrics(tables["predictions"], majority)
-    figures = draw_figures(bins, by_majority["accuracy"], tables)
+    published_curves = pd.read_csv(PUBLISHED_CURVES)
+    figures = draw_figures(bins, by_majority["accuracy"], tables, published_curves)
     write_figures(figures)
     doubted, some = doubtful(tables), sample(tables["predictions"], params.split.seed)
     page = render(
         REPORT,
         params=params,
-        # Not on test, which measures and chooses nothing.
+        # Test only measures, so validation chooses the model of the headline.
         best=max(results, key=lambda model: results[model]["validation_accuracy"]),
         results=results,
         majority=majority,
@@ -63,6 +66,7 @@ def main() -> str:
         comparison=comparison.to_dict("records"),
         leaks=read_json(paths.LEAKS),
         published=read_csv(PUBLISHED).to_dict("records"),
+        has_published_curves=bool(published_curves["model"].isin(results.keys()).any()),
         figures=figures,
         tables=tables,
         doubtful=doubted,
@@ -89,14 +93,14 @@ def tables_by_name(models: Sequence[str]) -> Tables:
 
 
 def read_bins() -> pd.DataFrame:
-    """The bins of all sets: id, quantity, set and group."""
+    """The bins of all sets, with the columns id, quantity, set and group."""
     with whole_parquet(paths.SUBSET):
         subset = pd.read_parquet(paths.SUBSET, columns=["id", "quantity"])
     return subset.merge(read_csv(paths.SPLIT), on="id")
 
 
 def write_figures(figures: Mapping[str, Picture]) -> None:
-    """Write the folder of figures, whole or not at all."""
+    """Write the folder of figures, completely or not at all."""
     with scratch("report") as folder:
         for name, picture in figures.items():
             write_bytes(folder / f"{name}.png", picture.png)
@@ -104,7 +108,7 @@ def write_figures(figures: Mapping[str, Picture]) -> None:
 
 
 def read_photographs(ids: Sequence[str]) -> dict[str, str]:
-    """The resized photographs of these bins by id, each as a URL that holds it."""
+    """The resized photographs of these bins as data URLs, by id."""
     photographs: dict[str, str] = {}
     for path in shard_paths(paths.RESIZED):
         with whole_parquet(path):
@@ -115,12 +119,12 @@ def read_photographs(ids: Sequence[str]) -> dict[str, str]:
 
 
 def identifying_files(models: Mapping[str, object]) -> list[Path]:
-    """Inputs that dvc.lock has the MD5s of, and that no other run has."""
+    """The inputs that tell this run from others, and whose MD5s are in dvc.lock."""
     return [paths.SUBSET, paths.SPLIT, *(paths.REPORTS / model / METRICS for model in models)]
 
 
 def md5(path: Path) -> str:
-    """As dvc.lock records it."""
+    """The MD5 of a file, as in dvc.lock."""
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Intervals and paired tests, against SciPy's, in simulations and by hand."""
+"""Intervals and paired tests, compared with SciPy, simulations and results worked by hand."""
 
 from collections.abc import Callable, Mapping
 
@@ -18,8 +18,8 @@ def mean_of(values: Floats) -> Callable[[Floats], Mapping[str, float]]:
 
 
 def names(number: int) -> list[str]:
-    """Groups of one."""
-    return [f"{place:05d}" for place in range(number)]
+    """Names of groups, each for one bin."""
+    return [f"{bin_number:05d}" for bin_number in range(number)]
 
 
 def test_a_sample_has_as_many_groups_as_there_are_with_all_their_bins() -> None:
@@ -30,15 +30,15 @@ def test_a_sample_has_as_many_groups_as_there_are_with_all_their_bins() -> None:
         assert weights.shape == (8,)
         of_group = dict(zip(GROUPS, weights, strict=True))
         assert [of_group[group] for group in GROUPS] == weights.tolist()
-        # Five groups, of which 00100 and 100 are two.
+        # There are five groups, because 00100 and 100 are different.
         assert sum(of_group.values()) == len(of_group) == 5
         assert all(times == int(times) >= 0 for times in of_group.values())
 
 
-def test_each_group_is_drawn_as_often_as_by_chance() -> None:
+def test_each_group_is_sampled_as_often_as_by_chance() -> None:
     weights = np.array(list(group_weights(names(10), 4000)))
 
-    # The binomial distribution's, of 10 draws at 1/10.
+    # The binomial distribution of 10 draws with probability 1/10.
     for times in range(4):
         expected = binom.pmf(times, 10, 0.1)
         np.testing.assert_allclose((weights == times).mean(axis=0), expected, atol=0.04)
@@ -49,7 +49,7 @@ def test_samples_are_the_same_each_time_and_differ_from_each_other() -> None:
 
     np.testing.assert_array_equal(first, again)
     assert len(np.unique(first, axis=0)) > 10
-    # More samples begin with the same ones.
+    # The first of more samples are the same.
     np.testing.assert_array_equal(np.array(list(group_weights(GROUPS, 30)))[:20], first)
 
 
@@ -86,7 +86,7 @@ def test_without_siblings_an_interval_is_scipys(seed: int) -> None:
     ).confidence_interval
     error = values.std() / 150**0.5
     assert row["value"] == values.mean()
-    # Several times the chance of 2000 samples, and a tenth of the interval.
+    # This is several times the noise of 2000 samples, and less than a tenth of the interval.
     assert row["low"] == pytest.approx(expected.low, abs=0.3 * error)
     assert row["high"] == pytest.approx(expected.high, abs=0.3 * error)
     half = norm.ppf(0.975) * error
@@ -94,10 +94,10 @@ def test_without_siblings_an_interval_is_scipys(seed: int) -> None:
 
 
 def siblings_alike(seed: int, groups: int = 40, size: int = 4) -> tuple[Floats, list[str]]:
-    """Values of bins around 0, nearly the same in each group."""
+    """Values around 0 that are nearly the same for all bins of a group."""
     chance = np.random.default_rng(seed)
     values = np.repeat(chance.normal(size=groups), size) + chance.normal(0, 0.1, groups * size)
-    return values, [f"{place // size:05d}" for place in range(groups * size)]
+    return values, [f"{bin_number // size:05d}" for bin_number in range(groups * size)]
 
 
 def width(values: Floats, groups: list[str]) -> float:
@@ -113,9 +113,9 @@ def holds_0(values: Floats, groups: list[str]) -> bool:
 def test_siblings_that_are_alike_make_an_interval_wider() -> None:
     values, groups = siblings_alike(0)
 
-    # Of four bins that are one the error is twice that of four.
+    # Four equal bins count as one, so the standard error is twice as large.
     assert width(values, groups) == pytest.approx(2 * width(values, names(160)), rel=0.15)
-    # Siblings that have nothing in common do not.
+    # Siblings that have nothing in common leave the interval as it is.
     mixed = np.random.default_rng(1).permutation(values)
     assert width(mixed, groups) == pytest.approx(width(mixed, names(160)), rel=0.2)
 
@@ -123,12 +123,12 @@ def test_siblings_that_are_alike_make_an_interval_wider() -> None:
 def test_the_truth_is_in_about_95_of_100_intervals() -> None:
     held = [holds_0(*siblings_alike(seed)) for seed in range(100)]
 
-    # A percentile interval of 40 groups is a little too narrow; the chance of 100 is 2%.
+    # A percentile interval of 40 groups is a little too narrow, and 100 intervals vary by 2%.
     assert 0.88 <= np.mean(held) <= 0.98
 
 
 def rights(both: int, first: int, second: int, neither: int) -> list[NDArray[np.bool_]]:
-    """Which bins each of two is right on, by how many there are of each kind, in random order."""
+    """The bins on which each of two classifiers is right, given the number of each kind."""
     kinds = [(True, True)] * both + [(True, False)] * first
     kinds += [(False, True)] * second + [(False, False)] * neither
     table = np.random.default_rng(0).permutation(np.array(kinds))
@@ -138,7 +138,7 @@ def rights(both: int, first: int, second: int, neither: int) -> list[NDArray[np.
 @pytest.mark.parametrize(
     ("first", "second", "p_value"),
     [
-        # The chance that at most one of 6 coins falls one way: 2 * (1 + 6) / 64.
+        # The probability that at most one of 6 coins shows one side: 2 * (1 + 6) / 64.
         (1, 5, 14 / 64),
         (5, 1, 14 / 64),
         (0, 5, 2 / 32),
@@ -158,5 +158,5 @@ def test_mcnemar_by_hand_and_by_scipy(first: int, second: int, p_value: float) -
 
     assert found[:2] == (first, second)
     assert found.p_value == pytest.approx(p_value, rel=1e-9)
-    # Bins on which both do the same count for nothing.
+    # Bins on which both are right or both are wrong do not matter.
     assert mcnemar(*rights(1, first, second, 200)) == found

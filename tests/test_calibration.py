@@ -1,4 +1,4 @@
-"""Temperature scaling, against SciPy's softmax and minimizers and by hand."""
+"""Temperature scaling, compared with SciPy and with results worked by hand."""
 
 import numpy as np
 import pytest
@@ -18,17 +18,17 @@ Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 
 
-def drawn_logits(seed: int, bins: int = 400, spread: float = 2.0) -> Floats:
-    """[bins, labels], with a constant of its own for each bin, which a softmax does not see."""
+def random_logits(seed: int, bins: int = 400, spread: float = 2.0) -> Floats:
+    """[bins, labels], plus a constant for each bin, which does not change its softmax."""
     chance = np.random.default_rng(seed)
     return chance.normal(0, spread, (bins, 5)) + chance.normal(0, 10, (bins, 1))
 
 
-def drawn_targets(probabilities: Floats, seed: int) -> Counts:
-    """A label for each row, as often as its probability says."""
+def sampled_targets(probabilities: Floats, seed: int) -> Counts:
+    """A label for each row, sampled from its probabilities."""
     chance = np.random.default_rng([seed, 1]).random((len(probabilities), 1))
-    places = (probabilities.cumsum(axis=1) < chance).sum(axis=1)
-    targets: Counts = places.clip(max=probabilities.shape[1] - 1)
+    positions = (probabilities.cumsum(axis=1) < chance).sum(axis=1)
+    targets: Counts = positions.clip(max=probabilities.shape[1] - 1)
     return targets
 
 
@@ -37,8 +37,8 @@ def drawn_targets(probabilities: Floats, seed: int) -> Counts:
 def test_the_fitted_temperature_is_that_of_scipys_minimizer_on_logits(
     true: float, seed: int
 ) -> None:
-    logits = drawn_logits(seed)
-    targets = drawn_targets(softmax(logits / true, axis=1), seed)
+    logits = random_logits(seed)
+    targets = sampled_targets(softmax(logits / true, axis=1), seed)
 
     fitted = fit_temperature(softmax(logits, axis=1), targets)
 
@@ -52,8 +52,8 @@ def test_the_fitted_temperature_is_that_of_scipys_minimizer_on_logits(
 
 @pytest.mark.parametrize("true", [0.5, 1.0, 2.5])
 def test_a_known_temperature_is_found_again(true: float) -> None:
-    logits = drawn_logits(7, bins=20_000)
-    targets = drawn_targets(softmax(logits / true, axis=1), 7)
+    logits = random_logits(7, bins=20_000)
+    targets = sampled_targets(softmax(logits / true, axis=1), 7)
 
     fitted = fit_temperature(softmax(logits, axis=1).astype(np.float32), targets)
 
@@ -62,7 +62,7 @@ def test_a_known_temperature_is_found_again(true: float) -> None:
 
 @pytest.mark.parametrize("temperature", [LOWEST, 0.2, 1.0, 1.7, HIGHEST])
 def test_a_temperature_divides_the_logits(temperature: float) -> None:
-    logits = drawn_logits(2)
+    logits = random_logits(2)
 
     calibrated = with_temperature(softmax(logits, axis=1), temperature)
 
@@ -70,7 +70,7 @@ def test_a_temperature_divides_the_logits(temperature: float) -> None:
 
 
 def test_a_temperature_worked_by_hand() -> None:
-    # Half the logits are the roots of the probabilities, up to their sum.
+    # Half the logits give the square roots of the probabilities, up to a factor.
     calibrated = with_temperature(np.array([[0.64, 0.32, 0.04]]), 2.0)
 
     roots = np.array([0.8, 0.32**0.5, 0.2])
@@ -78,16 +78,16 @@ def test_a_temperature_worked_by_hand() -> None:
 
 
 def test_probabilities_of_0_are_calibrated_too() -> None:
-    # A float32 softmax of logits this far apart has zeros, also for some of the targets.
-    probabilities = softmax(np.float32(drawn_logits(4, spread=80.0)), axis=1)
-    targets = drawn_targets(softmax(drawn_logits(4, spread=1.0), axis=1), 4)
+    # A float32 softmax of logits this far apart has zeros, even for some targets.
+    probabilities = softmax(np.float32(random_logits(4, spread=80.0)), axis=1)
+    targets = sampled_targets(softmax(random_logits(4, spread=1.0), axis=1), 4)
     assert (probabilities[np.arange(len(targets)), targets] == 0).any()
 
     temperature = fit_temperature(probabilities, targets)
     calibrated = with_temperature(probabilities, temperature)
 
     assert 10 < temperature <= HIGHEST
-    # A temperature this high leaves none of them impossible.
+    # At a temperature this high every label is possible.
     assert (calibrated > 1e-9).all()
     np.testing.assert_allclose(calibrated.sum(axis=1), 1, rtol=1e-12)
 
@@ -104,5 +104,5 @@ def test_a_likelihood_worked_by_hand() -> None:
 
     losses = negative_log_likelihood(probabilities, np.array([0, 1, 1, 0]))
 
-    # The last one is that of float32's least normal number, 2 ** -126.
+    # The last loss is that of float32's smallest normal number, 2 ** -126.
     assert losses.tolist() == pytest.approx([np.log(2), 0, np.log(10), 126 * np.log(2)])

@@ -1,4 +1,4 @@
-"""The model card: what the hub reads of it, and that its text has the numbers of the tables."""
+"""The model card: its front matter for the hub, and the numbers in its text."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,19 +27,24 @@ ALARMS = pd.DataFrame(
     [("chosen", 0.07654, 0.0512, 0.4321, 0.3141, 0.5926), ("1%", 0.01, 0.01, 0.0, 0.0, 0.0)],
     columns=["alarms", "threshold", *RATES],
 )
-SIBLINGS = pd.DataFrame(
-    [("with", 1234, 0.612, 0.6, 0.624), ("without", 20_766, 0.521, 0.51, 0.532)],
-    columns=["siblings_in_train", "test_bins", "accuracy", "low", "high"],
+OVERLAP = pd.DataFrame(
+    [
+        ("siblings", "with", 1234, 0.612, 0.6, 0.624),
+        ("siblings", "without", 20_766, 0.521, 0.51, 0.532),
+        ("products", "without", 4321, 0.502, 0.49, 0.514),
+        ("products", "difference", 22_000, 0.111, 0.1, 0.12),
+    ],
+    columns=["shared", "half", "test_bins", "accuracy", "low", "high"],
 )
 CALIBRATION = pd.DataFrame(
     [("before", 1.0, 1.2, 0.1), ("after", 1.23456, 1.1, 0.01)],
-    columns=["calibrated", "temperature", "nll", "ece"],
+    columns=["calibrated", "temperature", "nll", "calibration_error"],
 )
 TABLES = {
     "intervals": INTERVALS,
     "alarms": ALARMS,
     "precision": precision_table(ALARMS, 22_000),
-    "siblings": SIBLINGS,
+    "overlap": OVERLAP,
     "calibration": CALIBRATION,
 }
 SETS = pd.DataFrame({"set": np.repeat(["train", "validation", "test"], [188_100, 9900, 22_000])})
@@ -56,7 +61,7 @@ def card_of(
 
 
 def plain(text: str) -> str:
-    """On one line."""
+    """The text on one line."""
     return " ".join(text.split())
 
 
@@ -130,11 +135,13 @@ def test_the_text_says_what_was_found_and_what_it_is_good_for() -> None:
     for said in (
         "188,100 bins to train, 9,900 to calibrate and choose thresholds, 22,000 to test",
         "temperature of 1.235, fitted on validation",
-        "Scores below 0.0765 are alarms",
+        "The intervals of `found` and `false_alarms` take the threshold as given.",
+        "Claims whose probability is below 0.0765 are alarms",
         "5.1% of right records are alarms, and 43.2% of wrong ones",
         "(31.4% of those off by one, 59.3% of those off by more)",
         "the 1,234 test bins with siblings in train or validation: 61.2% (60.0 to 62.4)",
         "the 20,766 test bins without siblings in train or validation: 52.1% (51.0 to 53.2)",
+        "the 4,321 test bins without products in train or validation: 50.2% (49.0 to 51.4)",
         "`python -m tools.audit PHOTOGRAPHS --model models/vit`",
         "to change inventory without a person looking",
     ):
@@ -151,7 +158,7 @@ def test_a_model_that_finds_nothing_and_has_no_siblings_has_a_card() -> None:
     nothing = ALARMS.assign(**dict.fromkeys(RATES, 0.0))
     precision = precision_table(nothing, 22_000)
 
-    text = card_of(tables={"alarms": nothing, "precision": precision, "siblings": SIBLINGS[1:]})
+    text = card_of(tables={"alarms": nothing, "precision": precision, "overlap": OVERLAP[1:]})
 
     assert "| 0.1% | 0.00% | - |" in text
     assert "test bins with siblings" not in text
@@ -163,7 +170,7 @@ def test_each_metric_and_each_precision_has_a_row() -> None:
     for name, value, low, high in INTERVALS.itertuples(index=False):
         assert f"| {name} | {value:.4f} | {low:.4f} to {high:.4f} |" in rows
     for share in (0.001, 0.01, 0.05):
-        # Of the chosen threshold.
+        # The precision at the chosen threshold.
         precision = share * 0.4321 / (share * 0.4321 + (1 - share) * 0.0512)
         assert f"| {100 * share:g}% | {100 * precision:.2f}% | {1 / precision:.0f} |" in rows
     assert len(rows) == 2 * 2 + len(INTERVALS) + 3

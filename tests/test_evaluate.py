@@ -14,6 +14,7 @@ import sklearn.metrics
 import torch
 
 from stages import evaluate
+from stages.formats.shards import write_table
 from stages.formats.tables import read_csv, read_json, write_csv
 from stages.imaging.loader import load_batches, load_bins
 from stages.networks.classifier import Classifier
@@ -36,6 +37,7 @@ from tests.builders import (
     write_resized,
     write_split,
 )
+from tests.conftest import index_of
 
 TRAIN = [1, 2, 3] * 8 + [2]
 VALIDATION = [3, 1, 2, 2, 1, 3, 3, 1]
@@ -45,8 +47,8 @@ KNOBS = model_params("vit", config=TINY_VIT, pretrained=False)
 REPORTS = Path("reports/vit")
 COLUMNS = ["p1", "p2", "p3"]
 PLOTS = ["confusion.csv", "per_quantity.csv", "reliability.csv", "roc.csv"]
-TABLES = ["alarms", "calibration", "intervals", "precision", "predictions"]
-TABLES += ["reliability_uncalibrated", "siblings", "validation"]
+TABLES = ["alarms", "calibration", "intervals", "overlap", "precision", "predictions"]
+TABLES += ["reliability_uncalibrated", "validation"]
 CARD = "../../models/vit.md"
 OUTPUTS = [*PLOTS, "metrics.json", *(f"tables/{name}.csv" for name in TABLES), CARD]
 
@@ -73,11 +75,18 @@ def project_rows() -> list[dict[str, Any]]:
 def write_data(rows: list[dict[str, Any]], sets: list[str] = SETS) -> None:
     """Bin 00034, the first of test, has a sibling in train.
 
-    Bins 2 and 100 have none: 00002 and 00100 are others.
+    Bins 2 and 100 have none: 00002 and 00100 are others. Each bin holds a product of its own, but
+    for the last two of test, which hold one of train and one of each other.
     """
     write_resized(Path("data/resized"), rows)
     ids = [row["id"] for row in rows]
     write_split(Path("data/split.csv"), dict(zip(ids, sets, strict=True)), {"00034": "00001"})
+    contents = {row["id"]: (row["quantity"], [f"ASIN {row['id']}"]) for row in rows}
+    contents[ids[-1]][1].append(f"ASIN {ids[0]}")
+    contents[ids[-2]][1].append(f"ASIN {ids[-1]}")
+    # A bin of the index that the experiment does not use.
+    contents["99999"] = (1, [f"ASIN {ids[-3]}"])
+    write_table(Path("data/index.parquet"), index_of(contents))
 
 
 def write_settings(**changes: Any) -> None:
@@ -271,8 +280,15 @@ def test_a_bin_with_a_sibling_that_was_seen_is_counted_apart(seen: str) -> None:
     evaluate.main("vit")
 
     # Not 2 and 100 too, whose twins by number were seen.
-    rows = table_of("siblings").set_index("siblings_in_train")
-    assert rows["test_bins"].to_dict() == {"with": 1, "without": 6, "difference": 7}
+    rows = table_of("overlap").set_index(["shared", "half"])["test_bins"]
+    assert rows["siblings"].to_dict() == {"with": 1, "without": 6, "difference": 7}
+
+
+@pytest.mark.usefixtures("project")
+def test_a_bin_with_a_product_that_was_seen_is_counted_apart() -> None:
+    # Only the last one: what test bins share with each other, or with unused bins, was not seen.
+    rows = table_of("overlap").set_index(["shared", "half"])["test_bins"]
+    assert rows["products"].to_dict() == {"with": 1, "without": 6, "difference": 7}
 
 
 @pytest.mark.usefixtures("other")

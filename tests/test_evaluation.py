@@ -1,4 +1,4 @@
-"""What is computed from scored bins: tables of few bins by hand, of more by other libraries."""
+"""The tables of scored bins, compared with other libraries and with results worked by hand."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import sklearn.metrics
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 
 from stages.scoring import evaluation
 from stages.scoring.bootstrap import group_weights, intervals
@@ -16,29 +16,40 @@ from stages.scoring.comparison import compare_models
 from stages.scoring.evaluation import (
     Evaluation,
     Scored,
-    accuracy_by_siblings,
+    accuracy_by_overlap,
     alarm_rates,
     evaluate_scores,
     metrics_with_intervals,
+    overlap_table,
 )
 from stages.scoring.verification import rates_at, roc_metrics
 from tests.conftest import REPOSITORY
 
 LABELS = [1, 2, 3]
 METRICS = ["accuracy", "rmse", "mae", "within_one", "macro_f1", "kappa"]
-METRICS += ["rmse_of_mean", "nll", "ece", "auroc", "found_at_1", "found_at_5", "found_at_10"]
+METRICS += [
+    "rmse_of_mean",
+    "rps",
+    "nll",
+    "calibration_error",
+    "auroc",
+    "found_at_1",
+    "found_at_5",
+    "found_at_10",
+]
 METRICS += ["found", "false_alarms"]
+PROBABILISTIC = {"rmse_of_mean", "rps", "nll", "calibration_error"}
 SAMPLES = 100
 
 
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of them takes a millisecond or two."""
+    """A sample of the bootstrap takes a millisecond or two."""
     monkeypatch.setattr(evaluation, "intervals", partial(intervals, samples=SAMPLES))
 
 
 def by_hand() -> Scored:
-    """Four bins, of which the last is taken for a 2."""
+    """Four bins; the last one is counted as 2."""
     return Scored(
         ids=["00001", "00002", "00003", "3"],
         groups=["00001", "00001", "00003", "3"],
@@ -56,8 +67,8 @@ def random_scores(seed: int, bins: int = 60) -> Scored:
     actual = chance.choice(LABELS, bins)
     scores = chance.gamma(0.7, size=(bins, 3)) + 0.6 * (actual[:, None] == LABELS)
     return Scored(
-        ids=[f"{place:05d}" for place in range(bins)],
-        groups=[f"{place // 2 * 2:05d}" for place in range(bins)],
+        ids=[f"{position:05d}" for position in range(bins)],
+        groups=[f"{position // 2 * 2:05d}" for position in range(bins)],
         actual=actual,
         probabilities=scores / scores.sum(axis=1, keepdims=True),
         labels=LABELS,
@@ -65,10 +76,10 @@ def random_scores(seed: int, bins: int = 60) -> Scored:
 
 
 def evaluated(
-    test: Scored, validation: Scored | None = None, temperature: float = 1.0, seen: str = ""
+    test: Scored, validation: Scored | None = None, temperature: float = 1.0
 ) -> Evaluation:
     table = (validation or by_hand()).table()
-    return evaluate_scores(table, test, temperature, 0.25, set(seen.split()))
+    return evaluate_scores(table, test, temperature, 0.25, {"siblings": set()})
 
 
 def test_a_table_has_a_row_per_bin_and_its_labels_need_not_be_in_order() -> None:
@@ -93,7 +104,7 @@ def test_calibrating_changes_confidence_and_nothing_else() -> None:
     np.testing.assert_allclose(calibrated.probabilities, expected)
     for name, value in scored.metrics().items():
         same = calibrated.metrics()[name] == pytest.approx(value)
-        assert same == (name not in {"rmse_of_mean", "nll", "ece"}), name
+        assert same == (name not in PROBABILISTIC), name
 
 
 def test_metrics_have_intervals_of_sibling_groups() -> None:
@@ -113,30 +124,75 @@ def test_metrics_have_intervals_of_sibling_groups() -> None:
     samples = [np.average(right, weights=weights) for weights in resampled]
     found = (rows["low"]["accuracy"], rows["high"]["accuracy"])
     assert found == pytest.approx(tuple(np.quantile(samples, [0.025, 0.975])))
-    for name in ("accuracy", "rmse", "mae", "nll", "ece", "auroc", "found", "false_alarms"):
+    for name in ("accuracy", "rmse", "rps", "nll", "auroc", "found", "false_alarms"):
         assert rows["low"][name] < rows["value"][name] < rows["high"][name], name
 
 
+def confident(seed: int, sharper: float, bins: int = 662) -> Scored:
+    """Bins whose logits are too large by this factor; 1 is a perfectly calibrated model."""
+    chance = np.random.default_rng(seed)
+    logits = chance.normal(0, 1.2, (bins, len(LABELS)))
+    true, told = softmax(logits, axis=1), softmax(sharper * logits, axis=1)
+    positions = (true.cumsum(axis=1) < chance.random((bins, 1))).sum(axis=1)
+    actual = np.array(LABELS)[positions.clip(max=len(LABELS) - 1)]
+    ids = [f"{position:05d}" for position in range(bins)]
+    return Scored(ids, ids, actual, told, LABELS)
+
+
+def calibration_intervals(sharper: float) -> pd.DataFrame:
+    """The rows of the calibration error for 24 samples of bins."""
+    tables = [metrics_with_intervals(confident(seed, sharper), 0.2) for seed in range(24)]
+    return pd.concat([table[table["metric"] == "calibration_error"] for table in tables])
+
+
+def test_a_calibrated_model_is_not_called_miscalibrated() -> None:
+    found = calibration_intervals(1.0)
+
+    # 95% of the intervals should include the true error, 0.
+    assert (found["low"] == 0).sum() >= 23
+    # Chance moves the estimates both ways, so their mean is about 0.
+    squares = [confident(s, 1.0).squared_calibration_error(np.ones(662)) for s in range(24)]
+    assert abs(np.mean(squares)) < 2.5 * np.std(squares) / 24**0.5
+    assert min(squares) < 0 < max(squares)
+
+
+@pytest.mark.parametrize(("sharper", "detected"), [(1.5, 12), (2.5, 24)])
+def test_the_interval_of_the_calibration_error_includes_the_true_one(
+    sharper: float, detected: int
+) -> None:
+    # With this many bins the error is nearly that of the model.
+    many = confident(99, sharper, bins=400_000)
+    true = many.squared_calibration_error(np.ones(400_000)) ** 0.5
+
+    found = calibration_intervals(sharper)
+
+    assert ((found["low"] <= true) & (true <= found["high"])).sum() >= 22
+    assert found["value"].mean() == pytest.approx(true, rel=0.15)
+    # A large error is detected.
+    assert (found["low"] > 0).sum() >= detected
+
+
 def answered(actual: list[int], predicted: list[int]) -> Scored:
-    """Bins without siblings, with these predictions; the ids are their places."""
+    """Bins without siblings, with these predictions; their ids are 0, 1, 2 and so on."""
     probabilities = (np.array(predicted)[:, None] == np.array(LABELS)) * 0.7 + 0.1
-    ids = [f"{place}" for place in range(len(actual))]
+    ids = [f"{position}" for position in range(len(actual))]
     return Scored(ids, ids, np.array(actual), probabilities, LABELS)
 
 
 @pytest.mark.parametrize(
     ("actual", "predicted", "seen", "expected"),
     [
-        # Half of all bins are 1 and half 2: with siblings all 1 are right and no 2, without
-        # siblings half of the 1 and all 2.
+        # Half of all bins hold 1 item and half hold 2. With siblings, every 1 is right and no 2;
+        # without, half of the 1s and every 2.
         (
             [1, 1, 2, 1, 1, 2, 2, 2],
             [1, 1, 3, 1, 2, 2, 2, 2],
             "0 1 2 77",
             {"with": (3, 0.5), "without": (5, 0.75), "difference": (8, -0.25)},
         ),
-        # Right on every 1 and on every second 2, sibling or not: other quantities are no leak. No
-        # bin with 3 has a sibling; of the other ten 4 are 1 and 6 are 2.
+        # Every 1 and every second 2 is right in both halves. So there is no leak, although
+        # the halves hold other quantities. Only bins without siblings hold 3 items; of the other
+        # ten, 4 hold 1 item and 6 hold 2.
         (
             [1, 1, 1, 2, 2, 1, 2, 2, 2, 2, 3],
             [1, 1, 1, 2, 3, 1, 2, 3, 2, 3, 1],
@@ -148,28 +204,41 @@ def answered(actual: list[int], predicted: list[int]) -> Scored:
     ],
     ids=["a leak", "other quantities", "none seen", "all seen"],
 )
-def test_accuracy_by_siblings_worked_by_hand(
+def test_accuracy_by_overlap_worked_by_hand(
     actual: list[int], predicted: list[int], seen: str, expected: dict[str, tuple[int, float]]
 ) -> None:
-    table = accuracy_by_siblings(answered(actual, predicted), set(seen.split()))
+    table = accuracy_by_overlap(answered(actual, predicted), set(seen.split()))
 
-    columns = ["siblings_in_train", "test_bins", "accuracy", "low", "high"]
-    assert table.columns.tolist() == columns
-    assert table["siblings_in_train"].tolist() == list(expected)
+    assert table["half"].tolist() == list(expected)
     found = zip(table["test_bins"], table["accuracy"], strict=True)
     assert list(found) == [pytest.approx(values) for values in expected.values()]
     assert (table["low"] <= table["accuracy"] + 1e-12).all()
     assert (table["accuracy"] <= table["high"] + 1e-12).all()
 
 
+def test_each_kind_of_overlap_has_its_rows() -> None:
+    test = answered([1, 2, 3, 3], [1, 2, 3, 2])
+
+    table = overlap_table(test, {"siblings": set(), "products": {"2", "3"}})
+
+    assert table.columns.tolist() == ["shared", "half", "test_bins", "accuracy", "low", "high"]
+    kinds = list(zip(table["shared"], table["half"], table["test_bins"], strict=True))
+    assert kinds == [
+        ("siblings", "without", 4),
+        ("products", "with", 2),
+        ("products", "without", 2),
+        ("products", "difference", 4),
+    ]
+
+
 def test_alarm_rates_worked_by_hand() -> None:
-    # Of four right claims one may be an alarm: the second lowest score of validation's.
+    # One of validation's four right claims may be an alarm, so the second lowest is the threshold.
     table = alarm_rates(by_hand().table(), by_hand(), 0.25)
 
     assert table["alarms"].tolist() == ["chosen", "1%", "5%", "10%"]
-    # A share that small of test's four is no bin: the threshold is the lowest score.
+    # These shares of test's four right claims are less than one, so the lowest is the threshold.
     assert table["threshold"].tolist() == pytest.approx([0.5, 0.25, 0.25, 0.25])
-    # Of the other eight claims one scores 0.5 and is no alarm; below 0.25 there are five.
+    # One of the eight wrong claims scores 0.5 and raises no alarm; five score below 0.25.
     assert table["false_alarms"].tolist() == [0.25, 0, 0, 0]
     assert table["found"].tolist() == pytest.approx([7 / 8, 5 / 8, 5 / 8, 5 / 8])
 
@@ -191,7 +260,7 @@ def test_validation_chooses_the_first_threshold_and_test_only_measures() -> None
         scores = after.probabilities[np.arange(len(after.ids)), after.targets]
         chosen = table["alarms"].iloc[0]
         assert chosen["false_alarms"] == pytest.approx(np.mean(scores < chosen["threshold"]))
-        # The other thresholds are test's own.
+        # Test chooses the other thresholds.
         assert set(table["alarms"]["threshold"][1:]) <= set(scores)
 
 
@@ -224,11 +293,14 @@ def test_calibration_is_told_before_and_after() -> None:
     assert calibration["temperature"].tolist() == [1, 2]
     losses = [-np.log([0.8, 0.5, 0.9, 0.25]).mean(), -np.log(of_true).mean()]
     assert calibration["nll"].tolist() == pytest.approx(losses)
-    # 0.8, 0.5 and 0.9 are right, the other 0.5 is wrong.
+    # The predictions with 0.8, 0.9 and one with 0.5 are right; the other with 0.5 is wrong.
     assert tables["reliability_uncalibrated"].to_numpy().tolist() == pytest.approx(
         np.array([[0.5, 0.5, 2], [0.8, 1, 1], [0.9, 1, 1]])
     )
-    assert calibration["ece"][0] == pytest.approx((0.2 + 0.1) / 4)
+    errors = [test.metrics(), test.calibrated(2.0).metrics()]
+    assert calibration["calibration_error"].tolist() == pytest.approx(
+        [metrics["calibration_error"] for metrics in errors]
+    )
     pd.testing.assert_frame_equal(tables["reliability"], test.calibrated(2.0).reliability())
 
 
@@ -243,7 +315,7 @@ def test_confusion_and_quantities_are_those_of_the_predictions() -> None:
 
     confusion = tables["confusion"]
     assert confusion.columns.tolist() == ["actual", "predicted", "test_bins"]
-    # A row for each pair of counts.
+    # There is a row for each pair of counts.
     assert confusion["actual"].tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert confusion["predicted"].tolist() == [1, 2, 3] * 3
     assert confusion["test_bins"].tolist() == expected.ravel().tolist()
@@ -270,7 +342,7 @@ def test_two_models_are_compared_on_the_same_bins() -> None:
 
 
 def test_scoring_and_reporting_import_no_torch() -> None:
-    """The report starts at once, and whoever only computes metrics needs no networks."""
+    """The report starts at once, and metrics can be computed without the libraries of networks."""
     modules = (
         "stages.report, stages.scoring.evaluation, stages.scoring.results, stages.scoring.card"
     )

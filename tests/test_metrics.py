@@ -1,4 +1,4 @@
-"""The metrics, against scikit-learn and by hand."""
+"""The metrics, compared with scikit-learn and with results worked by hand."""
 
 import math
 from fractions import Fraction
@@ -12,10 +12,11 @@ from stages.scoring.metrics import (
     CONFIDENCE_INTERVALS,
     confusion_matrix,
     counting_metrics,
-    expected_calibration_error,
     probability_metrics,
+    ranked_probability_scores,
     recall_and_precision,
     reliability_table,
+    squared_calibration_error,
 )
 
 LABELS = [1, 2, 3, 4, 5]
@@ -24,14 +25,14 @@ Floats = NDArray[np.float64]
 
 
 def random_counts(seed: int, occurring: list[int]) -> tuple[Counts, Counts]:
-    """Some counts and predictions that are right in about half of the cases."""
+    """Counts, and predictions of which about half are right."""
     chance = np.random.default_rng(seed)
     actual = chance.choice(occurring, 60)
     guessed = chance.choice(occurring, 60)
     return actual, np.where(chance.random(60) < 0.5, actual, guessed)
 
 
-def drawn_probabilities(seed: int, actual: Counts) -> Floats:
+def random_probabilities(seed: int, actual: Counts) -> Floats:
     """A distribution for each bin that favours its count."""
     chance = np.random.default_rng([seed, 1])
     scores = chance.gamma(0.7, size=(len(actual), len(LABELS)))
@@ -40,12 +41,12 @@ def drawn_probabilities(seed: int, actual: Counts) -> Floats:
     return probabilities
 
 
-def drawn_weights(seed: int) -> Floats:
-    """How often each of 60 bins might be in a bootstrap sample: some of them never."""
+def random_weights(seed: int) -> Floats:
+    """How often each of 60 bins is in a bootstrap sample; some are never."""
     return np.random.default_rng([seed, 2]).poisson(1.0, 60).astype(np.float64)
 
 
-every_draw = pytest.mark.parametrize(
+every_seed = pytest.mark.parametrize(
     ("seed", "occurring"),
     [(0, LABELS), (1, LABELS), (2, [2, 3, 5]), (3, [1, 4]), (4, [3])],
     ids=str,
@@ -53,7 +54,7 @@ every_draw = pytest.mark.parametrize(
 weighted_or_not = pytest.mark.parametrize("weighted", [False, True])
 
 
-@every_draw
+@every_seed
 @weighted_or_not
 def test_counting_metrics_are_scikit_learns(
     seed: int, occurring: list[int], *, weighted: bool
@@ -73,20 +74,20 @@ def test_counting_metrics_are_scikit_learns(
             "mae": sklearn.metrics.mean_absolute_error(**every),
             "within_one": float(near),
             "macro_f1": sklearn.metrics.f1_score(**every, average="macro", zero_division=0),
-            # scikit-learn leaves that of a single count undefined.
+            # scikit-learn leaves kappa undefined if there is a single count.
             "kappa": 0.0 if len(occurring) == 1 else kappa,
         },
         abs=1e-12,
     )
 
 
-@every_draw
+@every_seed
 @weighted_or_not
-def test_probability_metrics_are_scikit_learns(
+def test_probability_metrics_are_scikit_learns_and_those_of_plain_loops(
     seed: int, occurring: list[int], *, weighted: bool
 ) -> None:
     actual, _ = random_counts(seed, occurring)
-    probabilities = drawn_probabilities(seed, actual)
+    probabilities = random_probabilities(seed, actual)
     weights = np.random.default_rng(seed).uniform(0.1, 3, 60) if weighted else None
     means = [sum(p * label for p, label in zip(row, LABELS, strict=True)) for row in probabilities]
     right = np.array(LABELS)[probabilities.argmax(axis=1)] == actual
@@ -99,17 +100,22 @@ def test_probability_metrics_are_scikit_learns(
             "nll": sklearn.metrics.log_loss(
                 actual, probabilities, labels=LABELS, sample_weight=weights
             ),
-            "ece": papers_calibration_error(right, probabilities.max(axis=1), weights),
+            "rps": np.average(
+                [energy_score(*row) for row in zip(actual, probabilities, strict=True)],
+                weights=weights,
+            ),
+            "calibration_error": max(0.0, error_by_pairs(right, probabilities.max(axis=1), weights))
+            ** 0.5,
         },
         abs=1e-12,
     )
 
 
-@every_draw
+@every_seed
 def test_a_bin_of_weight_2_counts_as_a_bin_twice(seed: int, occurring: list[int]) -> None:
     actual, predicted = random_counts(seed, occurring)
-    probabilities = drawn_probabilities(seed, actual)
-    weights = drawn_weights(seed)
+    probabilities = random_probabilities(seed, actual)
+    weights = random_weights(seed)
     assert {0, 1, 2} <= set(weights)
     rows = np.repeat(np.arange(60), weights.astype(int))
 
@@ -122,13 +128,13 @@ def test_a_bin_of_weight_2_counts_as_a_bin_twice(seed: int, occurring: list[int]
     assert probability == pytest.approx(repeated, abs=1e-12)
 
 
-@every_draw
+@every_seed
 @weighted_or_not
 def test_confusion_recall_and_precision_are_scikit_learns(
     seed: int, occurring: list[int], *, weighted: bool
 ) -> None:
     actual, predicted = random_counts(seed, occurring)
-    weights = drawn_weights(seed) if weighted else None
+    weights = random_weights(seed) if weighted else None
 
     for labels in (LABELS, [4, 1, 5, 3, 2]):
         matrix = confusion_matrix(actual, predicted, labels, weights)
@@ -156,7 +162,7 @@ def test_confusion_recall_and_precision_are_scikit_learns(
                 "mae": 3 / 4,
                 "within_one": 3 / 4,
                 "macro_f1": (1 / 2 + 2 / 3 + 0) / 3,
-                # Squared errors add up to 5; those of all 16 pairs to 16, so of 4 by chance to 4.
+                # The squared errors add up to 5, and to 4 for a quarter of all 16 pairs.
                 "kappa": 1 - 5 / 4,
             },
         ),
@@ -165,7 +171,7 @@ def test_confusion_recall_and_precision_are_scikit_learns(
             [2, 2, 5],
             {"accuracy": 1, "rmse": 0, "mae": 0, "within_one": 1, "macro_f1": 1, "kappa": 1},
         ),
-        # A label that is only predicted.
+        # No record has the label 2.
         ([1, 1, 1, 1], [1, 1, 1, 2], {"macro_f1": (6 / 7 + 0) / 2}),
         ([1, 1, 5, 5], [1, 5, 1, 5], {"kappa": 0}),
         ([1, 1, 5, 5], [3, 3, 3, 3], {"kappa": 0}),
@@ -188,14 +194,14 @@ def test_a_count_of_probability_0_has_a_large_but_finite_loss() -> None:
 
 
 def concordance(actual: Counts, predicted: Counts) -> float:
-    """Lin's coefficient, which quadratic kappa is (Fleiss and Cohen 1973)."""
+    """Lin's coefficient, which equals quadratic kappa (Fleiss and Cohen 1973)."""
     covariance = np.mean((actual - actual.mean()) * (predicted - predicted.mean()))
     shift = (actual.mean() - predicted.mean()) ** 2
     return float(2 * covariance / (actual.var() + predicted.var() + shift))
 
 
 @pytest.mark.parametrize("labels", [[1, 2, 5], [0, 10], [7, 3, 4, 0]], ids=str)
-def test_kappa_weights_errors_by_items_and_not_by_places(labels: list[int]) -> None:
+def test_kappa_weights_errors_by_items_and_not_by_positions(labels: list[int]) -> None:
     actual, predicted = random_counts(0, labels)
 
     kappa = counting_metrics(actual, predicted, labels)["kappa"]
@@ -204,22 +210,54 @@ def test_kappa_weights_errors_by_items_and_not_by_places(labels: list[int]) -> N
     assert 0.2 < kappa < 0.8
 
 
-def papers_calibration_error(
+def energy_score(actual: int, probabilities: Floats) -> float:
+    """The ranked probability score in its other form, from mean distances between counts."""
+    pairs = list(zip(LABELS, probabilities.tolist(), strict=True))
+    to_actual = sum(p * abs(label - actual) for label, p in pairs)
+    to_each_other = sum(p * q * abs(label - other) for label, p in pairs for other, q in pairs)
+    return float(to_actual - to_each_other / 2)
+
+
+@pytest.mark.parametrize(
+    ("actual", "probabilities", "labels", "expected"),
+    [
+        (3, [0.0, 0.0, 1.0, 0.0, 0.0], LABELS, 0),
+        # The score of a certain answer is its error, and farther probabilities score worse.
+        (3, [1.0, 0.0, 0.0, 0.0, 0.0], LABELS, 2),
+        (1, [0.5, 0.5, 0.0, 0.0, 0.0], LABELS, 0.25),
+        (1, [0.5, 0.0, 0.0, 0.0, 0.5], LABELS, 4 * 0.25),
+        # The score is in items even if the counts have gaps or are in another order.
+        (0, [0.0, 1.0], [0, 10], 10),
+        (2, [0.5, 0.0, 0.5], [7, 4, 2], 5 * 0.25),
+    ],
+)
+def test_ranked_probability_scores_worked_by_hand(
+    actual: int, probabilities: list[float], labels: list[int], expected: float
+) -> None:
+    scores = ranked_probability_scores(np.array([actual]), np.array([probabilities]), labels)
+
+    assert scores.tolist() == pytest.approx([expected])
+
+
+def error_by_pairs(
     right: NDArray[np.bool_], confidence: NDArray[np.floating], weights: Floats | None = None
 ) -> float:
-    """Section 2 of Guo et al., interval by interval."""
+    """The squared calibration error, pair by pair; a weight is how often a bin occurs."""
     weights = np.ones(len(right)) if weights is None else weights
     rows = [
-        # Exactly, where 10 times a float32 would be rounded.
-        (math.ceil(CONFIDENCE_INTERVALS * Fraction(float(sure))), weight, float(sure), bool(hit))
+        # A fraction is exact; 10 times a float32 would be rounded.
+        (math.ceil(CONFIDENCE_INTERVALS * Fraction(float(sure))), weight, float(sure) - bool(hit))
         for sure, hit, weight in zip(confidence, right, weights.tolist(), strict=True)
     ]
     error = 0.0
     for number in range(1, CONFIDENCE_INTERVALS + 1):
         members = [row[1:] for row in rows if row[0] == number]
-        gap = sum(weight * (hit - sure) for weight, sure, hit in members)
-        error += abs(gap) / sum(weight for _, weight, _, _ in rows)
-    return error
+        bins = sum(weight for weight, _ in members)
+        if bins > 1:
+            products = sum(w * v * d * e for w, d in members for v, e in members)
+            with_itself = sum(weight * difference**2 for weight, difference in members)
+            error += (products - with_itself) / (bins - 1)
+    return error / sum(weights)
 
 
 def test_a_reliability_worked_by_hand() -> None:
@@ -232,5 +270,10 @@ def test_a_reliability_worked_by_hand() -> None:
     assert table["confidence"].tolist() == pytest.approx([0.475, 0.51, 0.975])
     assert table["accuracy"].tolist() == [0.5, 1.0, 0.5]
     assert table["test_bins"].tolist() == [2, 1, 2]
-    error = expected_calibration_error(right, confidence, np.ones(5))
-    assert error == pytest.approx((2 * 0.025 + 0.49 + 2 * 0.475) / 5)
+    error = squared_calibration_error(right, confidence, np.ones(5))
+    # Two products in the first interval and two in the last one, of 5 bins.
+    assert error == pytest.approx(2 * (-0.55 * 0.5 + 0 * 0.95) / 5)
+
+
+def test_a_single_bin_has_no_calibration_error() -> None:
+    assert squared_calibration_error(np.array([False]), np.array([0.9]), np.ones(1)) == 0

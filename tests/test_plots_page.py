@@ -18,7 +18,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from stages.formats.tables import write_csv
-from stages.reporting.plots import SETS
+from stages.reporting.plots import LEARNED
 from stages.scoring.evaluation import confusion_table, per_quantity_table
 from stages.scoring.metrics import confusion_matrix, reliability_table
 from stages.scoring.verification import make_claims, roc_table
@@ -26,12 +26,12 @@ from tests.browser import DESKTOP, PHONE, Browser, Page, running_browser
 from tests.conftest import REPOSITORY
 from tools import plots_page
 
-# Chromium, and some seconds of DVC for each page.
+# The tests need Chromium, and DVC takes some seconds for each page.
 pytestmark = pytest.mark.slow
 
 PIPELINE = YAML(typ="safe").load(REPOSITORY / "dvc.yaml")["stages"]
 MODELS = ["resnet34", "vit"]
-# What DVC knows of each plot, by its path; pictures lie in reports/figures.
+# DVC's settings of each plot by its path; pictures are in reports/figures.
 PLOTS: dict[str, dict[str, str]] = {
     path.replace("${key}", model): {
         name: value.replace("${key}", model) for name, value in plot.items()
@@ -41,20 +41,20 @@ PLOTS: dict[str, dict[str, str]] = {
     for entry in PIPELINE[stage]["do"]["plots"]
     for path, plot in entry.items()
 }
-# A tag of the repository, and the epochs of its curves.
+# The tags of the repository, and the epochs of their curves.
 REVISIONS = {"three": 3, "two": 2, "one": 1}
 LABELS = [1, 2, 3, 10]
-CURVES = [f"{name}_{value}" for value in ("loss", "accuracy") for name in SETS]
+CURVES = [f"{name}_{value}" for value in ("loss", "accuracy") for name in LEARNED]
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository of git's and DVC's in a folder of its own."""
+    """A repository of git and DVC in a new folder."""
 
     folder: Path
 
     def run(self, *command: str) -> str:
-        """The command's output; a failure shows it. Without the user's configuration."""
+        """Run a command without the user's configuration, and return its output."""
         programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         done = subprocess.run(
             command,
@@ -74,14 +74,14 @@ class Repository:
         self.run("git", "tag", tag)
 
     def plots(self, *arguments: str) -> Path:
-        """The page that `dvc plots` makes."""
+        """Run `dvc plots`, and return the path of its page."""
         out = Path(tempfile.mkdtemp(dir=self.folder.parent))
         self.run("dvc", "plots", *arguments, "--out", str(out))
         return out / "index.html"
 
 
 def new_repository(folder: Path) -> Repository:
-    """With DVC's settings and the plots of this one, which are in git there."""
+    """A repository with the DVC settings and plots of this project, all tracked by git."""
     repository = Repository(folder)
     settings = ["config", "plots", ".gitignore"]
     (folder / ".dvc").mkdir(parents=True)
@@ -99,7 +99,7 @@ def new_repository(folder: Path) -> Repository:
 
 
 def write_reports(folder: Path, seed: int, epochs: int) -> None:
-    """What the train, evaluate and report stages would leave for the plots."""
+    """Write the files that the train, evaluate and report stages write for plots."""
     for number, model in enumerate(MODELS):
         chance = np.random.default_rng([seed, number])
         actual, guess = chance.choice(LABELS, (2, 300))
@@ -151,7 +151,7 @@ def compared(repository: Repository) -> Path:
 
 
 def open_plots(browser: Browser, path: Path, width: int = DESKTOP) -> Page:
-    """Open a page of plots, and wait until each is plotted or says why it is not."""
+    """Open a page of plots, and wait until each plot or its error message is shown."""
     page = browser.open(path, width)
     page.wait_until(
         "![...document.querySelectorAll('main > div')].some(c => c.querySelector('script'))"
@@ -172,7 +172,7 @@ def texts(page: Page, path: str, selector: str) -> list[str]:
 
 
 def marks(page: Page, path: str, kind: str) -> list[dict[str, str]]:
-    """The visible marks of a kind in a plot: what each tells a screen reader, and its colour."""
+    """The visible marks of a kind in a plot: the fields of their descriptions, and their fill."""
     elements = f"[...document.querySelectorAll('#{card(path)} .mark-{kind}.role-mark > *')]"
     visible = "mark => mark.getBoundingClientRect().width > 0"
     fields = "mark => [mark.getAttribute('aria-label'), mark.getAttribute('fill')]"
@@ -184,7 +184,7 @@ def marks(page: Page, path: str, kind: str) -> list[dict[str, str]]:
 
 
 def of_kind(kind: str) -> list[str]:
-    """The paths of the plots with a template."""
+    """The paths of the plots with this template."""
     return [path for path, plot in PLOTS.items() if plot["template"] == kind]
 
 
@@ -201,7 +201,7 @@ def test_a_page_is_drawn_without_a_network(
     for path, plot in PLOTS.items():
         assert plot["title"] in texts(page, path, ".role-title-text text")
         assert len(texts(page, path, "svg.marks")) == 1
-        # Only a row of confusions is scrolled, within its card.
+        # Only a row of confusion matrices may scroll, within its card.
         inside = f"(card => card.scrollWidth <= card.clientWidth)({card(path)})"
         assert page.evaluate(inside) or plot["template"] == "confusion_counts"
     page.screenshot(tmp_path / "page.png")
@@ -223,11 +223,15 @@ def test_curves_have_a_point_per_epoch_also_of_one(compared: Path, browser: Brow
             for place in range(epochs)
         )
         assert len({(point["rev"], point["fill"]) for point in points}) == len(REVISIONS)
-        # Of each set a line for loss and one for accuracy, but for the revision of one epoch.
+        # Every revision but the one with a single epoch has a line for each column.
         assert len(marks(page, path, "line")) == 2 * len(CURVES)
-        assert texts(page, path, ".row_header .role-title-text text") == ["loss", "accuracy"]
+        headers = texts(page, path, ".row_header .role-title-text text")
+        assert headers == ["loss (lower is better)", "accuracy (higher is better)"]
+        # Both axes begin at 0, so that a difference of two revisions is shown in proportion.
+        ticks = texts(page, path, ".cell .role-axis-label text")
+        assert [float(tick) for tick in ticks].count(0) == 2
         assert texts(page, path, ".column_footer .role-axis-label text") == ["1", "2", "3"]
-        assert texts(page, path, ".role-legend-label text") == [*REVISIONS, *SETS]
+        assert texts(page, path, ".role-legend-label text") == [*REVISIONS, *LEARNED]
 
 
 def test_one_epoch_of_one_revision_shows_all_sets(shown: Path, browser: Browser) -> None:
@@ -258,7 +262,7 @@ def test_confusions_have_each_revisions_own_numbers(
                 )
                 for row in table.itertuples()
             }
-        # As numbers: 10 is not between 1 and 2.
+        # The labels are sorted as numbers: 10 is not between 1 and 2.
         assert texts(page, path, ".row_header .role-axis-label text") == ["1", "2", "3", "10"]
 
 
@@ -275,7 +279,7 @@ def test_each_revision_has_its_bars_points_and_curve(compared: Path, browser: Br
         points = marks(page, path, "symbol")
         assert [point["rev"] for point in points] == [name for name in REVISIONS for _ in range(7)]
     for path in of_kind("reliability") + of_kind("roc"):
-        # With the diagonal.
+        # One of the lines is the diagonal.
         assert len(marks(page, path, "line")) == 1 + len(REVISIONS)
         assert texts(page, path, ".role-legend-label text") == list(REVISIONS)
 
@@ -342,5 +346,5 @@ def test_the_page_has_dvcs_placeholders_once_and_no_place_for_its_scripts() -> N
     assert text.count("{plot_divs}") == text.count("{refresh_tag}") == 1
     assert "{scripts}" not in text
     assert "{vega}" not in text
-    # One that ends each script of the page.
+    # Only the page's own scripts are ended.
     assert text.count("</script") == text.count("<script>\n") == 2

@@ -1,4 +1,4 @@
-"""Claims about bins and their alarms, against scikit-learn, plain loops and by hand."""
+"""Claims and alarms, compared with scikit-learn, plain loops and results worked by hand."""
 
 from itertools import product
 
@@ -28,7 +28,7 @@ Counts = NDArray[np.int64]
 
 
 def synthetic_bins(seed: int, bins: int = 40, digits: int = 15) -> tuple[Floats, Counts]:
-    """Probabilities that favour the count, and the counts; few digits make many ties."""
+    """Probabilities that favour the actual counts, and the counts; few digits give many ties."""
     chance = np.random.default_rng(seed)
     actual = chance.choice(LABELS, bins)
     scores = chance.gamma(0.7, size=(bins, len(LABELS)))
@@ -36,21 +36,21 @@ def synthetic_bins(seed: int, bins: int = 40, digits: int = 15) -> tuple[Floats,
     return (scores / scores.sum(axis=1, keepdims=True)).round(digits), actual
 
 
-def drawn_claims(seed: int, bins: int = 40, digits: int = 15) -> Claims:
+def random_claims(seed: int, bins: int = 40, digits: int = 15) -> Claims:
     return make_claims(*synthetic_bins(seed, bins, digits), LABELS)
 
 
-def drawn_weights(seed: int, bins: int = 40) -> Floats:
+def random_weights(seed: int, bins: int = 40) -> Floats:
     return np.random.default_rng([seed, 1]).uniform(0.1, 3, bins)
 
 
 def hand_claims() -> Claims:
-    """Of three bins with 1, 2 and 3 items."""
+    """The claims about three bins with 1, 2 and 3 items."""
     probabilities = np.array([[0.7, 0.2, 0.1], [0.3, 0.3, 0.4], [0.1, 0.0, 0.9]])
     return make_claims(probabilities, np.array([1, 2, 3]), [1, 2, 3])
 
 
-every_draw = pytest.mark.parametrize(("seed", "digits"), list(product(range(3), (1, 2, 15))))
+every_seed = pytest.mark.parametrize(("seed", "digits"), list(product(range(3), (1, 2, 15))))
 
 
 @pytest.mark.parametrize("labels", [LABELS, [5, 2, 4, 1, 3]], ids=str)
@@ -60,8 +60,8 @@ def test_each_count_is_claimed_once_of_each_bin_in_the_order_of_scores(labels: l
     claims = make_claims(probabilities, actual, labels)
 
     expected = sorted(
-        (float(probabilities[place, number]), place, abs(label - int(count)))
-        for place, count in enumerate(actual)
+        (float(probabilities[position, number]), position, abs(label - int(count)))
+        for position, count in enumerate(actual)
         for number, label in enumerate(labels)
     )
     found = [claims.scores.tolist(), claims.bins.tolist(), claims.errors.tolist()]
@@ -70,13 +70,13 @@ def test_each_count_is_claimed_once_of_each_bin_in_the_order_of_scores(labels: l
     assert claims.right.sum() == len(actual)
 
 
-@every_draw
+@every_seed
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_roc_curve_and_its_area_are_scikit_learns(
     seed: int, digits: int, *, weighted: bool
 ) -> None:
-    claims = drawn_claims(seed, digits=digits)
-    weights = drawn_weights(seed) if weighted else np.ones(40)
+    claims = random_claims(seed, digits=digits)
+    weights = random_weights(seed) if weighted else np.ones(40)
 
     curve = roc_curve(claims, weights)
     metrics = roc_metrics(claims, weights)
@@ -103,7 +103,7 @@ def test_right_probabilities_are_those_of_the_actual_counts() -> None:
 
 
 def highest_threshold(scores: Floats, share: float) -> float:
-    """Of all the scores, which are where the share below changes."""
+    """The highest score with at most this share below it; the share changes only at scores."""
     return max(float(score) for score in scores if np.mean(scores < score) <= share)
 
 
@@ -120,7 +120,7 @@ def test_the_threshold_is_the_highest_that_keeps_to_the_false_alarms(
             threshold = threshold_for(scores, share)
 
             assert threshold == highest_threshold(scores, share), (bins, share)
-            # Any higher one has more.
+            # Any higher threshold has more false alarms.
             above = np.nextafter(threshold, np.inf)
             assert np.mean(scores < above) > share
 
@@ -128,7 +128,7 @@ def test_the_threshold_is_the_highest_that_keeps_to_the_false_alarms(
 def counted_rates(
     probabilities: Floats, actual: Counts, threshold: float, weights: Floats
 ) -> Rates:
-    """By a loop over all claims."""
+    """The rates, counted in a loop over all claims."""
     alarms: dict[str, float] = dict.fromkeys(Rates._fields, 0.0)
     claims = dict.fromkeys(Rates._fields, 0.0)
     for row, count, weight in zip(probabilities, actual.tolist(), weights.tolist(), strict=True):
@@ -143,13 +143,13 @@ def counted_rates(
     return Rates(*(alarms[kind] / claims[kind] for kind in Rates._fields))
 
 
-@every_draw
+@every_seed
 def test_rates_are_those_of_a_plain_loop(seed: int, digits: int) -> None:
     probabilities, actual = synthetic_bins(seed, digits=digits)
     claims = make_claims(probabilities, actual, LABELS)
 
     for threshold in (0.0, 0.1, 0.2, 0.35, 0.9, 1.1):
-        for weights in (np.ones(40), drawn_weights(seed)):
+        for weights in (np.ones(40), random_weights(seed)):
             expected = counted_rates(probabilities, actual, threshold, weights)
             assert rates_at(claims, threshold, weights) == pytest.approx(expected, abs=1e-12)
 
@@ -157,10 +157,10 @@ def test_rates_are_those_of_a_plain_loop(seed: int, digits: int) -> None:
 def test_rates_worked_by_hand() -> None:
     claims = hand_claims()
 
-    # The right claims score 0.7, 0.3 and 0.9; a score at the threshold is no alarm.
+    # The right claims score 0.7, 0.3 and 0.9; a score at the threshold raises no alarm.
     assert rates_at(claims, 0.3, np.ones(3)) == pytest.approx((0, 4 / 6, 2 / 4, 2 / 2))
     assert rates_at(claims, 0.31, np.ones(3)) == pytest.approx((1 / 3, 5 / 6, 3 / 4, 2 / 2))
-    # The first bin twice, the second one not at all.
+    # The first bin counts twice and the second one not at all.
     weights = np.array([2.0, 0.0, 1.0])
     assert rates_at(claims, 0.15, weights) == pytest.approx((0, 4 / 6, 1 / 3, 3 / 3))
 
@@ -173,11 +173,11 @@ def test_rates_without_such_claims_are_0() -> None:
 
 
 def test_precision_worked_by_hand() -> None:
-    # Of 1000 bins 10 are wrong, of which 5 are found, and of the other 990 a tenth are alarms.
+    # 10 of 1000 records are wrong; 5 of them and a tenth of the other 990 raise alarms.
     assert float(precision(0.5, 0.1, 0.01)) == pytest.approx(5 / (5 + 99))
     assert float(precision(0.5, 0.0, 0.01)) == 1
     assert float(precision(0.0, 0.5, 0.01)) == 0
-    # No alarm.
+    # There are no alarms.
     assert float(precision(0.0, 0.0, 0.01)) == 0
     found = precision(np.array([0.5, 0.0]), np.array([0.1, 0.0]), 0.01)
     np.testing.assert_allclose(found, [5 / 104, 0])
@@ -202,7 +202,7 @@ def test_the_precision_table_says_how_many_bins_to_look_at() -> None:
     assert table["alarms"].tolist() == ["chosen"] * 3 + ["none"] * 3
     assert table["wrong_records"].tolist() == [0.001, 0.01, 0.05] * 2
     assert table["found"].tolist() == [0.5] * 3 + [0.0] * 3
-    # For 0.5 and 5 and 25 found of 1000 bins.
+    # 0.5, 5 and 25 wrong records are found among 1000.
     looks = [(0.5 + 99.9) / 0.5, (5 + 99) / 5, (25 + 95) / 25]
     assert table["bins_per_find"].tolist() == pytest.approx([*looks, *[np.inf] * 3])
     shares = [1 / look for look in looks]
@@ -215,9 +215,9 @@ def test_no_false_alarm_so_far_is_not_taken_for_none_ever() -> None:
 
     table = precision_table(verification, 300)
 
-    # Of 1000 records 1 is wrong, and found in half of the cases; of 999 right ones 1 in 100 may be.
+    # 1 of 1000 records is wrong, and found in half of the cases; 1 in 100 of the others may alarm.
     assert table["precision"].iloc[0] == pytest.approx(0.5 / (0.5 + 9.99))
-    # With fewer right claims than 3 anything may be.
+    # With fewer than 3 right claims, all of them may be false alarms.
     assert precision_table(verification, 2)["precision"].iloc[0] == pytest.approx(0.5 / 999.5)
 
 
@@ -230,7 +230,7 @@ def curve_points(claims: Claims, bins: int) -> set[tuple[float, float]]:
 def test_the_table_of_the_roc_curve_has_points_of_it_from_end_to_end(
     bins: int, digits: int
 ) -> None:
-    claims = drawn_claims(1, bins, digits)
+    claims = random_claims(1, bins, digits)
 
     table = roc_table(claims)
 
@@ -239,7 +239,7 @@ def test_the_table_of_the_roc_curve_has_points_of_it_from_end_to_end(
     curve = curve_points(claims, bins)
     assert set(points) <= curve
     assert len(set(points)) == len(points) <= 1000
-    # From what is found without a false alarm to the end, always up and to the right.
+    # The points begin with the most that is found without a false alarm, and never go down or left.
     assert points[0][0] == 0
     assert max(point for point in curve if point[0] == 0) in points
     assert points[-1] == (1, 1)

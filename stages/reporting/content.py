@@ -1,4 +1,4 @@
-"""What the page shows beyond the tables that evaluate wrote."""
+"""What the page shows besides the tables of the evaluate stage."""
 
 import json
 from collections.abc import Hashable, Mapping, Sequence
@@ -13,13 +13,13 @@ from stages.sampling.order import shuffled
 from stages.scoring.metrics import counting_metrics
 from stages.scoring.verification import right_probabilities
 
-DOUBTFUL, SAMPLE = 24, 24
+DOUBTFUL, SAMPLE = 20, 20
 
 Rows = list[dict[Hashable, Any]]
 
 
 def by_metric(intervals: Mapping[str, pd.DataFrame]) -> dict[str, dict[Hashable, Any]]:
-    """Each model's rows of intervals.csv by the metric's name."""
+    """Each model's rows of intervals.csv, by metric."""
     return {model: table.set_index("metric").to_dict("index") for model, table in intervals.items()}
 
 
@@ -31,11 +31,11 @@ def majority_metrics(predictions: Mapping[str, pd.DataFrame], majority: int) -> 
 
 
 def doubtful(tables: Tables) -> Rows:
-    """The test and validation bins whose records the models together contradict most surely.
+    """The test and validation bins whose records the models together contradict most confidently.
 
-    No model was trained on those bins. The least believed record comes first: `belief` is the mean
-    of the models' calibrated probabilities of the record's count, and `seen` the count they find
-    most probable.
+    No model was trained on these bins. `belief` is the mean of the models' calibrated probabilities
+    of the record's count, and `seen` the count with the highest mean. The record with the least
+    belief comes first.
     """
     held_out = [
         pd.concat([tables["predictions"][model], tables["validation"][model]])
@@ -52,7 +52,7 @@ def doubtful(tables: Tables) -> Rows:
 
 
 def sample(predictions: Mapping[str, pd.DataFrame], seed: int) -> Rows:
-    """Some test bins, drawn by seed, with the record's count and each model's."""
+    """Test bins sampled by seed, with the record's count and each model's."""
     bins = next(iter(predictions.values())).set_index("id")["actual"]
     counts = {model: table.set_index("id")["predicted"] for model, table in predictions.items()}
     return [
@@ -62,9 +62,9 @@ def sample(predictions: Mapping[str, pd.DataFrame], seed: int) -> Rows:
 
 
 def training_settings(params: Params, models: Sequence[str]) -> dict[str, list[str]]:
-    """Each knob of training with its value for each model, as params.yaml has it."""
+    """The models' values of each setting in their blocks of params.yaml."""
     blocks = [params.model(model).model_dump() for model in models]
-    return {knob: [_as_text(block[knob]) for block in blocks] for knob in blocks[0]}
+    return {name: [_as_text(block[name]) for block in blocks] for name in blocks[0]}
 
 
 def _as_text(value: Any) -> str:

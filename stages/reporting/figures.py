@@ -1,4 +1,4 @@
-"""The report's figures by name, each with a text for people who cannot see it."""
+"""The report's figures by name, each with a text for screen readers."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -8,12 +8,12 @@ import pandas as pd
 from stages.reporting import plots
 from stages.reporting.page import embedded
 
-# By name of the file in reports/<model>, and by model.
+# Tables by the name of their file in reports/<model>, then by model.
 Tables = Mapping[str, Mapping[str, pd.DataFrame]]
 
 
 class Picture(NamedTuple):
-    """A figure as PNG, with the text that says what it shows."""
+    """A figure as PNG, and a text that says what it shows."""
 
     png: bytes
     text: str
@@ -24,14 +24,18 @@ class Picture(NamedTuple):
 
 
 def draw_figures(
-    bins: pd.DataFrame, majority_accuracy: float, tables: Tables
+    bins: pd.DataFrame, majority_accuracy: float, tables: Tables, published: pd.DataFrame
 ) -> dict[str, Picture]:
-    """Each figure by the name of its file; `bins` has the quantity and set of each bin."""
+    """Plot each figure; the result is by the name of its file.
+
+    `bins` has the quantity and set of each bin, `published` the rows of published_curves.csv.
+    """
     quantities = pd.crosstab(bins["quantity"], bins["set"])
     figures = {"quantities": (plots.quantities_figure(quantities), quantities_text(quantities))}
     for model, curves in tables["curves"].items():
-        figure = plots.curves_figure(model, curves, majority_accuracy)
-        figures[f"curves_{model}"] = figure, curves_text(model, curves)
+        known = published[published["model"] == model]
+        figure = plots.curves_figure(model, curves, known, majority_accuracy)
+        figures[f"curves_{model}"] = figure, curves_text(model, curves, known)
         confusion = tables["confusion"][model].pivot_table(
             "test_bins", "actual", "predicted", aggfunc="sum"
         )
@@ -54,17 +58,24 @@ def quantities_text(quantities: pd.DataFrame) -> str:
     )
 
 
-def curves_text(model: str, curves: pd.DataFrame) -> str:
+def curves_text(model: str, curves: pd.DataFrame, published: pd.DataFrame) -> str:
     last = curves.iloc[-1]
-    return (
+    text = (
         f"Loss and accuracy of {model} by epoch. After epoch {last['epoch']:.0f} it is right on"
-        f" {last['train_accuracy']:.1%} of train, {last['validation_accuracy']:.1%} of validation"
-        f" and {last['test_accuracy']:.1%} of test."
+        f" {last['train_accuracy']:.1%} of train and {last['validation_accuracy']:.1%} of"
+        " validation."
+    )
+    if published.empty:
+        return text
+    last = published.iloc[-1]
+    return (
+        f"{text} The published run is right on {last['test_accuracy']:.1%} of its test bins after"
+        f" epoch {last['epoch']:.0f}."
     )
 
 
 def confusion_text(model: str, confusion: pd.DataFrame) -> str:
-    """`confusion`: test bins, with the quantities as index and the predictions as columns."""
+    """`confusion` has the number of test bins by quantity (index) and prediction (columns)."""
     shares = confusion.div(confusion.sum(axis=1).clip(lower=1), axis=0)
     return f"Predictions of {model} for each quantity: " + "; ".join(
         f"{quantity}: "
@@ -75,8 +86,8 @@ def confusion_text(model: str, confusion: pd.DataFrame) -> str:
 
 def reliability_text(calibration: Mapping[str, pd.DataFrame]) -> str:
     return "Accuracy by confidence: " + "; ".join(
-        f"{model} differs by {table['ece'].iloc[-1]:.1%} on average,"
-        f" {table['ece'].iloc[0]:.1%} before calibration"
+        f"{model} differs by {table['calibration_error'].iloc[-1]:.1%},"
+        f" {table['calibration_error'].iloc[0]:.1%} before calibration"
         for model, table in calibration.items()
     )
 

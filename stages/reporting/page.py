@@ -1,4 +1,4 @@
-"""Pages that hold everything they show, and escape what goes into them."""
+"""HTML pages that need no other files and escape their values."""
 
 import base64
 from pathlib import Path
@@ -8,10 +8,11 @@ import jinja2
 
 REPORT = Path(__file__).with_name("report.html")
 PUBLISHED = Path(__file__).with_name("published.csv")
+PUBLISHED_CURVES = Path(__file__).with_name("published_curves.csv")
 
 
 def render(template: Path, **values: Any) -> str:
-    """The page that a Jinja template makes of the values, each of them escaped."""
+    """Render a Jinja template; every value is escaped."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -21,5 +22,5 @@ def render(template: Path, **values: Any) -> str:
 
 
 def embedded(media_type: str, data: bytes) -> str:
-    """A URL that holds the file itself."""
+    """A data URL, which contains the file itself."""
     return f"data:{media_type};base64,{base64.b64encode(data).decode()}"

@@ -1,4 +1,4 @@
-"""How much of a number is chance: intervals by bootstrap, and paired tests."""
+"""How much of a number is chance: bootstrap intervals and paired tests."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -15,7 +15,7 @@ CONFIDENCE = 0.95
 
 
 class PairedTest(NamedTuple):
-    """On how many bins only one of two is right, and the p-value of that if both are as good."""
+    """The number of bins on which only one of two classifiers is right, and the p-value."""
 
     only_first: int
     only_second: int
@@ -23,38 +23,38 @@ class PairedTest(NamedTuple):
 
 
 def group_weights(groups: Sequence[str], samples: int = SAMPLES) -> Iterator[Floats]:
-    """Yield samples of whole groups, sampled with replacement: how often each has each bin, [bins].
+    """Yield samples of whole groups, with replacement: how often each sample has each bin, [bins].
 
-    Whole groups, since siblings are not independent: a bootstrap of bins would give intervals that
-    are too narrow (the cluster bootstrap; Davison and Hinkley, Bootstrap Methods, 1997, 3.8). The
-    samples are the same each time.
+    Siblings are not independent, so a bootstrap of single bins would give intervals that are too
+    narrow (the cluster bootstrap; Davison and Hinkley, Bootstrap Methods, 1997, 3.8). The samples
+    are the same each time.
     """
-    _, places = np.unique(np.array(groups, dtype=str), return_inverse=True)
-    number = places.max() + 1
+    _, positions = np.unique(np.array(groups, dtype=str), return_inverse=True)
+    number = positions.max() + 1
     chance = np.random.default_rng(0)
     for _ in range(samples):
         sampled = np.bincount(chance.integers(number, size=number), minlength=number)
-        yield sampled[places].astype(np.float64)
+        yield sampled[positions].astype(np.float64)
 
 
 def intervals(
     statistics: Callable[[Floats], Mapping[str, float]],
     groups: Sequence[str],
     samples: int = SAMPLES,
-    biased: Sequence[str] = (),
+    centred: Sequence[str] = (),
 ) -> pd.DataFrame:
     """Each statistic's value with its 95% percentile interval: metric, value, low and high.
 
-    `statistics` computes them from bins with the weights it is given. The `biased` ones are
-    distances from 0, which the noise of resampling only makes larger: the mean of their samples is
-    moved to the value.
+    `statistics` computes them for bins with the given weights. The samples of a squared distance
+    are larger than its value on average, because resampling adds noise before the square is taken.
+    For the statistics named in `centred`, the mean of the samples is moved to the value.
     """
     values = statistics(np.ones(len(groups)))
     sampled = group_weights(groups, samples)
     progress = tqdm(sampled, "bootstrap", total=samples, disable=None, leave=False)
     resampled = pd.DataFrame([dict(statistics(weights)) for weights in progress])
-    for name in biased:
-        resampled[name] = (resampled[name] - resampled[name].mean() + values[name]).clip(lower=0)
+    for name in centred:
+        resampled[name] += values[name] - resampled[name].mean()
     tail = (1 - CONFIDENCE) / 2
     low, high = resampled.quantile(tail), resampled.quantile(1 - tail)
     return (
@@ -69,10 +69,10 @@ def mcnemar(first_right: NDArray[np.bool_], second_right: NDArray[np.bool_]) -> 
     """McNemar's exact test of two classifiers on the same bins.
 
     McNemar, Note on the sampling error of the difference between correlated proportions,
-    Psychometrika 1947. It treats bins as independent, which the bootstrap by group does not.
+    Psychometrika 1947. Unlike the bootstrap of groups, it treats bins as independent.
     """
     only_first = int((first_right & ~second_right).sum())
     only_second = int((second_right & ~first_right).sum())
-    # Both tails of a fair coin. scipy.stats.binomtest says the same, and takes a second to import.
+    # Both tails of a fair coin, as in scipy.stats.binomtest, which takes a second to import.
     tail = float(bdtr(min(only_first, only_second), only_first + only_second, 0.5))
     return PairedTest(only_first, only_second, min(1.0, 2 * tail))

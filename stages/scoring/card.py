@@ -1,4 +1,4 @@
-"""The model card, in the form of the Hugging Face hub, written from the run's own numbers."""
+"""The model card in the format of the Hugging Face hub, with the numbers of the run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,14 +9,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from stages.runtime.params import Params
 
 TEMPLATE = Path(__file__).with_name("card.md")
-# What the hub lists as results; the text of the card has every metric.
+# The hub lists these metrics as results; the text of the card has all of them.
 LISTED = ["accuracy", "rmse", "mae", "auroc"]
 
 
 def model_card(
     model: str, params: Params, sets: pd.DataFrame, tables: Mapping[str, pd.DataFrame]
 ) -> str:
-    """Markdown with YAML front matter. `tables` are those of evaluate_scores, by name."""
+    """Markdown with YAML front matter. `tables` are the tables of evaluate_scores, by name."""
     intervals = tables["intervals"].set_index("metric").to_dict("index")
     precision = tables["precision"]
     model_params = params.model(model)
@@ -49,7 +49,7 @@ def model_card(
         intervals=intervals,
         alarms=tables["alarms"].to_dict("records")[0],
         precision=precision[precision["alarms"] == "chosen"].to_dict("records"),
-        siblings=tables["siblings"].to_dict("records"),
+        overlap=tables["overlap"].to_dict("records"),
         temperature=tables["calibration"]["temperature"].iloc[-1],
     )
     return str(card).rstrip("\n") + "\n"

@@ -1,4 +1,4 @@
-"""Two models on the same test bins: is one better, or just lucky?"""
+"""Compare two models on the same test bins: is one better, or just lucky?"""
 
 from collections.abc import Mapping
 from itertools import combinations
@@ -15,9 +15,9 @@ def compare_models(
 ) -> pd.DataFrame:
     """A row per pair of models.
 
-    `accuracy` and `rmse` (in items) are the first model's minus the second's, each with the 95%
-    interval of a bootstrap of sibling groups; p_value is McNemar's, on which of the two is right.
-    `predictions`: rows of predictions.csv, by model; `groups`: each bin's sibling group, by id.
+    `accuracy` and `rmse` (in items) are the first model's value minus the second's, each with the
+    95% interval of a bootstrap of sibling groups. `p_value` is that of McNemar's test.
+    `predictions` has the rows of predictions.csv by model, `groups` each bin's sibling group by id.
     """
     return pd.DataFrame(
         [

@@ -1,5 +1,6 @@
-"""A model's scores of bins whose counts are known, and everything that is computed from them."""
+"""A model's scores of bins with known counts, and the metrics and tables computed from them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,6 +16,7 @@ from stages.scoring.metrics import (
     probability_metrics,
     recall_and_precision,
     reliability_table,
+    squared_calibration_error,
 )
 from stages.scoring.verification import (
     FALSE_ALARMS,
@@ -28,6 +30,9 @@ from stages.scoring.verification import (
     threshold_for,
     verification_table,
 )
+
+# The columns of overlap.csv.
+OVERLAP = ["shared", "half", "test_bins", "accuracy", "low", "high"]
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,9 @@ class Scored:
 
     @cached_property
     def targets(self) -> Counts:
-        """The place of each bin's count in `labels`."""
-        places: Counts = (self.actual[:, None] == np.array(self.labels)).argmax(axis=1)
-        return places
+        """The position of each bin's count in `labels`."""
+        positions: Counts = (self.actual[:, None] == np.array(self.labels)).argmax(axis=1)
+        return positions
 
     @cached_property
     def claims(self) -> Claims:
@@ -61,6 +66,10 @@ class Scored:
     def metrics(self, weights: Floats | None = None) -> dict[str, float]:
         counted = counting_metrics(self.actual, self.predicted, self.labels, weights)
         return counted | probability_metrics(self.actual, self.probabilities, self.labels, weights)
+
+    def squared_calibration_error(self, weights: Floats) -> float:
+        right, confidence = self.predicted == self.actual, self.probabilities.max(axis=1)
+        return squared_calibration_error(right, confidence, weights)
 
     def reliability(self) -> pd.DataFrame:
         return reliability_table(self.predicted == self.actual, self.probabilities.max(axis=1))
@@ -77,7 +86,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is known of a model: `tables` are of test, but for "validation"."""
+    """A model's metrics and tables, all of test except the table "validation"."""
 
     metrics: dict[str, float]
     tables: dict[str, pd.DataFrame]
@@ -88,21 +97,21 @@ def evaluate_scores(
     test: Scored,
     temperature: float,
     false_alarm: float,
-    seen_groups: set[str],
+    shared: Mapping[str, set[str]],
 ) -> Evaluation:
-    """Everything that a model's scores tell.
+    """Compute all metrics and tables from a model's scores.
 
-    `validation` has its calibrated scores, a row per bin as Scored.table has it; they choose the
-    threshold with a share of `false_alarm`. `test` has scores as they come out of the network,
-    which `temperature` calibrates; they are only measured. `seen_groups` are the sibling groups
-    with bins in other sets than test.
+    `validation` has calibrated scores, with the columns of Scored.table; they choose the threshold
+    for a share of `false_alarm`. `test` has the network's own scores, which are calibrated by
+    `temperature` and only measured. `shared` maps "siblings" and "products" to the ids of the test
+    bins that have some in train or validation.
     """
     uncalibrated, test = test, test.calibrated(temperature)
     alarms = alarm_rates(validation, test, false_alarm)
     measured = metrics_with_intervals(test, threshold=alarms["threshold"].iloc[0])
     confusion = test.confusion()
     pairs = zip(measured["metric"], measured["value"], strict=True)
-    # Those at round false alarms are in intervals.csv: a table of experiments has room for few.
+    # A table of experiments has room for few columns; intervals.csv has the others.
     metrics = {name: value for name, value in pairs if not name.startswith("found_at_")}
     right = validation["actual"] == validation["predicted"]
     tables = {
@@ -110,37 +119,53 @@ def evaluate_scores(
         "calibration": calibration_table(uncalibrated, test, temperature),
         "confusion": confusion_table(confusion, test.labels),
         "intervals": measured,
+        "overlap": overlap_table(test, shared),
         "per_quantity": per_quantity_table(confusion, test.labels),
         "precision": precision_table(alarms, len(test.ids)),
         "predictions": test.table(),
         "reliability": test.reliability(),
         "reliability_uncalibrated": uncalibrated.reliability(),
         "roc": roc_table(test.claims),
-        "siblings": accuracy_by_siblings(test, seen_groups),
         "validation": validation,
     }
     return Evaluation(metrics | {"validation_accuracy": float(right.mean())}, tables)
 
 
 def metrics_with_intervals(test: Scored, threshold: float) -> pd.DataFrame:
-    """Each metric's value with its 95% interval; found and false_alarms are at the threshold."""
+    """Each metric's value with its 95% interval.
+
+    `found` and `false_alarms` are measured at the threshold. Their intervals take it as given,
+    although other validation bins would have given another one. The calibration error is resampled
+    as its square, which is unbiased.
+    """
 
     def statistics(weights: Floats) -> dict[str, float]:
         rates = rates_at(test.claims, threshold, weights)
         verified = {"found": rates.found, "false_alarms": rates.false_alarms}
-        return test.metrics(weights) | roc_metrics(test.claims, weights) | verified
+        squared = {"calibration_error": test.squared_calibration_error(weights)}
+        return test.metrics(weights) | squared | roc_metrics(test.claims, weights) | verified
 
-    return intervals(statistics, test.groups, biased=["ece"])
+    table = intervals(statistics, test.groups, centred=["calibration_error"]).set_index("metric")
+    table.loc["calibration_error"] = table.loc["calibration_error"].clip(lower=0) ** 0.5
+    return table.reset_index()
 
 
-def accuracy_by_siblings(test: Scored, seen_groups: set[str]) -> pd.DataFrame:
-    """Accuracy with its interval on the test bins with a sibling in `seen_groups`, and without.
+def overlap_table(test: Scored, shared: Mapping[str, set[str]]) -> pd.DataFrame:
+    """The rows of accuracy_by_overlap for each kind of overlap in `shared`."""
+    tables = [
+        accuracy_by_overlap(test, ids).assign(shared=kind)[OVERLAP] for kind, ids in shared.items()
+    ]
+    return pd.concat(tables, ignore_index=True)
 
-    The difference of the two is what the leak is worth. Bins without siblings hold other counts,
-    which are easier or harder in themselves, so each half is weighted to the quantities of all
-    test bins. A half without bins has no row.
+
+def accuracy_by_overlap(test: Scored, ids: set[str]) -> pd.DataFrame:
+    """The accuracy with its interval on the test bins with these ids, and on the other test bins.
+
+    The difference between the two is what the overlap is worth. The halves hold other counts, which
+    are easier or harder in themselves, so each is weighted to the quantities of all test bins. A
+    half without bins has no row.
     """
-    seen = np.array([group in seen_groups for group in test.groups])
+    seen = np.isin(test.ids, [*ids])
     halves = {"with": seen, "without": ~seen}
     halves = {name: half for name, half in halves.items() if half.any()}
 
@@ -153,17 +178,16 @@ def accuracy_by_siblings(test: Scored, seen_groups: set[str]) -> pd.DataFrame:
 
     table = intervals(accuracies, test.groups)
     bins = {name: int(half.sum()) for name, half in halves.items()} | {"difference": len(seen)}
-    table = table.rename(columns={"metric": "siblings_in_train", "value": "accuracy"})
-    table.insert(1, "test_bins", table["siblings_in_train"].map(bins))
-    return table
+    table = table.rename(columns={"metric": "half", "value": "accuracy"})
+    return table.assign(test_bins=table["half"].map(bins))
 
 
 def standardized_accuracies(
     test: Scored, halves: list[NDArray[np.bool_]], weights: Floats
 ) -> list[float]:
-    """The accuracy on each of `halves`, if it held the quantities that all bins hold.
+    """The accuracy on each half, weighted to the quantities of all bins.
 
-    Only quantities that occur in every half count; without any, the accuracy is 0.
+    Only quantities that occur in every half count; if there are none, the accuracy is 0.
     """
     right, size = test.predicted == test.actual, len(test.labels)
     bins = [np.bincount(test.targets, weights * half, minlength=size) for half in halves]
@@ -177,7 +201,7 @@ def standardized_accuracies(
 
 
 def alarm_rates(validation: pd.DataFrame, test: Scored, false_alarm: float) -> pd.DataFrame:
-    """Rates on test: at the threshold that validation chose, and at those of round false alarms."""
+    """Rates on test: at validation's threshold, and at test's own for each of FALSE_ALARMS."""
     chosen = {"chosen": threshold_for(right_probabilities(validation), false_alarm)}
     right = test.claims.scores[test.claims.right]
     of_test = {f"{share:.0%}": threshold_for(right, share) for share in FALSE_ALARMS}
@@ -185,19 +209,15 @@ def alarm_rates(validation: pd.DataFrame, test: Scored, false_alarm: float) -> p
 
 
 def calibration_table(before: Scored, after: Scored, temperature: float) -> pd.DataFrame:
-    """Negative log-likelihood and ECE before and after temperature scaling."""
-    rows = [
-        {"calibrated": name, "temperature": value, "nll": metrics["nll"], "ece": metrics["ece"]}
-        for name, value, metrics in (
-            ("before", 1.0, before.metrics()),
-            ("after", temperature, after.metrics()),
-        )
-    ]
-    return pd.DataFrame(rows)
+    """The negative log-likelihood and the calibration error before and after scaling."""
+    metrics = pd.DataFrame([before.metrics(), after.metrics()])[["nll", "calibration_error"]]
+    metrics.insert(0, "calibrated", ["before", "after"])
+    metrics.insert(1, "temperature", [1.0, temperature])
+    return metrics
 
 
 def confusion_table(confusion: Floats, labels: list[int]) -> pd.DataFrame:
-    """A row for each pair of counts, including pairs that did not occur."""
+    """A row for each pair of counts, including pairs that do not occur."""
     pairs = pd.MultiIndex.from_product([labels, labels], names=["actual", "predicted"])
     return pd.DataFrame({"test_bins": confusion.ravel().astype(int)}, index=pairs).reset_index()
 

@@ -1,7 +1,9 @@
 """How good predicted counts are, and how far their confidence can be trusted.
 
-Every bin has a weight, 1 where none is given: the bootstrap resamples by weights.
+Every bin has a weight, by default 1. It says how often a sample of the bootstrap has the bin.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -15,7 +17,10 @@ CONFIDENCE_INTERVALS = 10
 def confusion_matrix(
     actual: Counts, predicted: Counts, labels: list[int], weights: Floats | None = None
 ) -> Floats:
-    """[actual, predicted] in the order of `labels`, which contain every value."""
+    """The number of bins, [actual, predicted], in the order of `labels`.
+
+    The labels must contain every count.
+    """
     order = np.argsort(labels)
     rows, columns = (
         order[np.searchsorted(labels, counts, sorter=order)] for counts in (actual, predicted)
@@ -28,12 +33,12 @@ def confusion_matrix(
 def counting_metrics(
     actual: Counts, predicted: Counts, labels: list[int], weights: Floats | None = None
 ) -> dict[str, float]:
-    """How far predicted counts are from those of the records.
+    """How far predicted counts are from the records' counts.
 
-    RMSE and MAE are in items, accuracy and within_one shares of 1. macro_f1 is the mean F1 over the
-    labels that occur; F1 is 0 for a label that is never predicted correctly. kappa is Cohen's with
-    quadratic weights (Psychological Bulletin 1968): 1 is perfect and 0 as good as chance; it is 0
-    too where all records and predictions are the same count.
+    RMSE and MAE are in items; accuracy and within_one are shares of 1. macro_f1 is the mean F1 over
+    the labels that occur; F1 is 0 for a label that is never predicted correctly. kappa is Cohen's
+    with quadratic weights (Psychological Bulletin 1968): 1 is perfect, and 0 is as good as chance.
+    It is also 0 if all records and predictions have the same count.
     """
     weights = np.ones(len(actual)) if weights is None else weights
     error = np.abs(predicted - actual)
@@ -65,25 +70,46 @@ def probability_metrics(
     """How good `probabilities` [bins, labels] are.
 
     rmse_of_mean is the RMSE of the distribution's expected count, which need not be whole, in
-    items; nll is the negative log-likelihood in nats; ece is the expected_calibration_error.
+    items; rps is the mean of ranked_probability_scores, in items; nll is the negative
+    log-likelihood in nats; calibration_error is the root of squared_calibration_error, or 0.
     """
     weights = np.ones(len(actual)) if weights is None else weights
-    places = probabilities.argmax(axis=1)
+    predicted = probabilities.argmax(axis=1)
     targets = (actual[:, None] == np.array(labels)).argmax(axis=1)
     error = probabilities @ np.array(labels) - actual
     loss = negative_log_likelihood(probabilities, targets)
-    right, confidence = places == targets, probabilities.max(axis=1)
+    scores = ranked_probability_scores(actual, probabilities, labels)
+    right, confidence = predicted == targets, probabilities.max(axis=1)
+    squared = squared_calibration_error(right, confidence, weights)
     return {
         "rmse_of_mean": float(np.sqrt(np.average(error**2, weights=weights))),
+        "rps": float(np.average(scores, weights=weights)),
         "nll": float(np.average(loss, weights=weights)),
-        "ece": expected_calibration_error(right, confidence, weights),
+        "calibration_error": max(0.0, squared) ** 0.5,
     }
 
 
-def recall_and_precision(confusion: Floats) -> tuple[Floats, Floats]:
-    """Per label: the share of its bins that were found, and of its predictions that are right.
+def ranked_probability_scores(actual: Counts, probabilities: Floats, labels: list[int]) -> Floats:
+    """How far each bin's distribution is from its count, in items; 0 is perfect.
 
-    0 for a label without bins, or without predictions.
+    Unlike the negative log-likelihood, the score depends on how many items a prediction is off; for
+    a certain answer it is the absolute error. It is the integral over the counts of the squared
+    difference between the predicted and the actual cumulative distribution (Epstein, A Scoring
+    System for Probability Forecasts of Ranked Categories, Journal of Applied Meteorology 1969).
+    """
+    order = np.argsort(labels)
+    counts = np.array(labels)[order]
+    predicted = probabilities[:, order].cumsum(axis=1)
+    observed = actual[:, None] <= counts
+    squares = (predicted - observed)[:, :-1] ** 2
+    scores: Floats = squares @ np.diff(counts).astype(np.float64)
+    return scores
+
+
+def recall_and_precision(confusion: Floats) -> tuple[Floats, Floats]:
+    """The share of each label's bins that were found, and of its predictions that are right.
+
+    Recall is 0 for a label without bins, and precision for a label without predictions.
     """
     right = np.diag(confusion).astype(np.float64)
     recall, precision = (
@@ -94,33 +120,55 @@ def recall_and_precision(confusion: Floats) -> tuple[Floats, Floats]:
 
 
 def reliability_table(right: NDArray[np.bool_], confidence: NDArray[np.floating]) -> pd.DataFrame:
-    """How often predictions of about the same confidence are right: ideally as often as it says.
+    """How often predictions of about the same confidence are right.
 
-    A row for each interval of confidence with any predictions: their mean confidence, accuracy and
-    number. There are CONFIDENCE_INTERVALS of equal width, closed on the right, as in section 2 of
-    Guo et al., On Calibration of Modern Neural Networks, 2017 (arXiv:1706.04599).
+    The table has a row for each interval of confidence with any predictions: their mean confidence,
+    their accuracy, which is ideally the same, and their number. There are CONFIDENCE_INTERVALS of
+    equal width, closed on the right, as in section 2 of Guo et al., On Calibration of Modern Neural
+    Networks, 2017 (arXiv:1706.04599).
     """
-    means, accuracy, bins = _by_confidence(right, confidence, np.ones(len(right)))
-    return pd.DataFrame({"confidence": means, "accuracy": accuracy, "test_bins": bins})
+    ones = np.ones(len(right))
+    columns = [ones, confidence, right.astype(np.float64)]
+    bins, confident, rightly = _sums_by_confidence(confidence, ones, columns)
+    table = pd.DataFrame(
+        {
+            "confidence": confident / np.maximum(bins, 1),
+            "accuracy": rightly / np.maximum(bins, 1),
+            "test_bins": bins,
+        }
+    )
+    return table[bins > 0].reset_index(drop=True)
 
 
-def expected_calibration_error(
+def squared_calibration_error(
     right: NDArray[np.bool_], confidence: NDArray[np.floating], weights: Floats
 ) -> float:
-    """The mean distance between confidence and accuracy over all bins (eq. 3 of the same paper)."""
-    means, accuracy, bins = _by_confidence(right, confidence, weights)
-    return float(np.average(np.abs(means - accuracy), weights=bins))
+    """The mean squared distance between confidence and accuracy over all bins, without bias.
+
+    The expected calibration error of Guo et al. is positive even for a perfectly calibrated model,
+    because chance moves the accuracy of each interval of confidence. Here each interval's square is
+    the mean product of the differences of two different bins, to which chance adds nothing on
+    average; so it may be negative. This is the debiased estimator of Kumar et al., Verified
+    Uncertainty Calibration, 2019 (arXiv:1909.10155), with the variance of the difference instead of
+    the accuracy.
+    """
+    difference = confidence - right
+    bins, total, squares = _sums_by_confidence(
+        confidence, weights, [np.ones(len(right)), difference, difference**2]
+    )
+    # An interval with one bin has no such product.
+    several = bins > 1
+    products = total[several] ** 2 - squares[several]
+    return float((products / (bins[several] - 1)).sum() / bins.sum())
 
 
-def _by_confidence(
-    right: NDArray[np.bool_], confidence: NDArray[np.floating], weights: Floats
-) -> tuple[Floats, Floats, Floats]:
-    """The columns of reliability_table, as arrays: a bootstrap needs them a thousand times."""
+def _sums_by_confidence(
+    confidence: NDArray[np.floating], weights: Floats, columns: Sequence[NDArray[np.floating]]
+) -> list[Floats]:
+    """The weighted sums of the columns in each interval of confidence."""
     edges = np.linspace(0, 1, CONFIDENCE_INTERVALS + 1)
     interval = np.digitize(confidence, edges[1:-1], right=True)
-    bins, confident, rightly = (
+    return [
         np.bincount(interval, weights * values, minlength=CONFIDENCE_INTERVALS).astype(np.float64)
-        for values in (1.0, np.float64(confidence), right)
-    )
-    some = bins > 0
-    return confident[some] / bins[some], rightly[some] / bins[some], bins[some]
+        for values in columns
+    ]

@@ -11,16 +11,16 @@ from stages.runtime.work import publish_folder, scratch
 
 METRICS = "metrics.json"
 TABLES = "tables"
-#: The tables that are plots in dvc.yaml, each a file of its own; the others are in one folder.
+#: Tables that dvc.yaml plots. Each is a file next to the folder with the other tables.
 PLOTS = ("confusion", "per_quantity", "reliability", "roc")
-# The plot that train writes.
+# The table that train writes.
 CURVES = "curves"
 
 
 def write_results(
     reports: Path, metrics: Mapping[str, float], tables: Mapping[str, pd.DataFrame]
 ) -> None:
-    """Write a model's metrics and tables; the folder of tables is whole or absent."""
+    """Write a model's metrics and tables. The folder of tables is complete or absent."""
     with scratch(f"tables {reports.name}") as folder:
         for name, table in tables.items():
             write_csv((reports if name in PLOTS else folder) / f"{name}.csv", table)
@@ -34,7 +34,7 @@ def read_metrics(reports: Path) -> dict[str, Any]:
 
 
 def read_tables(reports: Path) -> dict[str, pd.DataFrame]:
-    """A model's tables by name, curves included. Raises FileNotFoundError where one is missing."""
+    """A model's tables by name, with its curves. Raises FileNotFoundError if files are missing."""
     plots = [reports / f"{name}.csv" for name in (*PLOTS, CURVES)]
     others = [path for path in (reports / TABLES).iterdir() if path.suffix == ".csv"]
     return {path.stem: read_csv(path) for path in (*plots, *others)}

@@ -24,9 +24,9 @@ _POINTS = 200
 
 @dataclass(frozen=True)
 class Claims:
-    """Claims in the order of their scores, lowest first; an entry each.
+    """Claims in the order of their scores, lowest first, one entry for each.
 
-    `bins` are the places of the bins they are about, `errors` how many items they are off.
+    `bins` has the positions of their bins, `errors` how many items they are off.
     """
 
     bins: Counts
@@ -40,7 +40,7 @@ class Claims:
 
 
 class Rates(NamedTuple):
-    """Shares of the right claims that are alarms, and of the wrong ones, by their error."""
+    """The shares of right claims and of wrong claims, by their error, that raise an alarm."""
 
     false_alarms: float
     found: float
@@ -50,30 +50,30 @@ class Rates(NamedTuple):
 
 def make_claims(probabilities: Floats, actual: Counts, labels: list[int]) -> Claims:
     """All claims about bins with `probabilities` [bins, labels] and true counts `actual`."""
-    bins, places = (indices.ravel() for indices in np.indices(probabilities.shape))
-    errors = np.abs(np.array(labels)[places] - actual[bins])
+    bins, columns = (indices.ravel() for indices in np.indices(probabilities.shape))
+    errors = np.abs(np.array(labels)[columns] - actual[bins])
     scores = probabilities.ravel().astype(np.float64)
     order = np.argsort(scores, kind="stable")
     return Claims(bins[order], errors[order], scores[order])
 
 
 def right_probabilities(table: pd.DataFrame) -> Floats:
-    """The probability of each row's actual count; `table` has `actual` and p<label> per label."""
+    """The probability of each row's actual count; `table` has `actual` and p<label> columns."""
     columns = table.columns.get_indexer(pd.Index([f"p{count}" for count in table["actual"]]))
     chosen: Floats = table.to_numpy()[np.arange(len(table)), columns].astype(np.float64)
     return chosen
 
 
 def threshold_for(right_scores: Floats, false_alarms: float) -> float:
-    """The highest threshold below which at most that share (under 1) of right claims score."""
+    """The highest threshold with at most this share (less than 1) of right claims below it."""
     ordered = np.sort(right_scores)
-    # A share of 0.29 of 100 is 29, whatever floating point says.
+    # 0.29 * 100 is 28.999999999999996 in floating point.
     below = int(false_alarms * len(ordered) + 1e-6)
     return float(ordered[min(below, len(ordered) - 1)])
 
 
 def rates_at(claims: Claims, threshold: float, weights: Floats) -> Rates:
-    """The rates at a threshold where bins count with their weights; 0 without such claims."""
+    """The rates at a threshold, with a weight for each bin; 0 if there are no such claims."""
     alarms = claims.scores < threshold
     of_claim = weights[claims.bins]
 
@@ -86,9 +86,9 @@ def rates_at(claims: Claims, threshold: float, weights: Floats) -> Rates:
 
 
 def roc_curve(claims: Claims, weights: Floats) -> tuple[Floats, Floats]:
-    """Share of right claims that are false alarms, and of wrong ones found, at every threshold."""
+    """The share of false alarms and the share of wrong claims found, at every threshold."""
     of_claim = weights[claims.bins]
-    # Claims of one score are alarms together.
+    # Claims with equal scores become alarms together.
     last_of_score = np.flatnonzero(np.diff(claims.scores, append=np.inf))
     curves = []
     for chosen in (claims.right, ~claims.right):
@@ -100,19 +100,19 @@ def roc_curve(claims: Claims, weights: Floats) -> tuple[Floats, Floats]:
 def roc_metrics(claims: Claims, weights: Floats) -> dict[str, float]:
     """The area under the ROC curve, and the share of wrong claims found at each of FALSE_ALARMS.
 
-    The area is how often a wrong claim scores below a right one.
+    The area is the probability that a wrong claim scores below a right one.
     """
     false_alarms, found = roc_curve(claims, weights)
-    places = np.searchsorted(false_alarms, FALSE_ALARMS, side="right") - 1
-    at = zip(FALSE_ALARMS, found[places], strict=True)
+    last = np.searchsorted(false_alarms, FALSE_ALARMS, side="right") - 1
+    at = zip(FALSE_ALARMS, found[last], strict=True)
     found_at = {f"found_at_{100 * share:.0f}": float(value) for share, value in at}
     return {"auroc": float(np.trapezoid(found, false_alarms))} | found_at
 
 
 def precision(found: Floats | float, false_alarms: Floats | float, prevalence: float) -> Floats:
-    """The share of alarms that are wrong records, where a share `prevalence` of records is wrong.
+    """The share of alarms that are wrong records if a share `prevalence` of records is wrong.
 
-    By Bayes' rule; 0 where there is no alarm.
+    It follows from Bayes' rule, and is 0 if there are no alarms.
     """
     true_alarms = prevalence * np.asarray(found)
     alarms = true_alarms + (1 - prevalence) * np.asarray(false_alarms)
@@ -120,7 +120,7 @@ def precision(found: Floats | float, false_alarms: Floats | float, prevalence: f
 
 
 def verification_table(claims: Claims, thresholds: dict[str, float]) -> pd.DataFrame:
-    """A row per threshold, by its name, with its rates."""
+    """A row with the rates at each threshold; `thresholds` are given by name."""
     weights = np.ones(claims.bins.max() + 1)
     return pd.DataFrame(
         {"alarms": name, "threshold": threshold} | rates_at(claims, threshold, weights)._asdict()
@@ -131,10 +131,10 @@ def verification_table(claims: Claims, thresholds: dict[str, float]) -> pd.DataF
 def precision_table(verification: pd.DataFrame, right_claims: int) -> pd.DataFrame:
     """The precision of each row's alarms for each of PREVALENCES.
 
-    `bins_per_find` is how many alarms a person looks at for each wrong record found; `inf` where
-    none is found. Where none of the `right_claims` was an alarm, 3 / right_claims of them may still
-    be, the upper 95% bound (Hanley and Lippman-Hand, If Nothing Goes Wrong, Is Everything All
-    Right?, JAMA 1983).
+    `bins_per_find` is the number of alarms a person looks at for each wrong record found, `inf` if
+    none is found. If none of the `right_claims` raised an alarm, the share of false alarms is taken
+    to be its upper 95% bound, 3 / right_claims (Hanley and Lippman-Hand, If Nothing Goes Wrong, Is
+    Everything All Right?, JAMA 1983).
     """
     rows = []
     names = ("alarms", "found", "false_alarms")
@@ -148,10 +148,10 @@ def precision_table(verification: pd.DataFrame, right_claims: int) -> pd.DataFra
 
 
 def roc_table(claims: Claims) -> pd.DataFrame:
-    """Points of the ROC curve for a plot, false_alarms and found, densest where few are alarms."""
+    """Points of the ROC curve for a plot, densest where there are few false alarms."""
     false_alarms, found = roc_curve(claims, np.ones(claims.bins.max() + 1))
     grid = np.union1d(np.linspace(0, 1, _POINTS + 1), np.geomspace(1e-4, 1, _POINTS + 1))
-    # The first and the last point at each share of the grid: the curve rises vertically there.
+    # The first and the last point at each share of the grid, because the curve may rise there.
     lowest, highest = (np.searchsorted(false_alarms, grid, side) for side in ("left", "right"))
-    places = np.union1d(lowest, highest - 1)
-    return pd.DataFrame({"false_alarms": false_alarms[places], "found": found[places]})
+    points = np.union1d(lowest, highest - 1)
+    return pd.DataFrame({"false_alarms": false_alarms[points], "found": found[points]})
