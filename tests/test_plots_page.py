@@ -18,7 +18,6 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from stages.formats.tables import write_csv
-from stages.reporting.plots import SETS
 from stages.scoring.evaluation import confusion_table, per_quantity_table
 from stages.scoring.metrics import confusion_matrix, reliability_table
 from stages.scoring.verification import make_claims, roc_table
@@ -44,6 +43,7 @@ PLOTS: dict[str, dict[str, str]] = {
 # A tag of the repository, and the epochs of its curves.
 REVISIONS = {"three": 3, "two": 2, "one": 1}
 LABELS = [1, 2, 3, 10]
+SETS = ["train", "validation"]
 CURVES = [f"{name}_{value}" for value in ("loss", "accuracy") for name in SETS]
 
 

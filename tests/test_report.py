@@ -213,7 +213,9 @@ def write_model(
     sure: bool = False,
 ) -> None:
     """What train and evaluate write of a model; one that is `sure` is always right."""
-    names = [f"{name}_{value}" for name in plots.SETS for value in ("loss", "accuracy")]
+    names = [
+        f"{name}_{value}" for name in ("train", "validation") for value in ("loss", "accuracy")
+    ]
     curve = {"epoch": range(1, epochs + 1)} | {n: np.linspace(0.3, 0.6, epochs) for n in names}
     write_csv(Path("reports", model, "curves.csv"), pd.DataFrame(curve))
     of_sets = {"test": (TEST, PREDICTED), "validation": (VALIDATION, [[3, 0.3], [2, 0.6]])}
@@ -401,7 +403,7 @@ def test_a_screen_reader_finds_its_way(page: Page) -> None:
     assert all(region["aria-label"] and region["tabindex"] == "0" for region in regions)
     alts = " ".join(page.attributes("img", "alt"))
     for text in (
-        "After epoch 2 it is right on 60.0% of train, 60.0% of validation and 60.0% of test",
+        "After epoch 2 it is right on 60.0% of train and 60.0% of validation",
         "Predictions of vit for each quantity: 1: 100% as 1, 0% as 2",
         "Bins per quantity: 1: 2 train, 0 validation, 2 test; 2: 2 train, 0 val",
         "Wrong records found by false alarms: resnet34 0% at 0%",
@@ -450,7 +452,7 @@ def test_the_figures_show_their_data() -> None:
     before = draw_figures(bins, 0.2, report.tables_by_name(list(RESULTS)))
 
     for name, column, figures in (
-        ("curves", "test_loss", {"curves_vit"}),
+        ("curves", "validation_loss", {"curves_vit"}),
         ("confusion", "test_bins", {"confusion_vit"}),
         ("per_quantity", "recall", {"recall"}),
         ("reliability", "accuracy", {"reliability"}),
@@ -471,7 +473,7 @@ def test_one_epoch_is_drawn_with_markers(made: Path) -> None:
 
     for axes in plots.curves_figure("vit", curves, majority_accuracy=0.2).figure.get_axes():
         # A line of one point shows nothing without a marker.
-        assert [line.get_marker() for line in axes.get_lines()[:3]] == ["o", "o", "o"]
+        assert [line.get_marker() for line in axes.get_lines()[:2]] == ["o", "o"]
 
 
 @pytest.mark.usefixtures("project")

@@ -58,8 +58,8 @@ def curves_text(model: str, curves: pd.DataFrame) -> str:
     last = curves.iloc[-1]
     return (
         f"Loss and accuracy of {model} by epoch. After epoch {last['epoch']:.0f} it is right on"
-        f" {last['train_accuracy']:.1%} of train, {last['validation_accuracy']:.1%} of validation"
-        f" and {last['test_accuracy']:.1%} of test."
+        f" {last['train_accuracy']:.1%} of train and {last['validation_accuracy']:.1%} of"
+        " validation."
     )
 
 

@@ -44,11 +44,11 @@ def quantities_figure(quantities: pd.DataFrame) -> Figure:
 def curves_figure(model: str, curves: pd.DataFrame, majority_accuracy: float) -> Figure:
     """Loss and accuracy by epoch; `curves`: rows of curves.csv."""
     figure, (loss, accuracy) = _figure(height=5.6, rows=2)
-    for name, color in SETS.items():
+    for name in ("train", "validation"):
         for panel, value in ((loss, "loss"), (accuracy, "accuracy")):
             values = curves[f"{name}_{value}"]
             # With a marker, since a line through one epoch shows nothing.
-            panel.plot(curves["epoch"], values, "o-", color=color, markersize=4, label=name)
+            panel.plot(curves["epoch"], values, "o-", color=SETS[name], markersize=4, label=name)
     accuracy.axhline(majority_accuracy, color=REFERENCE, linestyle="--", label="majority class")
     loss.set(title=f"Training of {model}", ylabel="cross-entropy")
     accuracy.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
