@@ -37,7 +37,7 @@ screenshots: setup  ## the pictures in docs/images/, from what the demo has left
 published: setup  ## the published protocol, leaks and all, as an experiment; GPU and internet
 	dvc exp run --name published -S subset.order=listing -S subset.bins=220000 \
 		-S split.by=image -S split.train=188100 -S split.validation=9900 -S split.test=22000 \
-		-S resize.quality=75 -S train.resnet34.accumulation=4
+		-S resize.quality=75 -S train.resnet34.accumulation=4 -S train.vit.keep=best
 
 demo-clean:  ## stop the demo's S3 server, remove demo/
 	@# In shell, since .venv may be gone by now. So may the server, and its number be another's.

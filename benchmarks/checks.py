@@ -4,7 +4,7 @@ it says what to do when memory is short, and what it reaches on real data."""
 import re
 import signal
 import time
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -107,28 +107,27 @@ def accuracies(data: Path, model: str, settings: ModelParams, seconds: float) ->
 
     The pretrained weights, if the settings want them, are in pretrained/<model> of that folder.
     """
-    train_bins, validation_bins, test_bins = common.load_data(data, "train", "validation", "test")
+    train_bins, validation_bins = common.load_data(data, "train", "validation")
     device = default_device()
     torch.manual_seed(settings.seed)
-    labels = sorted({*train_bins.quantities.tolist(), *test_bins.quantities.tolist()})
+    labels = sorted({*train_bins.quantities.tolist(), *validation_bins.quantities.tolist()})
     classifier = build_classifier(settings, data / "pretrained" / model, labels, train_bins.size)
     place(classifier, device)
     batch_size = common.load_params()["evaluate"]["batch_size"]
     processes = Processes(device=device)
-    trainer = Trainer(
-        classifier, train_bins, validation_bins, test_bins, settings, batch_size, processes
-    )
+    trainer = Trainer(classifier, train_bins, validation_bins, settings, batch_size, processes)
     started, rows = time.monotonic(), []
     for epoch in trainer.train():
         passed = time.monotonic() - started
-        row = [str(epoch.epoch), f"{epoch.train_loss:.4f}", f"{epoch.train_accuracy:.4f}"]
-        rows.append([*row, f"{epoch.test_loss:.4f}", f"{epoch.test_accuracy:.4f}", f"{passed:.1f}"])
+        row = [f"{value:.4f}" for value in astuple(epoch)[1:]]
+        rows.append([str(epoch.epoch), *row, f"{passed:.1f}"])
         print(f"{model}: {' '.join(rows[-1])}", flush=True)
         if passed > seconds:
             break
-    majority = np.unique(test_bins.quantities, return_counts=True)[1].max() / len(test_bins)
-    header = ["epoch", "train loss", "accuracy", "test loss", "accuracy", "after s"]
+    counts = np.unique(validation_bins.quantities, return_counts=True)[1]
+    majority = counts.max() / len(validation_bins)
+    header = ["epoch", "train loss", "accuracy", "validation loss", "accuracy", "after s"]
     return (
-        f"{len(train_bins)} bins, tested on {len(test_bins)}, whose most frequent quantity is that"
-        f" of {majority:.4f} of them.\n\n{common.table(header, rows)}"
+        f"{len(train_bins)} bins, validated on {len(validation_bins)}, whose most frequent quantity"
+        f" is that of {majority:.4f} of them.\n\n{common.table(header, rows)}"
     )

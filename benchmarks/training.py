@@ -115,9 +115,8 @@ class Task:
         bins = common.repeated(bins, self.images)
         classifier = self.classifier()
         place(classifier, self.device, deterministic=deterministic)
-        return Trainer(
-            classifier, bins, bins, bins, self.settings, 64, Processes(device=self.device)
-        )
+        processes = Processes(device=self.device)
+        return Trainer(classifier, bins, bins, self.settings, 64, processes)
 
 
 def comparable_settings(model: str, **changes: Any) -> ModelParams:

@@ -44,7 +44,8 @@ def main(model: str) -> str:
         "test_bins": len(test.ids),
     }
     write_results(paths.REPORTS / model, metrics, evaluation.tables)
-    write_text(paths.MODELS / f"{model}.md", model_card(model, params, sets, evaluation.tables))
+    card = model_card(model, params, release.settings.epoch, sets, evaluation.tables)
+    write_text(paths.MODELS / f"{model}.md", card)
     return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 
 

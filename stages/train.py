@@ -53,11 +53,12 @@ def train_model(model: str) -> str:
             report_start(model, trainer, resumed=resumed)
         watch = Watch(processes, path, 60 * params.run.checkpoint_minutes, request)
         epochs = train(model, trainer, watch)
-        scores = trainer.score(trainer.validation_bins, watch)
+        scores = trainer.score_validation(watch)
         if processes.is_first:
             publish(params, model, trainer, scores, work / "model")
             write_csv(paths.REPORTS / model / "curves.csv", pd.DataFrame(map(asdict, epochs)))
-    return f"{len(trainer.train_bins)} bins, {len(epochs)} epochs"
+    bins, kept = len(trainer.train_bins), trainer.kept_epoch
+    return f"{bins} bins, {len(epochs)} epochs; the weights of epoch {kept} are kept"
 
 
 def inputs_of(params: Params, model: str) -> str:
@@ -67,23 +68,22 @@ def inputs_of(params: Params, model: str) -> str:
         paths.SPLIT,
         *sorted((paths.PRETRAINED / model).iterdir()),
     ]
-    model_params = params.model(model), params.resize, params.run.deterministic
-    return digest(model_params, torch.__version__, digest_files(files))
+    settings = params.model(model), params.resize, params.subset.quantities
+    return digest(settings, params.run.deterministic, torch.__version__, digest_files(files))
 
 
 def make_trainer(params: Params, model: str, work: Path, processes: Processes) -> Trainer:
     model_params, size = params.model(model), params.resize.size
-    names = ["train", "validation", "test"]
-    sets = share_bins(paths.RESIZED, paths.SPLIT, names, size, work, processes)
-    labels = sorted({quantity for bins in sets for quantity in bins.quantities.tolist()})
+    names = ["train", "validation"]
+    train_bins, validation_bins = share_bins(
+        paths.RESIZED, paths.SPLIT, names, size, work, processes
+    )
+    labels = sorted(params.subset.quantities)
     torch.manual_seed(model_params.seed)
     classifier = build_classifier(model_params, paths.PRETRAINED / model, labels, size)
     place(classifier, processes.device, deterministic=params.run.deterministic)
-    train_bins, validation_bins, test_bins = sets
     batch_size = params.evaluate.batch_size
-    return Trainer(
-        classifier, train_bins, validation_bins, test_bins, model_params, batch_size, processes
-    )
+    return Trainer(classifier, train_bins, validation_bins, model_params, batch_size, processes)
 
 
 def train(model: str, trainer: Trainer, watch: Watch) -> list[Epoch]:
@@ -109,6 +109,7 @@ def publish(params: Params, model: str, trainer: Trainer, scores: Scores, folder
         bins.ids,
         bins.quantities,
         probabilities,
+        epoch=trainer.kept_epoch,
     )
     publish_folder(folder, paths.MODELS / model)
 

@@ -96,7 +96,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             # One bin that the model gets wrong, and one that it has no idea about.
             probabilities[38] = np.roll(probabilities[38], 1)
             probabilities[39] = 0.2
-            save_release(folder / name, classifier, KNOBS, FORM, ids, actual, probabilities)
+            save_release(
+                folder / name, classifier, KNOBS, FORM, ids, actual, probabilities, epoch=1
+            )
     return folder
 
 

@@ -57,7 +57,7 @@ def card_of(
     tables: Mapping[str, pd.DataFrame] | None = None,
 ) -> str:
     params = Params.model_validate(changed_params(changes or {}))
-    return model_card(model, params, SETS, TABLES | dict(tables or {}))
+    return model_card(model, params, 3, SETS, TABLES | dict(tables or {}))
 
 
 def plain(text: str) -> str:
@@ -120,7 +120,15 @@ def test_the_hub_reads_the_front_matter(model: str, library: str) -> None:
             {"train.vit.epochs": 7, "train.vit.loss": "ordinal", "train.vit.seed": 13},
             "7 epochs, batch 64, adamw at a learning rate of 2e-05, ordinal, seed 13",
         ),
-        ({"train.vit.ema_decay": 0.999}, "last epoch are kept, as a moving average."),
+        ({}, "The weights after epoch 3, the last one, are kept."),
+        (
+            {"train.vit.ema_decay": 0.999},
+            "The weights after epoch 3, the last one, are kept, as a moving average.",
+        ),
+        (
+            {"train.vit.keep": "best"},
+            "The weights after epoch 3, the best by accuracy on validation, are kept.",
+        ),
         ({"evaluate.false_alarm": 0.025}, "chosen on validation for 2.5% false alarms"),
     ],
     ids=str,

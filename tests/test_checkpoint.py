@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -46,6 +46,7 @@ KNOBS = model_params(
     clip_norm=1.0,
     color_jitter=0.1,
     accumulation=2,
+    keep="best",
 )
 STEPS = 3
 EVERY_STEP = range(1, 2 * STEPS + 1)
@@ -72,10 +73,14 @@ def path(tmp_path: Path) -> Path:
 
 
 def new_trainer(bins: Bins, **changes: Any) -> Trainer:
-    """As the train stage makes it, with weights in the memory format of its device."""
+    """As the train stage makes it, with weights in the memory format of its device.
+
+    The more it learns, the worse it does on validation, whose quantities are wrong.
+    """
     classifier = tiny_classifier(LABELS, full_network)
     place(classifier, CPU)
-    return Trainer(classifier, bins, bins, bins, KNOBS.model_copy(update=changes), 4)
+    validation_bins = replace(bins, quantities=(bins.quantities + 1) % 3 + 1)
+    return Trainer(classifier, bins, validation_bins, KNOBS.model_copy(update=changes), 4)
 
 
 def state_of(trainer: Trainer) -> dict[str, Any]:
@@ -146,6 +151,8 @@ def undisturbed(bins: Bins) -> Outcome:
     """Of a training without a checkpoint, let alone an end."""
     trainer = new_trainer(bins)
     epochs = list(trainer.train())
+    # Otherwise no checkpoint has to keep the weights of an earlier epoch.
+    assert trainer.kept_epoch == 1
     return state_of(trainer), epochs
 
 
@@ -179,8 +186,10 @@ def test_a_training_that_is_stopped_again_and_again_ends_with_the_same_bytes(
     assert run(new_trainer(bins), path) == undisturbed
 
 
-@pytest.mark.parametrize("changes", [{"ema_decay": None}, {"freeze_backbone": True}], ids=str)
-def test_without_an_average_or_with_a_frozen_backbone_too(
+@pytest.mark.parametrize(
+    "changes", [{"ema_decay": None}, {"freeze_backbone": True}, {"keep": "last"}], ids=str
+)
+def test_without_an_average_with_a_frozen_backbone_or_keeping_the_last_epoch_too(
     changes: dict[str, Any], bins: Bins, path: Path
 ) -> None:
     whole = new_trainer(bins, epochs=1, **changes)
@@ -190,7 +199,7 @@ def test_without_an_average_or_with_a_frozen_backbone_too(
     assert run(new_trainer(bins, epochs=1, **changes), path) == (state_of(whole), rows)
 
 
-def test_a_training_that_was_stopped_while_testing_repeats_only_the_test(
+def test_a_training_that_was_stopped_while_validating_repeats_only_that(
     bins: Bins, undisturbed: Outcome, path: Path
 ) -> None:
     request, first = StopRequest(), new_trainer(bins)
@@ -198,11 +207,12 @@ def test_a_training_that_was_stopped_while_testing_repeats_only_the_test(
     def ask(*_: Any) -> None:
         request.signal = signal.SIGINT
 
-    # The average is only ever tested.
+    # The average is only ever validated.
     first.trained.network.register_forward_hook(ask)
     with pytest.raises(Stopped) as stopped:
         run(first, path, request)
-    assert (stopped.value.signal, stopped.value.where) == (signal.SIGINT, "while testing epoch 1")
+    assert stopped.value.signal == signal.SIGINT
+    assert stopped.value.where == "while validating epoch 1"
 
     trainer = new_trainer(bins)
     taken: list[int] = []

@@ -49,7 +49,7 @@ from tests.builders import (
 
 LABELS = [1, 2, 3]
 RATE = 0.01
-SETS = ["train", "validation", "test"]
+SETS = ["train", "validation"]
 PROCESSES = 3
 
 
@@ -91,10 +91,10 @@ STOPPED = CASES["in parts, averaged"]
 
 
 def write_sets(folder: Path) -> None:
-    """19 bins to train on, one to validate and two to test on: fewer than processes."""
-    rows = bin_rows([1, 2, 3] * 7 + [1], noise)
+    """19 bins to train on and two to validate on, fewer than processes."""
+    rows = bin_rows([1, 2, 3] * 7, noise)
     write_resized(folder / "resized", rows)
-    sets = ["train"] * 19 + ["test"] * 2 + ["validation"]
+    sets = ["train"] * 19 + ["validation"] * 2
     ids = [row["id"] for row in rows]
     write_split(folder / "split.csv", dict(zip(ids, sets, strict=True)))
 
@@ -112,8 +112,8 @@ def new_trainer(
 ) -> Trainer:
     classifier = tiny_classifier(LABELS, make_network)
     place(classifier, CPU)
-    train_bins, validation_bins, test_bins = sets
-    return Trainer(classifier, train_bins, validation_bins, test_bins, settings, 4, processes)
+    train_bins, validation_bins = sets
+    return Trainer(classifier, train_bins, validation_bins, settings, 4, processes)
 
 
 def result_of(trainer: Trainer, epochs: list[Epoch]) -> dict[str, Tensor]:
@@ -222,7 +222,7 @@ def test_processes_know_their_places_and_exchange_values(group: Path) -> None:
 
 @pytest.mark.slow
 def test_processes_read_the_same_bins_of_one_file_that_none_leaves(group: Path) -> None:
-    sets = (range(1, 20), [22], range(20, 22))
+    sets = (range(1, 20), range(20, 22))
     expected = [[f"{number:05d}" for number in numbers] for numbers in sets]
 
     assert [found["ids"] for found in told(group)] == [expected] * PROCESSES
@@ -351,7 +351,7 @@ def test_several_processes_on_cpus_refuse_batch_normalization(tmp_path: Path) ->
     bins = make_bins(tmp_path, LABELS)
 
     with pytest.raises(UserError, match=r"by several processes on CPUs: set run\.processes to 1"):
-        new_trainer([bins] * 3, CASES["plain"], Processes(0, 2), full_network)
+        new_trainer([bins] * 2, CASES["plain"], Processes(0, 2), full_network)
 
 
 def test_outside_of_a_group_a_process_is_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,7 +382,7 @@ def test_machines_that_share_a_folder_have_a_file_each(
 
     assert len(inodes(one)) == len(inodes(other)) == 1
     assert inodes(one) != inodes(other)
-    assert one[2].images[1] == other[2].images[1] == bin_rows([1, 2, 3] * 7, noise)[20]["image"]
+    assert one[1].images[1] == other[1].images[1] == bin_rows([1, 2, 3] * 7, noise)[20]["image"]
     assert list((tmp_path / "work").iterdir()) == []
 
 

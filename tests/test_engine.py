@@ -1,14 +1,18 @@
 """Training, on bins of synthetic squares that a tiny network learns."""
 
+import io
 import math
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Adam, AdamW
@@ -48,8 +52,8 @@ from tests.builders import (
 
 LABELS = [1, 2, 3]
 KNOBS = model_params("resnet34", epochs=3, batch_size=8, learning_rate=0.01)
-#: The bins to train on, to validate on and to test on.
-Sets = tuple[Bins, Bins, Bins]
+#: The bins to train on and to validate on.
+Sets = tuple[Bins, Bins]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,21 +64,19 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
-    """30, 5 and 7 coloured squares."""
+    """30 and 7 coloured squares."""
     return (
         make_bins(tmp_path_factory.mktemp("train"), LABELS * 10),
-        make_bins(tmp_path_factory.mktemp("validation"), [3, 2, 2, 1, 3]),
-        make_bins(tmp_path_factory.mktemp("test"), [1, 2, 3, 3, 2, 1, 1]),
+        make_bins(tmp_path_factory.mktemp("validation"), [1, 2, 3, 3, 2, 1, 1]),
     )
 
 
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory: pytest.TempPathFactory) -> Sets:
-    """20, 5 and 7 squares of noise."""
+    """20 and 7 squares of noise."""
     return (
         make_bins(tmp_path_factory.mktemp("train"), [1, 2, 3, 3] * 5, noise),
-        make_bins(tmp_path_factory.mktemp("validation"), [3, 2, 2, 1, 3], noise),
-        make_bins(tmp_path_factory.mktemp("test"), [1, 2, 3, 3, 2, 1, 1], noise),
+        make_bins(tmp_path_factory.mktemp("validation"), [1, 2, 3, 3, 2, 1, 1], noise),
     )
 
 
@@ -111,10 +113,10 @@ def test_a_task_that_can_be_learned_is_learned(optimizer: str, loss: str, sets: 
     assert [epoch.epoch for epoch in epochs] == [1, 2, 3, 4, 5, 6]
     first, last = epochs[0], epochs[-1]
     assert last.train_loss < 0.5 * first.train_loss
-    assert last.test_loss < first.test_loss
+    assert last.validation_loss < first.validation_loss
     assert last.train_accuracy > first.train_accuracy
     assert last.train_accuracy > 0.9
-    assert last.test_accuracy > 0.9
+    assert last.validation_accuracy > 0.9
 
 
 def test_a_seed_gives_the_same_weights_and_rows_bit_by_bit(sets: Sets) -> None:
@@ -166,18 +168,80 @@ def test_dropout_is_another_in_each_epoch_step_and_process() -> None:
     assert len(drawn) == 24
 
 
-def test_bins_to_validate_and_test_on_are_not_learned_from(sets: Sets) -> None:
-    train_bins, validation_bins, test_bins = sets
+def test_bins_to_validate_on_are_not_learned_from(sets: Sets) -> None:
+    train_bins, _ = sets
 
     weights, epochs = trained(sets, KNOBS, full_network)
-    same, others = trained((train_bins, test_bins, train_bins), KNOBS, full_network)
+    same, others = trained((train_bins, train_bins), KNOBS, full_network)
 
     assert equal(weights, same)
     for epoch, other in zip(epochs, others, strict=True):
         assert epoch.train_loss == other.train_loss
-        assert epoch.test_loss == other.validation_loss
-        assert epoch.validation_loss not in (other.validation_loss, other.test_loss)
-    assert len(validation_bins) != len(test_bins)
+        assert epoch.validation_loss != other.validation_loss
+
+
+def opposed(sets: Sets) -> Sets:
+    """The more is learned of the bins to train on, the worse it is for those to validate on."""
+    train_bins, validation_bins = sets
+    return train_bins, replace(validation_bins, quantities=validation_bins.quantities % 3 + 1)
+
+
+@pytest.mark.usefixtures("full_precision")
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_the_weights_of_the_best_or_of_the_last_epoch_are_kept(
+    keep: str, ema_decay: float | None, sets: Sets
+) -> None:
+    settings = settings_with(keep=keep, ema_decay=ema_decay, learning_rate=1e-4)
+    trainer = new_trainer(opposed(sets), settings, full_network)
+
+    epochs, weights = [], []
+    for epoch in trainer.train():
+        epochs.append(epoch)
+        weights.append(weights_of(trainer.trained.network))
+
+    accuracies = [epoch.validation_accuracy for epoch in epochs]
+    assert accuracies[-1] < max(accuracies)
+    kept = accuracies.index(max(accuracies)) + 1 if keep == "best" else 3
+    assert trainer.kept_epoch == kept
+    assert equal(weights_of(trainer.trained.network), weights[kept - 1])
+    assert not equal(weights[0], weights[-1])
+
+
+def test_choosing_an_epoch_to_keep_changes_no_step(sets: Sets) -> None:
+    _, epochs = trained(opposed(sets), settings_with(keep="last"), full_network)
+    _, same = trained(opposed(sets), settings_with(keep="best"), full_network)
+
+    assert epochs == same
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "best"),
+    [([0.4], 1), ([0.0, 0.0], 1), ([0.2, 0.5, 0.4], 2), ([0.2, 0.5, 0.5], 2), ([0.1, 0.2], 2)],
+)
+def test_the_best_epoch_is_the_earliest_with_the_highest_validation_accuracy(
+    accuracies: list[float], best: int
+) -> None:
+    # Every other value would choose another epoch.
+    rows = [[-number, number, number, accuracy] for number, accuracy in enumerate(accuracies)]
+
+    assert engine.best_epoch(torch.tensor(rows, dtype=torch.float64)) == best
+
+
+def test_the_copied_weights_of_any_network_can_be_loaded_again() -> None:
+    # It refuses weights without the versions of its layers.
+    network, other = (torchvision.models.get_model("mnasnet0_5", num_classes=3) for _ in range(2))
+
+    copied = engine.copy_of_weights(network)
+    buffer = io.BytesIO()
+    torch.save(copied, buffer)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+
+    assert equal(weights_of(other), weights_of(network))
+    with torch.no_grad():
+        next(network.parameters()).zero_()
+    assert equal(weights_of(other), copied)
 
 
 class Recorder(nn.Module):
@@ -466,9 +530,9 @@ def test_the_moving_average_is_that_of_a_plain_loop(sets: Sets) -> None:
     assert "network.1.running_var" in kept
     assert close(average, kept, 1e-5)
     assert not close(weights_of(network), kept, 1e-3)
-    # The average is what is tested.
-    scores = evaluate(trainer.trained, sets[2], 16)
-    assert (epochs[-1].test_loss, epochs[-1].test_accuracy) == (scores.loss, scores.accuracy)
+    # The average is what is validated.
+    scores, last = evaluate(trainer.trained, sets[1], 16), epochs[-1]
+    assert (last.validation_loss, last.validation_accuracy) == (scores.loss, scores.accuracy)
 
 
 def test_a_frozen_backbone_stays_as_it_is_with_its_statistics(sets: Sets) -> None:
@@ -491,7 +555,7 @@ def test_a_compiled_network_learns_the_same(noisy: Sets) -> None:
 
     assert close(weights, others, KNOBS.learning_rate / 100)
     assert epochs[0].train_loss == pytest.approx(other_epochs[0].train_loss, rel=1e-4)
-    assert epochs[0].test_loss == pytest.approx(other_epochs[0].test_loss, rel=1e-4)
+    assert epochs[0].validation_loss == pytest.approx(other_epochs[0].validation_loss, rel=1e-4)
 
 
 def test_only_full_batches_go_to_the_compiled_network(
@@ -603,12 +667,8 @@ def test_an_epochs_row_has_the_means_over_its_bins_whatever_is_minimized(
     scores = evaluate(classifier, sets[0], 100)
     assert row.train_loss == pytest.approx(scores.loss, abs=1e-3)
     assert row.train_accuracy == pytest.approx(scores.accuracy)
-    for bins, loss, accuracy in (
-        (sets[1], row.validation_loss, row.validation_accuracy),
-        (sets[2], row.test_loss, row.test_accuracy),
-    ):
-        scores = evaluate(classifier, bins, 16)
-        assert (loss, accuracy) == (scores.loss, scores.accuracy)
+    scores = evaluate(classifier, sets[1], 16)
+    assert (row.validation_loss, row.validation_accuracy) == (scores.loss, scores.accuracy)
 
 
 class Exploding(nn.Module):
@@ -654,8 +714,22 @@ def test_a_loss_that_is_not_finite_names_its_step_and_learning_rate(
     )
 
 
-class BadlyTested(nn.Module):
-    """A network that does well until it is tested."""
+def loader_threads() -> set[str]:
+    return {one.name for one in threading.enumerate() if one.name.startswith("ThreadPoolExecutor")}
+
+
+def test_a_training_that_fails_leaves_no_thread_behind(sets: Sets) -> None:
+    before = loader_threads()
+
+    # While the error is in use, nothing that it refers to is collected.
+    with pytest.raises(UserError) as error:
+        trained(sets, KNOBS, lambda labels: Exploding(labels, bad_pass=1))
+
+    assert loader_threads() == before, error
+
+
+class BadlyValidated(nn.Module):
+    """A network that does well until it is validated."""
 
     def __init__(self, labels: int) -> None:
         super().__init__()
@@ -666,13 +740,13 @@ class BadlyTested(nn.Module):
         return logits if self.training else logits * float("inf")
 
 
-def test_a_loss_after_an_epoch_that_is_not_finite_names_the_epoch(sets: Sets) -> None:
+def test_a_validation_loss_that_is_not_finite_names_the_epoch(sets: Sets) -> None:
     text = (
-        r"the loss is (nan|inf) on bins not trained on, after epoch 1: lower this model's"
-        r" learning_rate \(0\.01\)"
+        r"the validation loss is (nan|inf) after epoch 1: lower this model's learning_rate"
+        r" \(0\.01\)"
     )
     with pytest.raises(UserError, match=text):
-        trained(sets, KNOBS, BadlyTested)
+        trained(sets, KNOBS, BadlyValidated)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -714,8 +788,22 @@ def test_a_batch_that_does_not_fit_names_an_accumulation_that_does(
     # A value that params.yaml can have, and with which it trains.
     changed = ModelParams.model_validate(settings.model_dump() | {"accumulation": advised})
     trainer = new_trainer(sets, changed, large)
-    monkeypatch.setattr(trainer, "test", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(trainer, "validate", lambda *_: (0.0, 0.0))
     assert len(list(trainer.train())) == 1
+
+
+def test_smaller_parts_are_said_to_change_batch_normalization(sets: Sets) -> None:
+    def large(labels: int) -> nn.Module:
+        return nn.Sequential(nn.BatchNorm2d(3), Large(labels, 3, backward=False))
+
+    with pytest.raises(UserError) as error:
+        trained(sets, settings_with(epochs=1), large)
+
+    assert str(error.value) == (
+        "8 images of 32 pixels do not fit into cpu: set this model's accumulation to 4, and 2 at"
+        " once fit; batch_size stays 8, but batch normalization then takes its statistics from"
+        " parts of 2 images, which changes the result"
+    )
 
 
 @pytest.mark.parametrize(("batch_size", "failed"), [(8, 8), (2, 2)])

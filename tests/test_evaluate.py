@@ -119,6 +119,7 @@ def write_model() -> None:
         validation.ids,
         validation.quantities,
         scores.probabilities.astype(np.float64),
+        epoch=1,
     )
 
 
@@ -223,6 +224,16 @@ def test_the_metrics_are_those_of_the_predictions() -> None:
         "found": alarms[wrong].mean(),
         "false_alarms": alarms[~wrong].mean(),
         "validation_accuracy": (validation["actual"] == validation["predicted"]).mean(),
+        "validation_rmse": sklearn.metrics.root_mean_squared_error(
+            validation["actual"], validation["predicted"]
+        ),
+        "validation_nll": -np.log(
+            validation[COLUMNS].to_numpy()[range(len(validation)), validation["actual"] - 1]
+        ).mean(),
+        "validation_auroc": sklearn.metrics.roc_auc_score(
+            (validation["actual"].to_numpy()[:, None] != [1, 2, 3]).ravel(),
+            -validation[COLUMNS].to_numpy().ravel(),
+        ),
         # Of the quantity most frequent in train, which is 2; in test that is 1.
         "majority_accuracy": 2 / 7,
         "test_bins": 7,

@@ -62,7 +62,7 @@ def write_model(name: str) -> Path:
     # So sure that every other bin is an alarm.
     sure = np.array([[1.0, 0, 0, 0, 0]])
     form = Resize(size=SIZE, fit="pad", quality=90, max_rejects=0.0)
-    save_release(folder, random_classifier(KNOBS), KNOBS, form, ["1"], np.array([1]), sure)
+    save_release(folder, random_classifier(KNOBS), KNOBS, form, ["1"], np.array([1]), sure, epoch=1)
     return folder
 
 

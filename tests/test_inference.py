@@ -1,5 +1,6 @@
 """A classifier at work: evaluation against a plain loop, devices and classes."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from stages.imaging.loader import CPU, Bins
 from stages.networks import inference
 from stages.networks.inference import class_numbers, evaluate, normalizer, place, predict
-from stages.runtime.errors import UserError
+from stages.runtime.errors import Stopped, UserError
 from tests.builders import (
     SIZE,
     equal,
@@ -23,6 +24,7 @@ from tests.builders import (
     one_torch_thread,
     pillow_pixels,
     tiny_classifier,
+    tiny_network,
     weights_of,
 )
 
@@ -96,6 +98,19 @@ def test_every_batch_is_announced_before_its_scores(held_out: Bins) -> None:
     assert events == ["announced", "scored"] * 3
 
 
+def test_scoring_that_is_stopped_leaves_no_thread_behind(held_out: Bins) -> None:
+    def stop() -> None:
+        raise Stopped(15, "before the first batch")
+
+    before = set(threading.enumerate())
+
+    # While the error is in use, nothing that it refers to is collected.
+    with pytest.raises(Stopped) as error:
+        predict(tiny_classifier(LABELS), held_out, 3, before_batch=stop)
+
+    assert set(threading.enumerate()) == before, error
+
+
 @pytest.mark.parametrize("rows", [[], [2], [6, 0, 3, 4]], ids=str)
 def test_some_rows_are_scored_in_their_order(rows: list[int], held_out: Bins) -> None:
     classifier = tiny_classifier(LABELS)
@@ -105,6 +120,28 @@ def test_some_rows_are_scored_in_their_order(rows: list[int], held_out: Bins) ->
 
     assert some.dtype == torch.float32
     torch.testing.assert_close(some, whole[rows])
+
+
+class InBfloat16(nn.Module):
+    """A network whose scores are in bfloat16, as autocast makes them on a GPU."""
+
+    def __init__(self, labels: int) -> None:
+        super().__init__()
+        self.network = tiny_network(labels)
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores: Tensor = self.network(images)
+        return scores.bfloat16()
+
+
+def test_scores_in_bfloat16_become_probabilities_in_float32(held_out: Bins) -> None:
+    classifier = tiny_classifier(LABELS, InBfloat16)
+    exact = predict(classifier, held_out, 3).double().softmax(1).numpy()
+
+    probabilities = evaluate(classifier, held_out, 3).probabilities
+
+    assert probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities, exact, rtol=1e-6)
 
 
 def test_a_network_is_placed_in_channels_last() -> None:

@@ -95,7 +95,7 @@ def test_taking_only_the_first_batch_ends_well(noisy: Bins) -> None:
     first = next(batches)
 
     np.testing.assert_array_equal(first.rows, [0, 1])
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     assert next(batches, None) is None
 
 

@@ -25,6 +25,7 @@ from tests.builders import (
     SIZE,
     TINY_VIT,
     bin_rows,
+    one_torch_thread,
     write_params,
     write_resized,
     write_split,
@@ -47,6 +48,7 @@ KNOBS: dict[str, Any] = {
     "train.vit.batch_size": 16,
     "train.vit.ema_decay": 0.9,
     "train.vit.color_jitter": 0.2,
+    "train.vit.keep": "best",
 }
 STAGE = [sys.executable, "-m", "stages.train", "vit"]
 SECONDS = 300
@@ -164,11 +166,12 @@ def test_the_model_folder_is_all_that_is_needed_to_use_the_model(alone: Workspac
     assert (release.settings.fit, release.settings.quality) == ("squeeze", 90)
     assert release.validation["id"].tolist() == [f"{number:05d}" for number in range(161, 181)]
     assert release.validation["actual"].tolist() == [1, 2, 3, 4, 5] * 4
-    # Calibrated on what was trained: the last row of the curves says how well it does.
+    # Calibrated on what was kept: its row of the curves says how well it does.
     curves = pd.read_csv(alone.folder / "reports/vit/curves.csv")
     right = (release.validation["actual"] == release.validation["predicted"]).mean()
-    assert right == pytest.approx(curves["validation_accuracy"].iloc[-1])
+    assert right == pytest.approx(curves["validation_accuracy"].max())
     assert curves["epoch"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert release.settings.epoch == curves["validation_accuracy"].argmax() + 1
 
 
 @pytest.mark.slow
@@ -268,6 +271,29 @@ def test_a_loss_that_is_not_finite_ends_with_one_line(processes: int, tmp_path: 
     assert not (workspace.folder / "models/vit").exists()
 
 
+def test_training_does_without_the_test_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"train__vit__epochs": 1, "train__vit__keep": "last"}
+    workspace = Workspace(tmp_path, subset__quantities=[1, 2, 3, 4, 5, 9], **settings)
+    split = workspace.folder / "data/split.csv"
+    sets = pd.read_csv(split, dtype=str)
+    sets[sets["set"] != "test"].to_csv(split, index=False)
+    monkeypatch.chdir(workspace.folder)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+
+    with one_torch_thread():
+        summary = train.train_model("vit")
+
+    assert summary == "160 bins, 1 epochs; the weights of epoch 1 are kept"
+    curves = pd.read_csv("reports/vit/curves.csv")
+    assert curves.columns.tolist() == [
+        *("epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
+    ]
+    # Only test has such bins, and scoring them must not fail.
+    assert load_release(Path("models/vit")).classifier.labels == [1, 2, 3, 4, 5, 9]
+
+
 def test_photographs_of_another_size_than_params_says_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,6 +310,7 @@ def test_photographs_of_another_size_than_params_says_are_refused(
     [
         {"train__vit__seed": 1},
         {"resize__fit": "pad"},
+        {"subset__quantities": [1, 2, 3, 4, 5, 6]},
         {"resize__quality": 80},
         {"run__deterministic": True},
     ],

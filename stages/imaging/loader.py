@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,11 +152,12 @@ def load_batches(
     batches: Sequence[NDArray[np.int64]],
     device: torch.device = CPU,
     threads: int | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """The bins at the rows of each of `batches`, decoded ahead into a few reused buffers.
 
     Each core (or each of `threads`) decodes a piece of every batch, because the decoder releases
-    the GIL. Empty batches stay empty.
+    the GIL. Empty batches stay empty. Close it if it may not be read to its end: the garbage
+    collector would wait for its threads at any time, perhaps in one of them.
     """
     threads = threads or usable_cores()
     shape = (max(map(len, batches), default=0), bins.size, bins.size, 3)

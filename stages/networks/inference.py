@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Never
 
@@ -89,8 +90,8 @@ def predict(
     logits = torch.empty(len(rows), len(classifier.labels), device=device)
     normalized = normalizer(classifier)
     classifier.network.eval()
-    with progress_bar(len(rows), "evaluate") as progress:
-        loaded = load_batches(bins, batches, device, threads)
+    loaded = load_batches(bins, batches, device, threads)
+    with closing(loaded), progress_bar(len(rows), "evaluate") as progress:
         for start, batch in zip(starts, loaded, strict=True):
             before_batch()
             with autocast(device):

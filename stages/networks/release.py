@@ -37,10 +37,12 @@ VALIDATION = "validation.csv"
 class Settings(Block):
     """inference.json: what the network's own files lack to give calibrated probabilities.
 
-    `fit` and `quality` are those of the resize stage; `sha256` is of each of FILES.
+    `epoch` is the one whose weights were kept, `fit` and `quality` are those of the resize stage,
+    and `sha256` has the digest of each of FILES.
     """
 
     temperature: Annotated[float, Field(gt=0)]
+    epoch: Annotated[int, Field(ge=1)]
     fit: Literal["squeeze", "pad"]
     quality: int
     sha256: dict[str, str]
@@ -71,11 +73,14 @@ def save_release(
     ids: list[str],
     actual: Counts,
     probabilities: NDArray[np.floating],
+    *,
+    epoch: int,
 ) -> None:
     """Calibrate a model on the validation bins, and write all that is needed to use it.
 
-    `actual` [bins] are their quantities, and `probabilities` [bins, labels] the softmax of the
-    network's scores of them. The network is moved to the CPU.
+    `actual` [bins] are their quantities, `probabilities` [bins, labels] the softmax of the
+    network's scores of them, and `epoch` is the one whose weights the network has. The network is
+    moved to the CPU.
     """
     save_classifier(classifier, model, folder, resize.fit)
     labels = np.array(classifier.labels)
@@ -83,6 +88,7 @@ def save_release(
     temperature = fit_temperature(probabilities, targets)
     settings = Settings(
         temperature=temperature,
+        epoch=epoch,
         fit=resize.fit,
         quality=resize.quality,
         sha256=digests(folder, FILES),

@@ -163,6 +163,7 @@ class ModelParams(Block):
     batch_size: Count
     accumulation: Count
     epochs: Count
+    keep: Literal["best", "last"]
     # Of pixel values from 0 to 1.
     mean: Annotated[list[Share], AfterValidator(_per_channel)]
     std: Annotated[list[Annotated[Share, Field(gt=0)]], AfterValidator(_per_channel)]

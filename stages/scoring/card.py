@@ -14,9 +14,12 @@ LISTED = ["accuracy", "rmse", "mae", "auroc"]
 
 
 def model_card(
-    model: str, params: Params, sets: pd.DataFrame, tables: Mapping[str, pd.DataFrame]
+    model: str, params: Params, epoch: int, sets: pd.DataFrame, tables: Mapping[str, pd.DataFrame]
 ) -> str:
-    """Markdown with YAML front matter. `tables` are the tables of evaluate_scores, by name."""
+    """Markdown with YAML front matter.
+
+    `epoch` is the one whose weights the model has; `tables` are those of evaluate_scores, by name.
+    """
     intervals = tables["intervals"].set_index("metric").to_dict("index")
     precision = tables["precision"]
     model_params = params.model(model)
@@ -44,6 +47,7 @@ def model_card(
         model=model,
         model_params=model_params,
         params=params,
+        epoch=epoch,
         chosen=chosen_by(params),
         sets=sets["set"].value_counts().to_dict(),
         intervals=intervals,

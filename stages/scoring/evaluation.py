@@ -113,7 +113,6 @@ def evaluate_scores(
     pairs = zip(measured["metric"], measured["value"], strict=True)
     # A table of experiments has room for few columns; intervals.csv has the others.
     metrics = {name: value for name, value in pairs if not name.startswith("found_at_")}
-    right = validation["actual"] == validation["predicted"]
     tables = {
         "alarms": alarms,
         "calibration": calibration_table(uncalibrated, test, temperature),
@@ -128,7 +127,19 @@ def evaluate_scores(
         "roc": roc_table(test.claims),
         "validation": validation,
     }
-    return Evaluation(metrics | {"validation_accuracy": float(right.mean())}, tables)
+    return Evaluation(metrics | validation_metrics(validation, test.labels), tables)
+
+
+def validation_metrics(validation: pd.DataFrame, labels: list[int]) -> dict[str, float]:
+    """The metrics that models and params are compared by, so that test chooses nothing."""
+    actual, predicted = validation["actual"].to_numpy(), validation["predicted"].to_numpy()
+    probabilities = validation[probability_columns(labels)].to_numpy()
+    metrics = (
+        counting_metrics(actual, predicted, labels)
+        | probability_metrics(actual, probabilities, labels)
+        | roc_metrics(make_claims(probabilities, actual, labels), np.ones(len(validation)))
+    )
+    return {f"validation_{name}": metrics[name] for name in ("accuracy", "rmse", "nll", "auroc")}
 
 
 def metrics_with_intervals(test: Scored, threshold: float) -> pd.DataFrame:

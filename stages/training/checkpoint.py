@@ -45,7 +45,8 @@ class TrainingState:
     `epoch` (from 1) is the current one and `step` the number of its finished steps. `totals`
     float64 [3] on the device: of the steps of this process in this epoch, the sum of the losses of
     all images, how many it got right, and the first step whose loss was not finite, or infinity.
-    `history` float64 [epochs, values]: the rows of the finished epochs.
+    `history` float64 [epochs, values]: the rows of the finished epochs. `best`: the weights of the
+    best of them, on the CPU, if it is to be kept.
     """
 
     network: nn.Module
@@ -55,6 +56,7 @@ class TrainingState:
     history: Tensor
     epoch: int = 1
     step: int = 0
+    best: dict[str, Tensor] | None = None
 
     def start_epoch(self, epoch: int) -> None:
         self.epoch, self.step = epoch, 0
@@ -69,6 +71,7 @@ class TrainingState:
             "history": self.history,
             "epoch": self.epoch,
             "step": self.step,
+            "best": self.best,
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -79,6 +82,7 @@ class TrainingState:
         self.history.copy_(saved["history"])
         self.start_epoch(saved["epoch"])
         self.step = saved["step"]
+        self.best = saved["best"]
 
 
 def save_checkpoint(path: Path, state: TrainingState, totals: tuple[float, float]) -> None:

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -42,8 +43,6 @@ class Epoch:
     train_accuracy: float
     validation_loss: float
     validation_accuracy: float
-    test_loss: float
-    test_accuracy: float
 
 
 class Trainer:
@@ -59,7 +58,6 @@ class Trainer:
         classifier: Classifier,
         train_bins: Bins,
         validation_bins: Bins,
-        test_bins: Bins,
         params: ModelParams,
         evaluate_batch_size: int,
         processes: Processes | None = None,
@@ -67,7 +65,6 @@ class Trainer:
         self.classifier = classifier
         self.train_bins = train_bins
         self.validation_bins = validation_bins
-        self.test_bins = test_bins
         self.params = params
         self.evaluate_batch_size = evaluate_batch_size
         self.processes = processes or Processes()
@@ -89,30 +86,40 @@ class Trainer:
 
     @property
     def trained(self) -> Classifier:
-        """With the weights to keep: their moving average, where there is one."""
+        """The classifier with the moving average of its weights if there is one, else with them.
+
+        Once `train` has given the last row, these are the weights of `kept_epoch`.
+        """
         if self.state.average is None:
             return self.classifier
         averaged: Any = self.state.average.module
         return replace(self.classifier, network=averaged)
 
-    def train(self, watch: Watch | None = None) -> Iterator[Epoch]:
-        """Continue from where the state is, and give the row of every epoch, earlier ones included.
+    @property
+    def kept_epoch(self) -> int:
+        """The epoch whose weights are kept at the end of the training."""
+        if self.params.keep == "last":
+            return self.params.epochs
+        return best_epoch(self.state.history)
 
-        Raises UserError where a loss is not finite or a batch does not fit into the GPU's memory,
-        and Stopped where the watch was asked to.
+    def train(self, watch: Watch | None = None) -> Iterator[Epoch]:
+        """Train from the current state, and yield the row of every epoch, including finished ones.
+
+        Raises UserError if a loss is not finite or a batch does not fit into the GPU's memory, and
+        Stopped if the watch was asked to stop.
         """
         watch = watch or Watch(self.processes)
         for epoch in range(1, self.params.epochs + 1):
             if epoch > self.state.epoch:
                 self.state.start_epoch(epoch)
             if epoch == self.state.epoch:
-                row = (
-                    *self.train_one_epoch(watch),
-                    *self.test(self.validation_bins, watch),
-                    *self.test(self.test_bins, watch),
-                )
+                row = *self.train_one_epoch(watch), *self.validate(watch)
                 self.state.history[epoch - 1] = torch.tensor(row, dtype=torch.float64)
+                if self.params.keep == "best" and best_epoch(self.state.history[:epoch]) == epoch:
+                    self.state.best = copy_of_weights(self.trained.network)
             yield Epoch(epoch, *self.state.history[epoch - 1].tolist())
+        if self.state.best is not None:
+            self.trained.network.load_state_dict(self.state.best)
 
     def train_one_epoch(self, watch: Watch) -> tuple[float, float]:
         """The rest of one pass over the bins in a random order; its mean loss and its accuracy."""
@@ -122,13 +129,13 @@ class Trainer:
         batches = load_batches(
             self.train_bins, rows, self.classifier.device, self.processes.loader_threads
         )
-        images = (batch.images for batch in batches)
         # With the backbone frozen, its batch normalization and dropout rest too.
         self.module.train(not params.freeze_backbone)
         seen = sum(plan.sizes[: state.step])
         description = f"epoch {state.epoch}/{params.epochs}"
         out_of_memory = False
-        with progress_bar(len(plan.order), description) as progress:
+        with closing(batches), progress_bar(len(plan.order), description) as progress:
+            images = (batch.images for batch in batches)
             progress.update(seen)
             try:
                 for size in plan.sizes[state.step :]:
@@ -137,7 +144,7 @@ class Trainer:
                     progress.update(size)
                     watch.after_step(state, seen)
                     progress.set_postfix(loss=f"{watch.mean_loss:.3f}", refresh=False)
-                # Written before the test, which a killed run then only repeats.
+                # Before validation, so that a run killed during validation only repeats that.
                 loss, right = watch.look(state, seen, save=True)
             except NotFiniteError as error:
                 raise self.not_finite(error.step, len(plan.sizes)) from None
@@ -200,19 +207,20 @@ class Trainer:
             first_bad = totals[2].clamp(max=self.state.step)
             totals[2] = torch.where(loss.isfinite(), totals[2], first_bad)
 
-    def test(self, bins: Bins, watch: Watch) -> tuple[float, float]:
-        """The loss and accuracy of bins that are not trained on, after an epoch."""
-        scores = self.score(bins, watch)
+    def validate(self, watch: Watch) -> tuple[float, float]:
+        """The loss and accuracy on the validation bins after an epoch."""
+        scores = self.score_validation(watch)
         if not math.isfinite(scores.loss):
             raise UserError(
-                f"the loss is {scores.loss} on bins not trained on, after epoch {self.state.epoch}:"
-                f" lower this model's learning_rate ({self.params.learning_rate:g})"
+                f"the validation loss is {scores.loss} after epoch {self.state.epoch}: lower this"
+                f" model's learning_rate ({self.params.learning_rate:g})"
             )
         return scores.loss, scores.accuracy
 
-    def score(self, bins: Bins, watch: Watch) -> Scores:
-        """Of the weights to keep; each process scores a share, and all get the same scores."""
-        trained, processes, epoch = self.trained, self.processes, self.state.epoch
+    def score_validation(self, watch: Watch) -> Scores:
+        """The scores of `trained`. Each process scores a share, and all get the same scores."""
+        bins, trained = self.validation_bins, self.trained
+        processes, epoch = self.processes, self.state.epoch
         rows = processes.share(np.arange(len(bins)))
         logits = torch.zeros(len(bins), len(trained.labels), device=trained.device)
         logits[torch.from_numpy(rows)] = predict(
@@ -220,7 +228,7 @@ class Trainer:
             bins,
             self.evaluate_batch_size,
             rows,
-            lambda: watch.stop_if_asked(f"while testing epoch {epoch}"),
+            lambda: watch.stop_if_asked(f"while validating epoch {epoch}"),
             processes.loader_threads,
         )
         return scores_of(processes.gather(logits).sum(0), bins, trained.labels)
@@ -235,16 +243,19 @@ class Trainer:
         )
 
     def too_large(self) -> UserError:
-        """What to do where a part of a batch does not fit into the GPU's memory; tries what would.
+        """An error for a part of a batch that does not fit into the GPU's memory.
 
-        Memory holds what one process has of the largest part of the largest batch.
+        It names an accumulation that was tried and fits. The memory has to hold one process's
+        share of the largest part of the largest batch.
         """
         params, device = self.params, self.classifier.device
         largest = max(map(len, split_into_batches(len(self.train_bins), params.batch_size)))
 
+        def largest_part(accumulation: int) -> int:
+            return math.ceil(largest / part_count(largest, accumulation))
+
         def at_once(accumulation: int) -> int:
-            part = math.ceil(largest / part_count(largest, accumulation))
-            return math.ceil(part / self.processes.size)
+            return math.ceil(largest_part(accumulation) / self.processes.size)
 
         accumulation, images = params.accumulation, at_once(params.accumulation)
         problem = f"{images} images of {self.classifier.size} pixels do not fit into {device}"
@@ -252,10 +263,16 @@ class Trainer:
             accumulation = min(2 * accumulation, params.batch_size)
             images = at_once(accumulation)
             if self.fits(images):
-                return UserError(
+                advice = (
                     f"{problem}: set this model's accumulation to {accumulation}, and {images} at"
                     f" once fit; batch_size stays {params.batch_size}"
                 )
+                if self.normalizes_batches:
+                    advice += (
+                        ", but batch normalization then takes its statistics from parts of"
+                        f" {largest_part(accumulation)} images, which changes the result"
+                    )
+                return UserError(advice)
         return UserError(
             f"{problem}, whatever this model's accumulation: lower resize.size, or free the GPU's"
             " memory"
@@ -285,6 +302,23 @@ def refuse_single_images(images: int, batch_size: int) -> None:
     if min(map(len, split_into_batches(images, batch_size))) == 1:
         remedy = "raise split.train" if images == 1 else "set this model's batch_size to 2 or more"
         raise UserError(f"batch normalization takes two images at once, not one: {remedy}")
+
+
+def best_epoch(history: Tensor) -> int:
+    """The epoch with the highest validation accuracy, the earliest of equals. Rows as in Epoch."""
+    column = [field.name for field in fields(Epoch)].index("validation_accuracy") - 1
+    accuracies = history[:, column].tolist()
+    return 1 + accuracies.index(max(accuracies))
+
+
+def copy_of_weights(network: nn.Module) -> dict[str, Tensor]:
+    """The network's state dict, copied to the CPU."""
+    # Changed in place: a new dictionary would lack the versions of the layers that torch keeps in
+    # its own, and that some networks of torchvision need to load it.
+    weights: dict[str, Tensor] = network.state_dict()
+    for name, weight in weights.items():
+        weights[name] = weight.to("cpu", copy=True)
+    return weights
 
 
 def start_state(classifier: Classifier, params: ModelParams) -> TrainingState:

@@ -32,7 +32,6 @@ def report_epoch(model: str, epoch: Epoch, epochs: int, seconds: float) -> None:
         f"{model} epoch {epoch.epoch}/{epochs}:"
         f" train loss {epoch.train_loss:.3f} accuracy {epoch.train_accuracy:.3f},"
         f" validation loss {epoch.validation_loss:.3f} accuracy {epoch.validation_accuracy:.3f},"
-        f" test loss {epoch.test_loss:.3f} accuracy {epoch.test_accuracy:.3f},"
         f" after {seconds:.0f} s",
         flush=True,
     )
