@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -21,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from stages import resize
 from stages.collecting.reading import Reader
 from stages.collecting.records import parse_record
+from stages.formats.shards import IMAGES, write_table
 from stages.formats.tables import read_csv
 from stages.imaging import jpeg
 from stages.networks import inference
@@ -41,8 +43,9 @@ from tests.builders import (
     random_classifier,
     square,
     write_resized,
+    write_split,
 )
-from tests.conftest import REPOSITORY, S3, jpeg_file, objects_of
+from tests.conftest import REPOSITORY, S3, jpeg_file, objects_of, record_json
 from tools.audit import __main__ as audit
 from tools.audit import run as audit_run
 from tools.audit.models import Ensemble
@@ -458,6 +461,120 @@ def test_an_interrupted_audit_continues_with_other_counts_but_not_with_other_pho
     assert run(*WITH_COUNTS) == 1
     assert scored == [2, 2]
     assert audited().loc[0, ["expected", "seen"]].astype(int).tolist() == [5, 4]
+
+
+def write_project(train: int) -> list[dict[str, Any]]:
+    """A bucket and the outputs of a pipeline that trained on `train` bins, 00041 and up.
+
+    The bins before are those of the validation table of `models`.
+    """
+    rows = bin_rows([*QUANTITIES, *(2 for _ in range(train))])
+    sets = {row["id"]: "validation" if row["id"] <= "00040" else "train" for row in rows}
+    write_split(Path("data/split.csv"), sets)
+    write_resized(Path("data/resized"), rows)
+    for row in rows:
+        photograph, record = f"bin-images/{row['id']}.jpg", f"metadata/{row['id']}.json"
+        objects = {photograph: row["image"], record: record_json(row["quantity"])}
+        write_files(Path("bucket"), objects)
+    subset = [{"id": row["id"], "size": len(row["image"])} for row in rows]
+    write_table(Path("data/subset.parquet"), pa.Table.from_pylist(subset))
+    return rows
+
+
+def test_bins_that_the_models_were_trained_on_are_left_out_unless_asked_for(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_project(train=20)
+    # A wrong record of the training set.
+    rows[50]["quantity"] = 5
+    write_resized(Path("data/resized"), rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(audit_run, "write_csv", interrupted)
+        assert run("data/resized", "--all") == 130
+
+    assert run("data/resized", *SURE) == 0
+
+    assert sorted(audited()["id"]) == [row["id"] for row in rows[:40]]
+    out = capsys.readouterr().out.splitlines()
+    assert out[-3] == (
+        "audit: bins left out, since the models were trained on them (data/split.csv): 20; --all"
+        " audits them too"
+    )
+    assert out[-1] == (
+        "audit: 40 photographs, 0 alarms (0.0%), 0 not judged, 20 left out (trained on);"
+        " audit/index.html"
+    )
+    page = Path("audit/index.html").read_text()
+    assert "20 more bins are left out, because the models were trained on them" in page
+    assert "of these bins are in the training set" not in page
+
+    assert run("data/resized", *SURE, "--all") == 1
+
+    assert audited()["id"][0] == "00051"
+    assert len(audited()) == 60
+    assert "left out" not in capsys.readouterr().out
+    page = Path("audit/index.html").read_text()
+    assert "20 of these bins are in the training set" in page
+    assert "left out" not in page
+
+
+@pytest.mark.parametrize(
+    ("place", "left_out"),
+    [
+        ("data/resized/", 20),
+        ("../{name}/data/resized", 20),
+        ("link", 20),
+        ("bucket", 20),
+        ("bucket/bin-images --expected bucket/metadata", 20),
+        # Other photographs that happen to have the ids of this project's bins.
+        ("others --expected bucket/metadata", 0),
+        ("others.parquet", 0),
+    ],
+)
+def test_only_photographs_of_this_project_are_left_out(
+    run: Run, place: str, left_out: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_project(train=20)
+    Path("link").symlink_to("data/resized")
+    write_files(Path("others"), {f"{row['id']}.jpg": row["image"] + b"." for row in rows})
+    write_table(Path("others.parquet"), pa.Table.from_pylist(rows, IMAGES))
+
+    run(*place.format(name=Path.cwd().name).split())
+
+    page, out = Path("audit/index.html").read_text(), capsys.readouterr().out
+    assert (f", {left_out} left out (trained on);" in out) == (left_out > 0)
+    assert ("20 of these bins are in the training set" in page) == (left_out == 0)
+
+
+@pytest.mark.parametrize("set_of_one", ["test", "train"])
+def test_a_split_that_the_models_were_not_trained_with_leaves_nothing_out(
+    run: Run, set_of_one: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_project(train=20)
+    split = Path("data/split.csv")
+    split.write_text(split.read_text().replace("00001,validation", f"00001,{set_of_one}"))
+
+    run("data/resized")
+
+    assert len(audited()) == 60
+    assert "left out" not in capsys.readouterr().out
+    assert "training set" not in Path("audit/index.html").read_text()
+
+
+def test_an_audit_of_the_training_set_alone_names_the_option_that_allows_it(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_project(train=10)
+    place = "data/resized/00008.parquet"
+
+    assert run(place) == 2
+
+    assert capsys.readouterr().err == (
+        f"audit: error: the models were trained on all 5 photographs in {place} (data/split.csv),"
+        " and have learned even their wrong records: audit others, or add --all\n"
+    )
+    assert run(place, "--all") in (0, 1)
+    assert len(audited()) == 5
 
 
 def test_the_page_shows_the_first_alarms_with_their_photographs(run: Run) -> None:

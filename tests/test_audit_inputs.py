@@ -12,11 +12,10 @@ import pytest
 from stages.collecting.records import parse_record
 from stages.formats.shards import shard_name
 from stages.runtime.errors import UserError
-from tests.builders import bin_rows, square, write_resized, write_split
+from tests.builders import bin_rows, square, write_resized
 from tests.conftest import record_json
 from tools.audit.expected import Expected, find_expected
 from tools.audit.photographs import Photographs, open_photographs
-from tools.audit.run import count_trained_on
 from tools.audit.table import audit_table, spoken
 
 SECRET = "AKIAIOSFODNN7EXAMPLE"  # noqa: S105 - Amazon's example
@@ -201,12 +200,22 @@ def test_alarms_are_below_the_threshold_and_equal_scores_in_the_order_of_their_i
     assert table["alarm"].tolist() == ["yes"] + ["no"] * 303
 
 
-def test_bins_of_train_are_counted_with_ids_as_texts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("place", ["shards", "files"])
+def test_photographs_that_are_dropped_are_neither_listed_nor_read(
+    tmp_path: Path, place: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert count_trained_on(["00100"]) == 0
+    rows = bin_rows([1, 2, 3] * 4)
+    write_resized(tmp_path / "shards", rows, shard_bins=5)
+    write_files(tmp_path / "files", {f"{row['id']}.jpg": row["image"] for row in rows})
+    photographs = open_photographs(str(tmp_path / place))
+    identity = photographs.identity
+    kept = [row for row in rows if row["id"] in ("00001", "00003", "00012")]
 
-    write_split(Path("data/split.csv"), {"00100": "train", "7": "train", "00007": "test"})
+    photographs.drop({row["id"] for row in rows if row not in kept})
 
-    assert count_trained_on(["00100", "100", "00007", "8"]) == 1
+    assert photographs.ids == ["00001", "00003", "00012"]
+    assert photographs.identity != identity
+    contents = [(row["id"], row["image"]) for row in kept]
+    for start in range(4):
+        assert contents_of(photographs, start, size=2) == contents[start:]
+    assert [content.id for content in photographs.pick(["00003", "00012"])] == ["00003", "00012"]

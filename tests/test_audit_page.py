@@ -23,7 +23,7 @@ from tools.audit.table import audit_table
 from tools.synthetic import synthetic_bins
 
 LABELS = [1, 2, 3, 4, 5]
-FACTS = Facts("s3://bins", "counts.csv", ["resnet34", "vit"], 9900, 0.05, 0.03217, 0)
+FACTS = Facts("s3://bins", "counts.csv", ["resnet34", "vit"], 9900, 0.05, 0.03217)
 
 
 def item(name: str | None, quantity: int | None = 1, asin: str = "B000") -> dict[str, Any]:
@@ -59,14 +59,15 @@ def rendered(facts: Facts = FACTS, top: int = 200, items: Items | None = None) -
 
 
 def test_the_page_says_what_was_found_and_what_it_is_worth() -> None:
-    words = rendered(FACTS._replace(trained_on=1234)).words()
+    words = rendered(FACTS._replace(trained_on=1234, left_out=1)).words()
 
     for text in (
         "3 of 4 bins flagged (75.0%).",
         "when its recorded count has a probability below 3.22%, judging by its photograph.",
         "the recorded counts of about 95% of the 9,900 validation photographs.",
         "Even if all 4 records here were correct, about 0 would be flagged.",
-        "1,234 of these bins are in the training set (data/split.csv): bins from the training set",
+        "1,234 of these bins are in the training set (data/split.csv), judging by their ids: bins",
+        "1 more bin is left out, because the models were trained on them (data/split.csv)",
         "Photographs: s3://bins. Expected counts: counts.csv.",
         "Models (averaged): resnet34, vit.",
     ):

@@ -37,6 +37,12 @@ class Expected:
         """Records whose file names are not ids."""
         return [] if self.records is None else self.records.left_out
 
+    def drop(self, ids: Iterable[str]) -> None:
+        """Forget these bins."""
+        for bin_id in ids:
+            self.counts.pop(bin_id, None)
+            self.problems.pop(bin_id, None)
+
     def items(self, ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
         """The items in the records of these bins, as parse_record returns them."""
         items = {}

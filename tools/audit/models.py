@@ -40,6 +40,10 @@ class Ensemble:
         """Changes with anything that decides the probabilities; settings hold SHA-256 digests."""
         return digest(*(release.settings for release in self.releases))
 
+    @property
+    def validation_ids(self) -> set[str]:
+        return set(self.releases[0].validation["id"])
+
     @cached_property
     def validation(self) -> pd.DataFrame:
         """A row for each validation bin: actual, predicted, and p<label> for each label."""

@@ -34,7 +34,9 @@ class Facts(NamedTuple):
     validation_bins: int
     false_alarm: float
     threshold: float
-    trained_on: int
+    #: Bins of the training set: those left out, and those that were audited all the same.
+    left_out: int = 0
+    trained_on: int = 0
     warning: str = ""
 
 
