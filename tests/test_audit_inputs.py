@@ -16,7 +16,7 @@ from tests.builders import bin_rows, square, write_resized
 from tests.conftest import record_json
 from tools.audit.expected import Expected, find_expected
 from tools.audit.photographs import Photographs, open_photographs
-from tools.audit.table import audit_table, spoken
+from tools.audit.table import audit_table, describe_labels
 
 SECRET = "AKIAIOSFODNN7EXAMPLE"  # noqa: S105 - Amazon's example
 
@@ -184,7 +184,7 @@ def test_a_malformed_url_is_not_repeated_since_it_may_hold_a_key(
     [([1, 2, 3], "1 to 3"), ([5, 0, 7], "0, 5, 7"), ([2, 1], "1 to 2"), ([3], "3 to 3")],
 )
 def test_labels_are_spoken_as_people_do(labels: Sequence[int], text: str) -> None:
-    assert spoken(labels) == text
+    assert describe_labels(labels) == text
 
 
 def test_alarms_are_below_the_threshold_and_equal_scores_in_the_order_of_their_ids() -> None:

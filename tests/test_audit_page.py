@@ -17,7 +17,7 @@ from tests.browser import DESKTOP, PHONE, Browser, running_browser
 from tests.conftest import image_file, picture
 from tests.test_report import Page
 from tools.audit.expected import Expected
-from tools.audit.page import Facts, Items, make_thumbnails, percent, render_page, spoken_item
+from tools.audit.page import Facts, Items, describe_item, make_thumbnails, percent, render_page
 from tools.audit.photographs import Content
 from tools.audit.table import audit_table
 from tools.synthetic import synthetic_bins
@@ -167,8 +167,8 @@ def test_the_items_of_the_record_are_listed_shortened() -> None:
 
     assert "very ve… B00X 2 x Thing 0 2 x Thing 1 2 x Thing 2 and 5 more" in words
     assert len(words.partition("1 x ")[2].partition("…")[0]) == 69
-    assert spoken_item(item(" Tea,\n\t20 bags ", 3)) == "3 x Tea, 20 bags"
-    assert spoken_item(item("", None, "B1")) == "B1"
+    assert describe_item(item(" Tea,\n\t20 bags ", 3)) == "3 x Tea, 20 bags"
+    assert describe_item(item("", None, "B1")) == "B1"
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from tests.test_plots_page import MODELS, Repository, new_repository, open_plots
 from tests.test_report import Page
 from tools import plots_page
 from tools.audit import __main__ as audit
-from tools.audit.page import spoken_item
+from tools.audit.page import describe_item
 
 # Each tells of itself where it is run.
 RUN = "document.documentElement.dataset.run=1"
@@ -108,8 +108,8 @@ def audited(workspace: Path, capsys: pytest.CaptureFixture[str]) -> Page:
 
 def test_an_audits_page_shows_what_strangers_wrote(audited: Page) -> None:
     for payload in PAYLOADS:
-        assert spoken_item({"name": payload, "quantity": 2}) in audited.text
-        assert spoken_item({"name": None, "asin": payload, "quantity": 1}) in audited.text
+        assert describe_item({"name": payload, "quantity": 2}) in audited.text
+        assert describe_item({"name": None, "asin": payload, "quantity": 1}) in audited.text
     words = audited.words()
     assert "<script>x<" in words
     assert "<svg onload='x'>" in words

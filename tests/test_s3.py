@@ -76,7 +76,7 @@ def test_a_port_that_is_taken_is_said(tmp_path: Path) -> None:
         with run_by_hand(tmp_path / "s3", port) as process:
             text, _ = process.communicate(timeout=20)
     assert process.returncode == 1
-    assert text == f"s3: error: port {port} is taken; try another: make s3 PORT=<port>\n"
+    assert text == f"s3: error: port {port} is in use; try another: make s3 PORT=<port>\n"
     assert not (tmp_path / "s3").exists()
 
 

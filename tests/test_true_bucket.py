@@ -516,10 +516,10 @@ def test_a_port_that_is_taken_is_said() -> None:
         with run_by_hand("--port", str(port)) as process:
             text, _ = process.communicate(timeout=20)
     assert process.returncode == 1
-    assert text == f"true_bucket: error: port {port} is taken; try another --port\n"
+    assert text == f"true_bucket: error: port {port} is in use; try another --port\n"
 
 
 def test_a_server_that_does_not_start_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RuntimeError, match="did not start"), serving_true_bucket(0):
         pass
-    assert "--bins is from 1 to 535234" in capfd.readouterr().err
+    assert "--bins must be from 1 to 535234" in capfd.readouterr().err

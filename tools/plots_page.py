@@ -1,8 +1,9 @@
-"""Make the page that `dvc plots` fills, with Vega in it, so that plots open without a network.
+"""Write the page template for `dvc plots`, with Vega in it, so that plots open without a network.
 
-DVC's own page loads Vega from a CDN. `make setup` runs this; it writes .dvc/plots.html and points
-to it in .dvc/config.local, both outside git: where they are missing, DVC takes its own page. (An
-option in .dvc/config would fail there, since DVC takes the path of a missing file for the page.)
+DVC's own template loads Vega from a CDN. `make setup` runs this: it writes .dvc/plots.html, and
+points to it in .dvc/config.local. Git ignores both, so in a fresh clone DVC uses its own template.
+(Setting the option in .dvc/config would break that: if the file is missing, DVC uses the option's
+text itself as the template.)
 """
 
 import argparse
@@ -23,7 +24,7 @@ def main() -> None:
 
 
 def install(repository: Path) -> None:
-    """Write the page into a repository of DVC's, and let its `dvc plots` use it."""
+    """Write the template into a DVC repository, and configure `dvc plots` there to use it."""
     (repository / PAGE).write_text(plots_page(), "utf-8")
     # The path is relative to .dvc.
     command = ["config", "--local", "plots.html_template", PAGE.name]
@@ -31,7 +32,7 @@ def install(repository: Path) -> None:
 
 
 def plots_page() -> str:
-    """The page, with the placeholders that DVC fills."""
+    """The template, with the placeholders that DVC fills."""
     vega = vl_convert.javascript_bundle("window.embed = vegaEmbed;")
     return TEMPLATE.read_text("utf-8").replace("{vega}", vega)
 

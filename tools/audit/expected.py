@@ -24,7 +24,10 @@ _RECORDS_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class Expected:
-    """The counts by id, why other bins of `place` have none, and anything unusual about reading."""
+    """The counts found at `place`, by id.
+
+    `problems` says why other bins have none, and `notes` what was unusual about reading.
+    """
 
     place: str
     counts: dict[str, int] = field(default_factory=dict)
@@ -54,7 +57,7 @@ class Expected:
 
 
 def find_expected(path: Path | None, photographs: Photographs) -> Expected:
-    """The counts at `path` or else beside the photographs. Raises UserError if there are none."""
+    """The counts at `path`, or beside the photographs. Raises UserError if there are none."""
     if path is not None and path.is_dir():
         return read_records(Files(str(path), open_folder(path), "", RECORD))
     if path is not None:
@@ -83,7 +86,7 @@ def read_records(records: Files) -> Expected:
 
 
 def parse(content: Content) -> Record:
-    """Raises RecordError, also where the file could not be read."""
+    """Raises RecordError if the file could not be read or the record is unusable."""
     if content.problem:
         raise RecordError(content.problem)
     return parse_record(content.data)

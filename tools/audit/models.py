@@ -56,7 +56,7 @@ class Ensemble:
         return found
 
     def threshold(self, false_alarm: float) -> float:
-        """The score below which that share of the correct records of validation lies."""
+        """The score below which this share of the correct validation records lies."""
         return threshold_for(right_probabilities(self.validation), false_alarm)
 
     def pixels(self, data: bytes) -> jpeg.Pixels:

@@ -23,7 +23,7 @@ from stages.runtime.files import digest
 
 T = TypeVar("T")
 
-#: What error messages about the bucket call the settings, which are options here.
+#: Names of the settings in error messages about the bucket: here they are options.
 OPTIONS = Names("its name", "--endpoint", "add --signed", "--region")
 # The columns and their types. As numbers, the ids 00100 and 100 would be the same.
 _TYPES = {"id": (pa.string(), pa.large_string()), "image": (pa.binary(), pa.large_binary())}
@@ -85,7 +85,7 @@ class Files:
     def _read(self, objects: pa.Table, size: int) -> Iterator[list[Content]]:
         for start in range(0, len(objects), size):
             rows = objects.slice(start, size).to_pylist()
-            # What follows the colon is advice for the pipeline.
+            # After the colon comes advice for the pipeline.
             yield [
                 Content(row["id"], b"", str(found).partition(":")[0])
                 if isinstance(found, ObjectError)
@@ -143,7 +143,7 @@ Photographs = Files | Shards
 def open_photographs(
     place: str, endpoint: str | None = None, region: str = "us-east-1", *, signed: bool = False
 ) -> Photographs:
-    """The photographs at `place`, whatever it is. Raises UserError if there are none."""
+    """Photographs of a folder, a bucket or Parquet files. Raises UserError if there are none."""
     path = Path(place)
     found: Photographs
     if "://" in place:
