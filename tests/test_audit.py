@@ -184,7 +184,7 @@ def test_wrong_records_come_first_and_are_alarms(
     # 38 of the 40 bins score as they do in validation, but for the rounding of its table.
     [(0.03, 0, {0}), (0.25, 1, {8, 9})],
 )
-def test_that_share_of_the_right_records_become_alarms(
+def test_the_chosen_share_of_correct_records_becomes_alarms(
     run: Run, models: Path, false_alarm: float, code: int, alarms: set[int]
 ) -> None:
     write_resized(Path("shards"), bin_rows(QUANTITIES))
@@ -244,7 +244,7 @@ def test_photographs_are_resized_as_the_pipeline_does(run: Run) -> None:
     assert audited().equals(of_originals)
 
 
-def test_what_cannot_be_judged_comes_last_with_its_reason(
+def test_bins_that_cannot_be_judged_come_last_with_a_reason(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photographs = {f"0000{number}": square(number, 1) for number in (1, 2, 3, 4)}
@@ -317,7 +317,7 @@ def test_real_photographs_are_unlike_the_squares_that_a_model_learned_from(
     assert capsys.readouterr().out.endswith(f"{PHOTOGRAPHS}{ADVICE}\n")
 
 
-def test_counts_as_a_spreadsheet_saves_them_are_used_and_how_is_said(
+def test_counts_saved_by_a_spreadsheet_are_used_and_their_format_is_reported(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_photographs({"00001": square(2, 1), "00002": square(4, 1)})
@@ -400,7 +400,7 @@ def run_alone(*words: object, kill: int = 0, sizes: tuple[int, int] = (64, 256))
 def test_a_killed_audit_continues_and_ends_with_the_same_bytes() -> None:
     photographs = {f"{number:05d}": square(1 + number % 5, number) for number in range(40)}
     write_photographs(photographs | {"00017": b"no picture"})
-    write_counts({bin_id: 1 + place % 4 for place, bin_id in enumerate(photographs)})
+    write_counts({bin_id: 1 + number % 4 for number, bin_id in enumerate(photographs)})
 
     # Ten parts of four photographs.
     killed = run_alone(*WITH_COUNTS, kill=3, sizes=(2, 4))
@@ -417,7 +417,7 @@ def test_a_killed_audit_continues_and_ends_with_the_same_bytes() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("folder")
-def test_five_times_the_photographs_take_no_more_memory() -> None:
+def test_five_times_the_photographs_need_no_more_memory() -> None:
     # Large as files, which may have anything at their end, and quick to decode. Of one shard.
     image = square(3, 0) + bytes(30_000)
     found = []
@@ -519,7 +519,7 @@ def test_bins_that_the_models_were_trained_on_are_left_out_unless_asked_for(
 
 
 @pytest.mark.parametrize(
-    ("place", "left_out"),
+    ("arguments", "left_out"),
     [
         ("data/resized/", 20),
         ("../{name}/data/resized", 20),
@@ -532,14 +532,14 @@ def test_bins_that_the_models_were_trained_on_are_left_out_unless_asked_for(
     ],
 )
 def test_only_photographs_of_this_project_are_left_out(
-    run: Run, place: str, left_out: int, capsys: pytest.CaptureFixture[str]
+    run: Run, arguments: str, left_out: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = write_project(train=20)
     Path("link").symlink_to("data/resized")
     write_files(Path("others"), {f"{row['id']}.jpg": row["image"] + b"." for row in rows})
     write_table(Path("others.parquet"), pa.Table.from_pylist(rows, IMAGES))
 
-    run(*place.format(name=Path.cwd().name).split())
+    run(*arguments.format(name=Path.cwd().name).split())
 
     page, out = Path("audit/index.html").read_text(), capsys.readouterr().out
     assert (f", {left_out} left out (trained on);" in out) == (left_out > 0)
@@ -565,15 +565,15 @@ def test_an_audit_of_the_training_set_alone_names_the_option_that_allows_it(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_project(train=10)
-    place = "data/resized/00008.parquet"
+    path = "data/resized/00008.parquet"
 
-    assert run(place) == 2
+    assert run(path) == 2
 
     assert capsys.readouterr().err == (
-        f"audit: error: the models were trained on all 5 photographs in {place} (data/split.csv),"
+        f"audit: error: the models were trained on all 5 photographs in {path} (data/split.csv),"
         " and have learned even their wrong records: audit others, or add --all\n"
     )
-    assert run(place, "--all") in (0, 1)
+    assert run(path, "--all") in (0, 1)
     assert len(audited()) == 5
 
 
@@ -604,7 +604,7 @@ def test_the_page_shows_the_first_alarms_with_their_photographs(run: Run) -> Non
         (ZeroDivisionError("by bug"), "ZeroDivisionError: by bug"),
     ],
 )
-def test_an_error_of_the_machine_ends_the_audit_and_is_not_booked_to_a_photograph(
+def test_an_error_of_the_machine_ends_the_audit_and_is_not_blamed_on_a_photograph(
     run: Run,
     error: Exception,
     last_line: str,
@@ -642,7 +642,7 @@ def test_an_error_of_the_machine_ends_the_audit_and_is_not_booked_to_a_photograp
         (WITH_COUNTS, "no bin could be judged (mostly: unreadable photograph: no bytes): see"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_the_inputs_is_one_line(
+def test_a_problem_with_the_inputs_is_reported_in_one_line(
     run: Run, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_photographs({"00001": b"", "00002": b"", "00003": square(1, 1)})
@@ -665,7 +665,7 @@ def test_what_is_wrong_with_the_inputs_is_one_line(
         ("validation bins", {VALIDATION: {"00004,": "04,"}}),
     ],
 )
-def test_models_that_do_not_go_together_are_refused(
+def test_models_that_cannot_be_averaged_are_refused(
     run: Run,
     models: Path,
     difference: str,
@@ -712,7 +712,7 @@ def test_a_missing_or_damaged_model_is_named(
     assert message in capsys.readouterr().err
 
 
-def test_help_waits_for_no_library() -> None:
+def test_help_does_not_import_large_libraries() -> None:
     command = [sys.executable, "-X", "importtime", "-m", "tools.audit", "--help"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
 

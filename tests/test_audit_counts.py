@@ -60,7 +60,7 @@ SEMICOLONS = PLAIN.replace(",", ";")
         (b"id,expected,x\n00100,3,\x81\n100,12\n-7\n", "Windows-1252"),
     ],
 )
-def test_what_spreadsheets_and_exports_write_is_read(data: str | bytes, form: str) -> None:
+def test_files_from_spreadsheets_and_exports_are_read(data: str | bytes, form: str) -> None:
     listed = parse_counts(data if isinstance(data, bytes) else data.encode())
 
     assert listed.rows == ROWS
@@ -123,7 +123,7 @@ def test_what_spreadsheets_and_exports_write_is_read(data: str | bytes, form: st
         (f'id,expected\n7,"{"3" * 200_000}"\n', "this is not a CSV: field larger than"),
     ],
 )
-def test_what_cannot_be_read_without_guessing_is_refused(
+def test_files_that_would_need_guessing_are_refused(
     tmp_path: Path, text: str | bytes, message: str
 ) -> None:
     path = tmp_path / "counts.csv"
@@ -137,7 +137,7 @@ def test_what_cannot_be_read_without_guessing_is_refused(
 
 
 @given(st.one_of(st.binary(), st.binary().map(lambda data: b"id,expected\n" + data)))
-def test_whatever_the_bytes_it_is_read_or_refused(data: bytes) -> None:
+def test_any_bytes_are_read_or_refused(data: bytes) -> None:
     try:
         listed = parse_counts(data)
     except CountsError:
@@ -179,7 +179,7 @@ def test_ids_that_lost_their_zeros_match_the_only_photograph_that_they_can_mean(
     assert set(found.unclear) == set(unclear.split())
 
 
-def test_how_a_file_was_read_is_said_with_what_was_left_out(tmp_path: Path) -> None:
+def test_the_notes_say_how_a_file_was_read_and_what_was_left_out(tmp_path: Path) -> None:
     path = tmp_path / "counts.csv"
     path.write_bytes("ID;Expected\n1;3\n2;12,0\n3;\n20000;5\n".encode("utf-16"))
 

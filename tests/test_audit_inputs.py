@@ -46,7 +46,9 @@ def test_files_whose_names_are_not_ids_are_left_out(tmp_path: Path) -> None:
     assert find_expected(records, photographs).left_out == ["a b.json"]
 
 
-def test_a_folder_in_the_bucket_layout_has_its_records_beside(tmp_path: Path) -> None:
+def test_a_folder_in_the_bucket_layout_has_its_records_beside_the_photographs(
+    tmp_path: Path,
+) -> None:
     files = {
         "bin-images/00001.jpg": b"one",
         "bin-images/00002.jpg": b"two",
@@ -69,13 +71,13 @@ def test_a_folder_in_the_bucket_layout_has_its_records_beside(tmp_path: Path) ->
     assert items == {"00001": parse_record(files["metadata/00001.json"])["items"]}
 
 
-@pytest.mark.parametrize("place", ["shards", "files", "shards/00001.parquet"])
-def test_photographs_are_read_from_any_place_on(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("source", ["shards", "files", "shards/00001.parquet"])
+def test_photographs_are_read_from_any_position_on(tmp_path: Path, source: str) -> None:
     rows = bin_rows([1, 2, 3] * 4)
     write_resized(tmp_path / "shards", rows, shard_bins=5)
     write_files(tmp_path / "files", {f"{row['id']}.jpg": row["image"] for row in rows})
 
-    photographs = open_photographs(str(tmp_path / place))
+    photographs = open_photographs(str(tmp_path / source))
 
     every = contents_of(photographs)
     assert [bin_id for bin_id, _ in every] == photographs.ids
@@ -86,7 +88,7 @@ def test_photographs_are_read_from_any_place_on(tmp_path: Path, place: str) -> N
     assert [content.id for content in photographs.pick(wanted)] == wanted
 
 
-def test_a_photograph_that_is_gone_has_a_problem(tmp_path: Path) -> None:
+def test_a_vanished_photograph_has_a_problem(tmp_path: Path) -> None:
     photographs = open_photographs(write_files(tmp_path, {"1.jpg": b"one", "2.jpg": b"two"}))
     (tmp_path / "1.jpg").unlink()
 
@@ -107,9 +109,9 @@ def write_shard(folder: Path, **columns: Any) -> str:
 def test_the_column_quantity_has_the_counts(tmp_path: Path) -> None:
     ids = pa.array(["00001", "1"], pa.large_string())
     images = pa.array([b"a", None], pa.large_binary())
-    place = write_shard(tmp_path, image=images, id=ids, quantity=pa.array([4, None], pa.uint8()))
+    source = write_shard(tmp_path, image=images, id=ids, quantity=pa.array([4, None], pa.uint8()))
 
-    photographs = open_photographs(place)
+    photographs = open_photographs(source)
 
     assert find_expected(None, photographs).counts == {"00001": 4}
     assert contents_of(photographs) == [("00001", b"a"), ("1", b"")]
@@ -141,10 +143,10 @@ def test_shards_that_cannot_be_used_are_refused(
 
 
 def test_two_files_of_one_bin_are_refused(tmp_path: Path) -> None:
-    place = write_files(tmp_path, {"100.jpg": b"x", "100.JPG": b"x", "00100.jpg": b"x"})
+    source = write_files(tmp_path, {"100.jpg": b"x", "100.JPG": b"x", "00100.jpg": b"x"})
 
     with pytest.raises(UserError, match=r"the bin 100 has two files, .*JPG and .*jpg: keep one"):
-        open_photographs(place)
+        open_photographs(source)
 
 
 def test_shards_without_counts_need_a_csv(tmp_path: Path) -> None:
@@ -183,7 +185,7 @@ def test_a_malformed_url_is_not_repeated_since_it_may_hold_a_key(
     ("labels", "text"),
     [([1, 2, 3], "1 to 3"), ([5, 0, 7], "0, 5, 7"), ([2, 1], "1 to 2"), ([3], "3 to 3")],
 )
-def test_labels_are_spoken_as_people_do(labels: Sequence[int], text: str) -> None:
+def test_labels_are_described_as_people_would(labels: Sequence[int], text: str) -> None:
     assert describe_labels(labels) == text
 
 
@@ -200,14 +202,14 @@ def test_alarms_are_below_the_threshold_and_equal_scores_in_the_order_of_their_i
     assert table["alarm"].tolist() == ["yes"] + ["no"] * 303
 
 
-@pytest.mark.parametrize("place", ["shards", "files"])
+@pytest.mark.parametrize("source", ["shards", "files"])
 def test_photographs_that_are_dropped_are_neither_listed_nor_read(
-    tmp_path: Path, place: str
+    tmp_path: Path, source: str
 ) -> None:
     rows = bin_rows([1, 2, 3] * 4)
     write_resized(tmp_path / "shards", rows, shard_bins=5)
     write_files(tmp_path / "files", {f"{row['id']}.jpg": row["image"] for row in rows})
-    photographs = open_photographs(str(tmp_path / place))
+    photographs = open_photographs(str(tmp_path / source))
     identity = photographs.identity
     kept = [row for row in rows if row["id"] in ("00001", "00003", "00012")]
 

@@ -58,7 +58,7 @@ def rendered(facts: Facts = FACTS, top: int = 200, items: Items | None = None) -
     return Page(render_page(facts, audited(), LABELS, top, thumbnails, items or {}))
 
 
-def test_the_page_says_what_was_found_and_what_it_is_worth() -> None:
+def test_the_page_says_what_was_found_and_how_reliable_it_is() -> None:
     words = rendered(FACTS._replace(trained_on=1234, left_out=1)).words()
 
     for text in (
@@ -125,7 +125,7 @@ def test_a_photograph_that_can_no_longer_be_read_leaves_its_card() -> None:
     assert page.words().count("photograph no longer available") == 3
 
 
-def test_thumbnails_are_small_upright_and_drawn_anew() -> None:
+def test_thumbnails_are_small_upright_and_encoded_again() -> None:
     turned = Image.Exif()
     turned[0x0112] = 6
     comment = b"<script>alert(1)</script>"
@@ -139,7 +139,7 @@ def test_thumbnails_are_small_upright_and_drawn_anew() -> None:
     assert b"Exif" not in thumbnail
 
 
-def test_what_was_not_judged_is_counted_by_reason() -> None:
+def test_bins_that_were_not_judged_are_counted_by_reason() -> None:
     assert rendered().rows == [
         ["Reason", "Bins", "Ids"],
         ["photograph missing", "1", "00013"],
@@ -175,11 +175,11 @@ def test_the_items_of_the_record_are_listed_shortened() -> None:
     ("share", "text"),
     [(0.0, "0%"), (1e-9, "<1%"), (0.0149, "1%"), (0.5, "50%"), (0.9949, ">99%"), (1.0, "100%")],
 )
-def test_only_what_is_exact_is_called_impossible_or_certain(share: float, text: str) -> None:
+def test_only_exact_shares_are_shown_as_0_or_100_percent(share: float, text: str) -> None:
     assert percent(share) == text
 
 
-def test_the_page_needs_nothing_but_itself_and_can_be_heard() -> None:
+def test_the_page_is_self_contained_and_accessible() -> None:
     page = rendered(items={"00002": [item("Tea")]})
 
     tags = {tag for tag, _ in page.tags}

@@ -42,7 +42,7 @@ VALIDATION = pd.DataFrame({"actual": counts(EVEN), "predicted": counts({1: 42, 2
         (0, 50, 0.0, False),
     ],
 )
-def test_many_alarms_are_more_than_chance_and_wrong_records_explain(
+def test_alarms_are_too_many_if_chance_and_wrong_records_cannot_explain_them(
     alarms: int, judged: int, false_alarm: float, many: bool
 ) -> None:
     assert too_many(alarms, judged, false_alarm) is many
@@ -77,5 +77,5 @@ def test_the_warning_says_which_reason_is_likelier(
     assert warning == EITHER + likelier + ADVICE
 
 
-def test_alarms_that_say_something_are_without_warning() -> None:
+def test_plausible_alarms_have_no_warning() -> None:
     assert warn(table({2: 120}, EVEN, 12), 0.05, VALIDATION) == ""

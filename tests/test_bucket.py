@@ -101,7 +101,7 @@ def test_a_listing_has_sizes_and_in_s3_the_md5(make_bucket: MakeBucket) -> None:
     assert row == {"key": KEY, "size": len(CONTENT), "etag": etag}
 
 
-def test_the_stamp_tells_that_an_object_changed(make_bucket: MakeBucket) -> None:
+def test_a_changed_object_has_another_stamp(make_bucket: MakeBucket) -> None:
     source = make_bucket({KEY: CONTENT})
     stamps = {listed(source, "metadata/")[0]["stamp"] for _ in range(2)}
     obstore.put(open_bucket(source), KEY, CONTENT.replace(b"3", b"4"))
@@ -175,7 +175,7 @@ def answer(monkeypatch: pytest.MonkeyPatch, contents: Iterable[bytes], etag: str
     monkeypatch.setattr(obstore, "get_async", get_async)
 
 
-def test_a_retry_is_counted_though_another_shard_ends_meanwhile(
+def test_a_retry_is_counted_even_if_another_shard_ends_meanwhile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reader = Reader(S3Store("bins"))
@@ -194,7 +194,7 @@ def test_a_retry_is_counted_though_another_shard_ends_meanwhile(
 
 
 @pytest.mark.parametrize("damaged", [CONTENT[:-1], CONTENT.replace(b"3", b"4")])
-def test_content_that_is_damaged_on_the_way_is_read_once_more(
+def test_content_damaged_on_the_way_is_read_once_more(
     monkeypatch: pytest.MonkeyPatch, damaged: bytes
 ) -> None:
     # No server of ours damages what it sends.
@@ -208,7 +208,7 @@ def test_content_that_stays_damaged_is_an_object_error(monkeypatch: pytest.Monke
         read(S3Store("bins"), KEY, len(CONTENT), MD5)
 
 
-def test_an_etag_that_is_no_md5_is_only_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_etag_that_is_not_an_md5_is_only_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     # Of an upload in parts.
     etag = f"{MD5}-2"
     answer(monkeypatch, [CONTENT], etag)
@@ -249,16 +249,14 @@ def test_a_bucket_that_refuses_credentials_names_them(
 
 
 @pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy"])
-def test_these_clients_reach_loopback_past_a_proxy_of_the_users(
+def test_clients_reach_loopback_without_the_users_proxy(
     monkeypatch: pytest.MonkeyPatch, s3: S3, name: str
 ) -> None:
     monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
     assert [row["key"] for row in listed(s3.make_bucket({KEY: CONTENT}), "metadata/")] == [KEY]
 
 
-def test_an_endpoint_of_the_environment_is_not_followed(
-    monkeypatch: pytest.MonkeyPatch, s3: S3
-) -> None:
+def test_an_endpoint_in_the_environment_is_ignored(monkeypatch: pytest.MonkeyPatch, s3: S3) -> None:
     source = s3.make_bucket({KEY: CONTENT})
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     assert [row["key"] for row in listed(source, "metadata/")] == [KEY]

@@ -88,7 +88,7 @@ def system(number: int, file: str | None = None) -> OSError:
         (RuntimeError("write failed"), f"no room for model.pt: the disk of {{here}} {FULL}"),
     ],
 )
-def test_what_the_user_or_the_machine_can_fix_is_one_line(
+def test_an_error_that_a_user_can_fix_is_one_line(
     monkeypatch: pytest.MonkeyPatch, workspace: Path, error: Exception, line: str
 ) -> None:
     cause = system(errno.ENOSPC, "model.pt") if isinstance(error, RuntimeError) else None
@@ -116,7 +116,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, error: Excep
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "expected"),
     [
         (KeyboardInterrupt(), 130, "fetch: interrupted\n"),
         (
@@ -131,10 +131,10 @@ def test_a_signal_ends_with_its_own_code(
     capsys: pytest.CaptureFixture[str],
     error: BaseException,
     code: int,
-    said: str,
+    expected: str,
 ) -> None:
     assert end_of(monkeypatch, raising(error)) == code
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == expected
 
 
 @pytest.mark.parametrize("words", [[], ["vit", "resnet34"], ["--fast", "vit"]])
@@ -221,7 +221,7 @@ def test_only_the_cores_given_to_the_process_are_usable() -> None:
     ],
     ids=repr,
 )
-def test_an_error_of_the_machine_is_told_from_one_of_its_input(
+def test_an_error_of_the_machine_is_distinguished_from_one_of_the_input(
     error: Exception, number: int | None
 ) -> None:
     wrapped = ValueError("cannot be loaded")

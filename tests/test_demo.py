@@ -32,7 +32,7 @@ def small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_the_server_goes_on_until_it_is_cleaned_up(small_demo: Path) -> None:
+def test_the_server_runs_until_it_is_cleaned_up(small_demo: Path) -> None:
     endpoint = demo.serve_buckets()
     port = urlsplit(endpoint).port or 0
     try:
@@ -58,7 +58,7 @@ def test_make_demo_clean_stops_the_server_without_the_environment(small_demo: Pa
             server.kill()
 
 
-def test_make_demo_clean_leaves_another_process_with_the_servers_number(tmp_path: Path) -> None:
+def test_make_demo_clean_spares_another_process_with_the_servers_number(tmp_path: Path) -> None:
     other = subprocess.Popen(["sleep", "60"])
     try:
         (tmp_path / "demo").mkdir()
@@ -73,7 +73,7 @@ def test_make_demo_clean_leaves_another_process_with_the_servers_number(tmp_path
 
 
 @pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy"])
-def test_a_proxy_of_the_users_is_not_asked_for_loopback(
+def test_the_users_proxy_is_not_used_for_loopback(
     small_demo: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     # A proxy that does not answer, and a list of the user's own that does not name loopback.

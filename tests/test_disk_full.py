@@ -122,16 +122,16 @@ def check_failure(
     code, printed = ended
     assert code == COMMANDS[command][0], printed
     name = "audit" if "audit" in command else command.removeprefix("stages.")
-    said = re.fullmatch(f"{name}: error: {NO_ROOM}", printed.splitlines()[-1])
-    assert said, printed
+    match = re.fullmatch(f"{name}: error: {NO_ROOM}", printed.splitlines()[-1])
+    assert match, printed
     assert "Traceback" not in printed
     # What there is, is whole, and nothing lies beside it.
     assert outputs(folder).items() <= whole.items()
-    return said["what"]
+    return match["what"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_full_disk_is_one_line_and_the_next_run_ends_with_the_same_bytes(
+def test_a_full_disk_is_reported_in_one_line_and_the_next_run_ends_with_the_same_bytes(
     python: Modules, undisturbed: Path, disk: Disk, command: str
 ) -> None:
     folder, needed = copy_inputs(undisturbed, disk, command)
@@ -170,7 +170,7 @@ def test_fetch_asks_for_room_first_and_reads_no_photograph_twice(
     assert differences(whole, outputs(folder)) == []
 
 
-def test_a_training_whose_checkpoint_finds_no_room_continues_from_the_one_before(
+def test_a_training_without_room_for_a_checkpoint_continues_from_the_previous_one(
     python: Modules, undisturbed: Path, disk: Disk
 ) -> None:
     folder, _ = copy_inputs(undisturbed, disk, "stages.train vit")
@@ -189,7 +189,7 @@ def test_a_training_whose_checkpoint_finds_no_room_continues_from_the_one_before
     assert differences(whole, outputs(folder)) == []
 
 
-def test_dvc_whose_cache_finds_no_room_continues_without_fetching_again(
+def test_dvc_without_room_for_its_cache_continues_without_fetching_again(
     project: Project, disk: Disk, tmp_path: Path
 ) -> None:
     clone = project.copy(tmp_path / "clone")

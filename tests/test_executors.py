@@ -78,7 +78,7 @@ def run_stages(source: params.Bucket, name: str) -> list[str]:
 
 
 @pytest.mark.usefixtures("workspace", "cluster")
-def test_a_cluster_makes_the_bytes_that_this_process_makes(
+def test_a_cluster_writes_the_same_bytes_as_this_process(
     s3: S3, synthetic: list[SyntheticBin]
 ) -> None:
     source = s3.make_bucket(objects_of(synthetic))
@@ -96,7 +96,7 @@ def test_a_cluster_makes_the_bytes_that_this_process_makes(
 
 
 @pytest.mark.usefixtures("workspace", "cluster")
-def test_what_a_worker_refuses_is_said_here(s3: S3, synthetic: list[SyntheticBin]) -> None:
+def test_an_error_of_a_worker_is_reported_here(s3: S3, synthetic: list[SyntheticBin]) -> None:
     prepare(s3.make_bucket(objects_of(synthetic)), synthetic, shard_bins=25)
     gone = s3.locate("nowhere")
     write_params({**bucket_params(gone), "run.executor": "ray", "fetch.shard_bins": 25})

@@ -155,15 +155,15 @@ def test_one_fault_of_any_kind_in_ten_requests_changes_no_byte(
     seed: int,
 ) -> None:
     start = time.monotonic()
-    said = run_stages(bins, synthetic, at_random(PASSING, 0.1, seed), proxy)
+    text = run_stages(bins, synthetic, at_random(PASSING, 0.1, seed), proxy)
     assert time.monotonic() - start < 20
     assert outputs() == undisturbed[1]
-    assert re.sub("; retried .*", "", said) == undisturbed[0]
+    assert re.sub("; retried .*", "", text) == undisturbed[0]
     # A late answer is no failure, and after a reset the HTTP client may ask again by itself.
     uncounted = proxy.injected[Fault.LATENCY] + proxy.injected[Fault.RESET]
     failures = proxy.injected.total() - uncounted
-    assert sum(map(int, re.findall(r"; retried (\d+): ", said))) >= failures > 5
-    assert SECRET not in said
+    assert sum(map(int, re.findall(r"; retried (\d+): ", text))) >= failures > 5
+    assert SECRET not in text
 
 
 @pytest.mark.usefixtures("workspace", "impatient")
@@ -177,12 +177,12 @@ def test_one_such_fault_in_ten_requests_changes_no_byte(
 ) -> None:
     plan = at_random([fault], 0.1, seed=0)
     if fault in DAMAGES:
-        said = run_stages(bins, synthetic, lambda it: plan(it) if it.number == 1 else None, proxy)
+        text = run_stages(bins, synthetic, lambda it: plan(it) if it.number == 1 else None, proxy)
     else:
-        said = run_stages(bins, synthetic, plan, proxy)
+        text = run_stages(bins, synthetic, plan, proxy)
     assert outputs() == undisturbed[1]
     assert proxy.injected[fault] > 10
-    assert KINDS.get(fault, "") in said
+    assert KINDS.get(fault, "") in text
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def long_listing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[params.Bu
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("fault", OF_LISTINGS, ids=lambda fault: fault.name.lower())
-def test_a_listing_that_breaks_off_goes_on_after_its_last_key(
+def test_an_interrupted_listing_resumes_after_its_last_key(
     long_listing: params.Bucket, fault: Fault
 ) -> None:
     whole = list_objects(open_bucket(long_listing), "metadata/")
@@ -219,7 +219,7 @@ def test_a_listing_that_breaks_off_goes_on_after_its_last_key(
 
 @pytest.mark.usefixtures("workspace", "soon_given_up")
 @pytest.mark.parametrize("fault", REASONS, ids=lambda fault: fault.name.lower())
-def test_a_permanent_fault_of_one_photograph_costs_that_one_only(
+def test_a_permanent_fault_of_one_photograph_costs_only_that_one(
     bins: params.Bucket, synthetic: list[SyntheticBin], proxy: FaultProxy, fault: Fault
 ) -> None:
     prepare(behind(proxy, bins), synthetic, shard_bins=50, max_rejects=0.01)
@@ -237,7 +237,7 @@ def test_a_permanent_fault_of_one_photograph_costs_that_one_only(
 
 @pytest.mark.usefixtures("workspace", "soon_given_up")
 @pytest.mark.parametrize("fault", [Fault.SLOW_DOWN, Fault.GARBLED])
-def test_a_permanent_fault_of_one_record_costs_that_one_only(
+def test_a_permanent_fault_of_one_record_costs_only_that_one(
     bins: params.Bucket, proxy: FaultProxy, fault: Fault
 ) -> None:
     write_params({**bucket_params(behind(proxy, bins)), "index.max_rejects": 0.01})
@@ -250,7 +250,7 @@ def test_a_permanent_fault_of_one_record_costs_that_one_only(
 
 
 @pytest.mark.usefixtures("workspace", "soon_given_up")
-def test_an_only_object_that_fails_is_no_outage(
+def test_the_failure_of_an_only_object_is_not_an_outage(
     bins: params.Bucket, synthetic: list[SyntheticBin], proxy: FaultProxy
 ) -> None:
     prepare(behind(proxy, bins), synthetic[:1], max_rejects=1.0)
@@ -427,7 +427,7 @@ def test_an_error_of_this_machine_stops_the_stage(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("workspace")
-def test_few_open_files_lose_no_bin(abid: Path) -> None:
+def test_a_low_limit_of_open_files_loses_no_bin(abid: Path) -> None:
     """macOS allows 256 open files by default; `ulimit -n` sets the hard limit too."""
     source = params.Bucket(
         url=(abid / "resized-10k").resolve().as_uri(),
@@ -438,7 +438,7 @@ def test_few_open_files_lose_no_bin(abid: Path) -> None:
     sizes = {"subset.bins": 6620, "split.train": 5958, "split.test": 662}
     write_params({**bucket_params(source), **sizes})
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    for stage, said in {
+    for stage, text in {
         "index": "index: 10000 bins; 0 records left out",
         "subset": "subset: 6620 bins sampled",
         "fetch": "fetch: 6620 photographs; 0 could not be fetched",
@@ -447,7 +447,7 @@ def test_few_open_files_lose_no_bin(abid: Path) -> None:
         done = subprocess.run(
             ["bash", "-c", command], env=environment, capture_output=True, text=True, check=False
         )
-        assert (done.returncode, done.stdout[: len(said)]) == (0, said), done.stderr
+        assert (done.returncode, done.stdout[: len(text)]) == (0, text), done.stderr
 
 
 # What a server makes of the keys that it should list: (those after start-after, start-after).
@@ -479,7 +479,7 @@ def test_every_server_lists_each_object_once(listing: Listing) -> None:
     assert len(requests) < 300
 
 
-def test_a_listing_without_an_end_is_named() -> None:
+def test_an_endless_listing_is_named() -> None:
     keys = [f"metadata/{number:05d}.json" for number in range(2500)]
     with (
         listing_server(keys, ignoring_it, endless=True) as (source, requests),

@@ -130,9 +130,9 @@ def reorder(jpeg: bytes, chance: random.Random) -> bytes:
 def segments(jpeg: bytes) -> list[bytes]:
     """A JPEG cut in front of its markers."""
     starts = [
-        place
-        for place in range(len(jpeg) - 1)
-        if jpeg[place] == 0xFF and jpeg[place + 1] not in {0x00, 0xFF}
+        position
+        for position in range(len(jpeg) - 1)
+        if jpeg[position] == 0xFF and jpeg[position + 1] not in {0x00, 0xFF}
     ]
     return [jpeg[start:stop] for start, stop in zip(starts, [*starts[1:], None], strict=True)]
 

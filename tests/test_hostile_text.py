@@ -97,10 +97,10 @@ def run_audit(*words: str) -> int:
 @pytest.fixture
 def audited(workspace: Path, capsys: pytest.CaptureFixture[str]) -> Page:
     """The page of an audit of hostile bins by a hostile model, in a hostile folder."""
-    place = workspace / "<script>x<" / PAYLOADS[1]
-    write_bins(place)
+    folder = workspace / "<script>x<" / PAYLOADS[1]
+    write_bins(folder)
     model = write_model("<svg onload='x'>")
-    code = run_audit(str(place), "--model", str(model), "--false-alarm", "0")
+    code = run_audit(str(folder), "--model", str(model), "--false-alarm", "0")
     assert code == 1
     assert capsys.readouterr().out.isascii()
     return Page(Path("audit/index.html").read_text("utf-8"))
@@ -228,24 +228,24 @@ def test_errors_show_control_characters_as_their_escapes() -> None:
 
 @pytest.mark.usefixtures("workspace")
 def test_an_audits_words_are_plain_text(terminal: list[str]) -> None:
-    place = Path("bins") / "photographs"
-    place.mkdir(parents=True)
-    (place / "1.jpg").write_bytes(square(1, 1))
-    odd = place / f"2{ESCAPES}.jpg"
+    folder = Path("bins") / "photographs"
+    folder.mkdir(parents=True)
+    (folder / "1.jpg").write_bytes(square(1, 1))
+    odd = folder / f"2{ESCAPES}.jpg"
     odd.touch()
     Path("counts.csv").write_text(f"id,expected,{ESCAPES}\n1,1,x\n")
     Path("wrong.csv").write_text(f"id,{ESCAPES}\n1,1\n")
     model = write_model("vit")
 
-    codes = [run_audit(str(place), "--expected", "counts.csv", "--model", str(model))]
+    codes = [run_audit(str(folder), "--expected", "counts.csv", "--model", str(model))]
     odd.unlink()
     codes += [
-        run_audit(str(place), "--expected", "wrong.csv", "--model", str(model)),
+        run_audit(str(folder), "--expected", "wrong.csv", "--model", str(model)),
         run_audit(f"bins/{ESCAPES}", "--expected", "counts.csv", "--model", str(model)),
     ]
     config: dict[str, Any] = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"model_type": ESCAPES}))
-    codes.append(run_audit(str(place), "--expected", "counts.csv", "--model", str(model)))
+    codes.append(run_audit(str(folder), "--expected", "counts.csv", "--model", str(model)))
 
     assert codes == [2, 2, 2, 2]
     assert terminal == []

@@ -113,7 +113,7 @@ def test_an_image_that_cannot_be_decoded_is_an_error_and_not_a_batch(tmp_path: P
         next(batches)
 
 
-def test_a_row_that_there_is_not_is_an_index_error(noisy: Bins) -> None:
+def test_a_row_that_does_not_exist_is_an_index_error(noisy: Bins) -> None:
     with pytest.raises(IndexError):
         noisy.images[11]
 
@@ -145,7 +145,7 @@ def test_each_set_has_its_own_bins_in_the_order_of_the_shards(
     assert list(workspace.glob(".cache/*")) == []
 
 
-def test_the_photographs_lie_once_in_one_file_and_are_read_where_they_lie(tmp_path: Path) -> None:
+def test_the_photographs_are_stored_once_and_read_without_copies(tmp_path: Path) -> None:
     bins = make_bins(tmp_path, [1, 2, 3], noise)
     path = tmp_path / "work" / loader.IMAGES
     packed = path.read_bytes()
@@ -188,7 +188,7 @@ def test_a_padded_id_and_its_bare_twin_are_two_bins(tmp_path: Path) -> None:
     ],
     ids=["some missing", "all missing", "empty set", "another size"],
 )
-def test_what_does_not_fit_together_is_said(
+def test_inputs_that_do_not_fit_together_are_reported(
     ids: list[str], set_name: str, size: int, message: str, tmp_path: Path
 ) -> None:
     rows = [row | {"id": row["id"].lstrip("0")} for row in bin_rows([1, 2])]

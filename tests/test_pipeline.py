@@ -90,7 +90,7 @@ def test_every_stage_describes_itself_and_its_knobs_exist(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_no_knob_is_called_what_dvcs_run_cache_ignores(name: str) -> None:
+def test_no_knob_has_a_name_that_dvcs_run_cache_ignores(name: str) -> None:
     """It drops every key `size` or `nfiles` within a value from what it compares (dvc#10296)."""
     for model in MODELS:
         for key in STAGES[name].get("params", []):
@@ -114,14 +114,14 @@ def nested_keys(value: Any) -> Iterator[str]:
             yield from nested_keys(part)
 
 
-def test_the_report_depends_on_all_that_is_made_in_the_reports_of_each_model() -> None:
-    made = [
+def test_the_report_depends_on_all_reports_of_each_model() -> None:
+    paths = [
         path if isinstance(path, str) else next(iter(path))
         for name in ("train", "evaluate")
         for kind in ("outs", "metrics", "plots")
         for path in STAGES[name].get(kind, [])
     ]
-    templates = sorted(path for path in made if path.startswith("reports/"))
+    templates = sorted(path for path in paths if path.startswith("reports/"))
     assert [dep for dep in STAGES["report"]["deps"] if dep.startswith("reports/")] == [
         path.replace("${key}", model) for model in MODELS for path in templates
     ]
@@ -288,7 +288,7 @@ def test_transformers_loads_the_vit_by_its_folder(project: Project) -> None:
     network = transformers.AutoModelForImageClassification.from_pretrained(
         project.folder / "models/vit"
     )
-    assert network.config.id2label == {place: str(place + 1) for place in range(5)}
+    assert network.config.id2label == {position: str(position + 1) for position in range(5)}
 
 
 def test_nothing_is_left_to_do_and_nothing_unfinished_is_left(project: Project) -> None:
@@ -304,7 +304,7 @@ def test_nothing_is_left_to_do_and_nothing_unfinished_is_left(project: Project) 
     }
 
 
-def test_data_takes_its_space_once(project: Project) -> None:
+def test_data_takes_space_only_once(project: Project) -> None:
     cached = {path.stat().st_ino for path in (project.folder / ".dvc/cache").rglob("*")}
     for path in ("data/resized/00000.parquet", "data/split.csv", "models/vit/model.safetensors"):
         assert (project.folder / path).stat().st_ino in cached

@@ -70,7 +70,7 @@ def test_it_serves_two_buckets_until_it_is_stopped(tmp_path: Path, number: signa
     assert (folder / "bins/metadata/1.json").exists()
 
 
-def test_a_port_that_is_taken_is_said(tmp_path: Path) -> None:
+def test_a_port_in_use_is_reported(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with run_by_hand(tmp_path / "s3", port) as process:
@@ -80,7 +80,7 @@ def test_a_port_that_is_taken_is_said(tmp_path: Path) -> None:
     assert not (tmp_path / "s3").exists()
 
 
-def test_a_server_that_dies_ends_it(tmp_path: Path) -> None:
+def test_it_ends_if_its_server_dies(tmp_path: Path) -> None:
     folder, port = tmp_path / "s3", free_port()
     with run_by_hand(folder, port) as process:
         assert process.stdout is not None

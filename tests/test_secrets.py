@@ -105,21 +105,18 @@ def used(private: Private) -> Private:
     return private
 
 
-def test_nothing_that_is_printed_has_a_credential(used: Private) -> None:
+def test_no_output_has_a_credential(used: Private) -> None:
     assert len(used.printed) == 7
     for command, text in used.printed.items():
         for mark in [*MARKS, WRONG]:
             assert mark not in text, f"{command} prints {mark}"
 
 
-def test_no_file_has_a_credential_but_the_one_they_were_put_in(used: Private) -> None:
+def test_no_file_but_the_configuration_has_a_credential(used: Private) -> None:
     folder = used.project.folder
-    places = [folder, Path(used.project.environment["HOME"])]
+    folders = [folder, Path(used.project.environment["HOME"])]
     files = [
-        Path(parent, name)
-        for place in places
-        for parent, _, names in os.walk(place)
-        for name in names
+        Path(parent, name) for top in folders for parent, _, names in os.walk(top) for name in names
     ]
     with_marks = [
         path.relative_to(folder.parent).as_posix()

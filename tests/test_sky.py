@@ -188,7 +188,7 @@ def test_a_task_declares_everything_it_uses_and_holds_no_secret(name: str) -> No
 @pytest.mark.slow
 @needs_sky
 @pytest.mark.parametrize(("name", "nodes", "gpus"), [("sky.yaml", 1, 1), ("sky-nodes.yaml", 2, 4)])
-def test_skypilot_takes_a_task(name: str, nodes: int, gpus: int, tmp_path: Path) -> None:
+def test_skypilot_accepts_a_task(name: str, nodes: int, gpus: int, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     copy_working_tree(ROOT, tree)
     subprocess.run(["git", "init", "--quiet"], cwd=tree, check=True)

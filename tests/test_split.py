@@ -93,7 +93,7 @@ def test_each_set_has_exactly_its_size(
     assert sizes(sets) == expected
 
 
-def test_three_bins_are_a_set_each() -> None:
+def test_three_bins_are_one_set_each() -> None:
     three = pd.DataFrame({"id": ["1", "2", "3"], "quantity": 1, "group": ["1", "2", "3"]})
     assert sizes(split(three, set(), settings(2, 1, validation=0.5))) == [1, 1, 1]
 
@@ -173,7 +173,7 @@ def test_another_share_moves_bins_between_train_and_validation_only(
     assert [sizes(sets)[1] for sets in found] == [15, 75, 450, 1350]
 
 
-def test_what_validates_is_no_neighbour_of_what_tests(bins: pd.DataFrame) -> None:
+def test_the_validation_set_is_not_chosen_in_the_order_of_the_test_set(bins: pd.DataFrame) -> None:
     # An order of its own: one draw for both would cut it off the same end of train.
     small, large = (
         ids_of(split(bins, set(), settings(train, 200)), "validation") for train in (900, 1800)
@@ -191,13 +191,13 @@ def test_unusable_bins_are_in_no_set_and_hardly_move_the_others(bins: pd.DataFra
     assert len(kept) > 170
 
 
-def test_where_too_few_bins_are_usable_train_has_the_rest(bins: pd.DataFrame) -> None:
+def test_train_has_the_rest_if_too_few_bins_are_usable(bins: pd.DataFrame) -> None:
     sets = split(bins, set(bins["id"][:50]), settings(1800, 200))
     assert sizes(sets) == [1662, 88, 200]
 
 
 @pytest.mark.parametrize(("train", "test"), [(1801, 200), (2000, 1), (1, 2000)])
-def test_more_than_there_is_is_refused(bins: pd.DataFrame, train: int, test: int) -> None:
+def test_more_bins_than_there_are_are_refused(bins: pd.DataFrame, train: int, test: int) -> None:
     with pytest.raises(UserError) as caught:
         split(bins, set(), settings(train, test))
     for part in (f"split.train {train}", f"split.test {test}", "2000 bins", "subset.bins"):
@@ -226,8 +226,8 @@ def test_a_set_that_no_group_fits_into_is_a_readable_error(
 ) -> None:
     labels = [f"{group:05d}" for group, size in enumerate(groups) for _ in range(size)]
     rows = [
-        {"id": f"{place:05d}", "quantity": place % 2 + 1, "group": label}
-        for place, label in enumerate(labels)
+        {"id": f"{position:05d}", "quantity": position % 2 + 1, "group": label}
+        for position, label in enumerate(labels)
     ]
     write_table(Path("data/subset.parquet"), pa.Table.from_pylist(rows))
     write_rejects(Path("data/quarantine.csv"), [])
@@ -239,7 +239,7 @@ def test_a_set_that_no_group_fits_into_is_a_readable_error(
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 99, 100])
-def test_apportioning_gives_all_and_at_most_one_off(size: int) -> None:
+def test_apportioned_counts_add_up_and_are_off_by_less_than_one(size: int) -> None:
     counts = Counter({1: 12, 2: 22, 3: 26, 4: 23, 5: 17})
     parts = apportion(size, counts)
     assert parts.total() == size

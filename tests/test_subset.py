@@ -34,13 +34,13 @@ def groups_by_id(table: pa.Table) -> dict[str, str]:
     return dict(zip(table["id"].to_pylist(), table["group"].to_pylist(), strict=True))
 
 
-def test_only_bins_of_the_wanted_quantities_are_drawn(index: pa.Table) -> None:
+def test_only_bins_of_the_wanted_quantities_are_sampled(index: pa.Table) -> None:
     subset = sample(with_groups(index), settings(40, quantities=(2, 7)))
     assert len(subset) == 40
     assert set(subset["quantity"].to_pylist()) == {2, 7}
 
 
-def test_the_drawn_bins_are_sorted_and_keep_their_columns(index: pa.Table) -> None:
+def test_the_sampled_bins_are_sorted_and_keep_their_columns(index: pa.Table) -> None:
     subset = sample(with_groups(index), settings(100))
     ids = subset["id"].to_pylist()
     assert subset.schema.names == COLUMNS
@@ -59,19 +59,19 @@ def test_the_order_of_the_index_does_not_matter(index: pa.Table) -> None:
     assert sample(one, settings(100)).equals(sample(two, settings(100)))
 
 
-def test_another_seed_draws_other_bins(index: pa.Table) -> None:
+def test_another_seed_samples_other_bins(index: pa.Table) -> None:
     grouped = with_groups(index)
     sampled = [set(sample(grouped, settings(100, seed))["id"].to_pylist()) for seed in range(3)]
     assert sampled[0] != sampled[1] != sampled[2] != sampled[0]
 
 
-def test_more_bins_hold_the_fewer(index: pa.Table) -> None:
+def test_a_larger_sample_contains_the_smaller_one(index: pa.Table) -> None:
     grouped = with_groups(index)
     few, many = (set(sample(grouped, settings(bins))["id"].to_pylist()) for bins in (50, 150))
     assert few < many
 
 
-def test_a_bin_that_is_gone_moves_at_most_one_other(index: pa.Table) -> None:
+def test_a_vanished_bin_changes_at_most_one_other(index: pa.Table) -> None:
     grouped = with_groups(index)
     sampled = set(sample(grouped, settings(100))["id"].to_pylist())
     for gone in range(0, len(grouped), 40):
@@ -80,7 +80,7 @@ def test_a_bin_that_is_gone_moves_at_most_one_other(index: pa.Table) -> None:
         assert len(sampled - again) <= 1
 
 
-def test_the_draw_is_no_run_of_the_listing(index: pa.Table) -> None:
+def test_the_sample_is_not_a_run_of_the_listing(index: pa.Table) -> None:
     sampled = [
         int(bin_id) for bin_id in sample(with_groups(index), settings(100))["id"].to_pylist()
     ]
@@ -89,7 +89,7 @@ def test_the_draw_is_no_run_of_the_listing(index: pa.Table) -> None:
     assert 140 < sum(sampled) / len(sampled) < 260
 
 
-def test_all_fitting_bins_can_be_drawn(index: pa.Table) -> None:
+def test_all_fitting_bins_can_be_sampled(index: pa.Table) -> None:
     fitting = sum(1 <= quantity <= 5 for quantity in index["quantity"].to_pylist())
     assert len(sample(with_groups(index), settings(fitting))) == fitting
 

@@ -180,7 +180,7 @@ def rolled_up(keys: Sequence[str], prefix: str, delimiter: str, start_after: str
     return list(dict.fromkeys(wanted))
 
 
-def test_every_object_listed_is_the_object_got(url: str, bins: TrueBins) -> None:
+def test_every_listed_object_is_the_one_that_can_be_read(url: str, bins: TrueBins) -> None:
     store = open_bucket(at(url))
     listing = list_objects(store, "metadata/").to_pylist()
     listing += list_objects(store, "bin-images/").to_pylist()[::50]
@@ -191,7 +191,7 @@ def test_every_object_listed_is_the_object_got(url: str, bins: TrueBins) -> None
     assert records == [key for key in keys_of(bins) if key.startswith("metadata/")]
 
 
-def test_an_id_is_the_same_bytes_in_other_processes_and_in_smaller_buckets(
+def test_an_id_has_the_same_bytes_in_other_processes_and_in_smaller_buckets(
     url: str, bins: TrueBins
 ) -> None:
     smaller = make_bins(BINS // 2)
@@ -252,7 +252,7 @@ def test_records_have_the_quantities(whole: TrueBins) -> None:
 
 def test_the_labels_are_the_quantities_of_their_ids(abid: Path, bins: TrueBins) -> None:
     labels = json.loads((abid / "labels/counting_val.json").read_bytes())
-    assert all(bins.quantities[place] == quantity for place, quantity in labels)
+    assert all(bins.quantities[position] == quantity for position, quantity in labels)
 
 
 def test_siblings_are_as_many_as_in_the_real_bucket(whole: TrueBins) -> None:
@@ -278,7 +278,7 @@ def test_records_and_photographs_are_as_large_as_real_ones(whole: TrueBins) -> N
             image.load()
 
 
-def test_bins_that_are_at_hand_are_served_as_they_are(abid: Path, real: TrueBins) -> None:
+def test_bins_at_hand_are_served_unchanged(abid: Path, real: TrueBins) -> None:
     for path in (abid / "originals-1k/metadata").glob("*.json"):
         row = real.rows[path.stem]
         assert real.record(row) == path.read_bytes()
@@ -331,7 +331,7 @@ def test_the_first_stages_run_on_it(url: str) -> None:
     assert sum(map(len, shards)) == wanted
 
 
-def test_an_answer_comes_late_and_keeps_no_other_waiting(slow_url: str) -> None:
+def test_an_answer_is_late_but_does_not_delay_others(slow_url: str) -> None:
     path = f"/{BUCKET}/metadata/00001.json"
     start = time.monotonic()
     for _ in range(3):
@@ -347,7 +347,7 @@ def test_an_answer_comes_late_and_keeps_no_other_waiting(slow_url: str) -> None:
 
 
 @pytest.mark.parametrize("latency", [False, True])
-def test_requests_that_come_at_once_are_answered_in_their_order(
+def test_requests_that_arrive_together_are_answered_in_their_order(
     url: str, slow_url: str, bins: TrueBins, latency: bool
 ) -> None:
     ids = [f"{1 + number % 10:05d}" for number in range(200)]
@@ -382,7 +382,7 @@ def test_a_request_may_come_in_pieces(url: str, bins: TrueBins) -> None:
         ("-999999", None, None),
     ],
 )
-def test_a_range_is_that_part(
+def test_a_range_is_that_part_of_the_object(
     url: str, bins: TrueBins, wanted: str, start: int | None, stop: int | None
 ) -> None:
     photograph = bins.photograph(bins.rows["00010"])
@@ -394,7 +394,9 @@ def test_a_range_is_that_part(
 
 
 @pytest.mark.parametrize("wanted", ["-", "9-5", "0-1,5-6", "x"])
-def test_what_is_no_single_range_is_the_whole(url: str, bins: TrueBins, wanted: str) -> None:
+def test_anything_but_a_single_range_gives_the_whole_object(
+    url: str, bins: TrueBins, wanted: str
+) -> None:
     answer = ask(url, f"/{BUCKET}/metadata/00010.json", Range=f"bytes={wanted}")
     assert (answer[0], answer[2]) == (200, bins.record(bins.rows["00010"]))
 
@@ -429,7 +431,7 @@ def test_head_has_the_headers_of_get(url: str) -> None:
         ("DELETE", f"/{BUCKET}/metadata/00001.json", "", 405, "MethodNotAllowed"),
     ],
 )
-def test_what_it_does_not_give_is_refused_as_s3_does(
+def test_unsupported_requests_are_refused_as_s3_does(
     url: str, method: str, path: str, range_: str, status: int, code: str
 ) -> None:
     answer = ask(url, path, method, **({"Range": range_} if range_ else {}))
@@ -510,7 +512,7 @@ def test_it_answers_on_loopback_only_and_prints_its_counts_at_the_end() -> None:
     assert text.splitlines()[-1].startswith("0 GETs, 0 HEADs, 1 lists, 0 refused; ")
 
 
-def test_a_port_that_is_taken_is_said() -> None:
+def test_a_port_in_use_is_reported() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with run_by_hand("--port", str(port)) as process:

@@ -46,7 +46,7 @@ def dvc(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("workspace")
-def test_work_survives_a_failure_and_goes_when_a_run_ends_well() -> None:
+def test_work_survives_a_failure_and_is_removed_when_a_run_succeeds() -> None:
     folder = break_off("fetch", "key")
     (folder / ".half.partial").write_text("half")
     with resumable("fetch", "key") as again:
@@ -68,7 +68,7 @@ def test_work_on_other_inputs_starts_afresh_and_leaves_what_is_unfinished(
 
 @pytest.mark.usefixtures("workspace")
 @pytest.mark.parametrize(("package", "afresh"), [("formats", True), ("runtime", False)])
-def test_other_code_starts_afresh_unless_it_decides_no_output(
+def test_changed_code_starts_afresh_if_it_decides_an_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, afresh: bool
 ) -> None:
     """Also code that is imported only after the work has begun."""
@@ -139,14 +139,14 @@ with {context} as folder:
 
 
 @pytest.mark.parametrize(
-    ("context", "said"),
+    ("context", "expected"),
     [
         ("resumable('fetch', 'key')", "fetch: waiting for another run with the same inputs"),
         ("exclusive_run('fetch')", "fetch: waiting for another run of this stage"),
     ],
 )
 def test_a_second_run_waits_and_says_for_whom_but_not_for_a_killed_one(
-    workspace: Path, context: str, said: str
+    workspace: Path, context: str, expected: str
 ) -> None:
     def start() -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -164,7 +164,9 @@ def test_a_second_run_waits_and_says_for_whom_but_not_for_a_killed_one(
         lines = {first.stdout.readline(): first, second.stdout.readline(): second}
         (waits,) = lines.keys() - {"begun\n"}
         holder, waiting = lines["begun\n"], lines[waits]
-        assert waits.startswith(f"{said}: process {holder.pid} on {socket.gethostname()}, since 2")
+        assert waits.startswith(
+            f"{expected}: process {holder.pid} on {socket.gethostname()}, since 2"
+        )
         holder.kill()
         assert waiting.communicate("\n", timeout=60)[0] == "begun\n"
         assert waiting.returncode == 0
@@ -180,7 +182,7 @@ def test_the_processes_of_one_training_do_not_wait_for_each_other(
             assert [path.parent for path in workspace.rglob("*.lock")] == [workspace / ".cache"]
 
 
-def test_scratch_is_empty_at_first_and_gone_at_last(workspace: Path) -> None:
+def test_scratch_is_empty_at_first_and_removed_at_the_end(workspace: Path) -> None:
     killed = workspace / ".cache/report.scratch"
     killed.mkdir(parents=True)
     (killed / "left").touch()
@@ -193,7 +195,7 @@ def test_scratch_is_empty_at_first_and_gone_at_last(workspace: Path) -> None:
 
 @pytest.mark.parametrize("before", [[], ["stale"]])
 @pytest.mark.parametrize("links", [True, False])
-def test_a_published_folder_is_the_whole_of_it(
+def test_a_published_folder_has_all_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: list[str], links: bool
 ) -> None:
     done, out = tmp_path / "done", tmp_path / "data/raw"
