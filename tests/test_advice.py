@@ -1,4 +1,4 @@
-"""What users read where the bucket's server, the credentials or the network are set up wrongly."""
+"""Messages to users if the bucket's server, credentials or the network are set up wrongly."""
 
 import pickle
 import re
@@ -37,7 +37,7 @@ INVALID = r"credentials are not valid there\. Check AWS_ACCESS_KEY_ID and AWS_SE
 def answering(
     status: int, body: bytes, context: ssl.SSLContext | None = None
 ) -> Iterator[tuple[str, list[str]]]:
-    """A server that answers everything so: its address, and the paths that it was asked for."""
+    """A server with one answer to all requests. Yields its address and the requested paths."""
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -53,7 +53,7 @@ def answering(
 
     class Server(ThreadingHTTPServer):
         def handle_error(self, *_: object) -> None:
-            """Say nothing: some of these clients hang up."""
+            """Print nothing: some of these clients hang up."""
 
     with Server(("127.0.0.1", 0), Handler) as server:
         if context:
@@ -76,7 +76,7 @@ def at(endpoint: str, *, anonymous: bool = True) -> params.Bucket:
 
 
 def message(source: params.Bucket) -> str:
-    """What a listing of the bucket says, which fails."""
+    """The error message of listing the bucket, which must fail."""
     with pytest.raises(UserError) as caught, explained(source):
         list_objects(open_bucket(source), "metadata/")
     text = str(caught.value)
@@ -93,7 +93,7 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of AWS's files, empty, and nothing in the environment; no machine has a role."""
+    """An empty folder for AWS's files, no credentials in the environment, and no role."""
     for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "PROFILE"):
         monkeypatch.delenv(f"AWS_{name}", raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -185,7 +185,7 @@ def test_a_photograph_in_an_archive_is_named_with_s3s_code(
 
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ca.pem, a private certificate authority, and its server.pem for loopback."""
+    """A folder with the certificates of a private authority and of its server on loopback."""
     folder = tmp_path_factory.mktemp("tls")
     (folder / "names").write_text("subjectAltName=IP:127.0.0.1", "utf-8")
     for command in (

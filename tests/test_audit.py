@@ -1,4 +1,4 @@
-"""Audits as an analyst runs them: what they find, how they end, killed, and in how much memory."""
+"""Audits as an analyst runs them: their results, exit codes, resumption and memory."""
 
 import errno
 import html
@@ -59,9 +59,9 @@ QUANTITIES = LABELS * 8
 KNOBS = model_params("vit", pretrained=False, config=TINY_VIT)
 FORM = Resize(size=SIZE, fit="pad", quality=60, max_rejects=0.0)
 WITH_COUNTS = ["photographs", "--expected", "counts.csv"]
-# The second lowest right score of the validation bins.
+# Puts the threshold at the second lowest score of a correct validation record.
 SURE = ["--false-alarm", "0.03"]
-# Runs an audit with parts of a given size, and dies when it is about to write the `kill`th of them.
+# Runs an audit with parts of a given size, and dies just before writing the `kill`th part.
 SCRIPT = """
 import atexit, os, sys
 from pathlib import Path
@@ -86,7 +86,7 @@ Run = Callable[..., int]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of two models that tell the colours of squares, and so their counts."""
+    """A folder with two models that recognize the colors of squares, and so their counts."""
     folder = tmp_path_factory.mktemp("models")
     rows = bin_rows(QUANTITIES)
     ids, actual = [row["id"] for row in rows], np.array(QUANTITIES)
@@ -96,7 +96,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             classifier = random_classifier(KNOBS, LABELS, seed)
             images = inference.normalizer(classifier)(pixels.permute(0, 3, 1, 2) / 255)
             probabilities = fit(classifier, images, torch.from_numpy(actual - 1))
-            # One bin that the model gets wrong, and one that it has no idea about.
+            # The model gets one bin wrong, and has no idea about another.
             probabilities[38] = np.roll(probabilities[38], 1)
             probabilities[39] = 0.2
             save_release(folder / name, classifier, KNOBS, FORM, ids, actual, probabilities)
@@ -104,7 +104,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fit(classifier: Classifier, images: torch.Tensor, targets: torch.Tensor) -> Any:
-    """Train; the probabilities of the same images."""
+    """Train on the images. Returns their probabilities."""
     optimizer = torch.optim.Adam(classifier.network.parameters(), 1e-2)
     for _ in range(40):
         optimizer.zero_grad()
@@ -117,7 +117,7 @@ def fit(classifier: Classifier, images: torch.Tensor, targets: torch.Tensor) -> 
 
 @pytest.fixture
 def folder(models: Path, workspace: Path) -> Iterator[Path]:
-    """The current directory: empty, but for one model."""
+    """The current directory, which is empty except for one model."""
     shutil.copytree(models / "one", "models/one")
     with one_torch_thread():
         yield workspace
@@ -125,7 +125,7 @@ def folder(models: Path, workspace: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run the tool in that folder; its exit code."""
+    """Runs the tool in `folder`, and returns its exit code."""
     del folder
 
     def run_it(*words: object) -> Any:
@@ -181,7 +181,7 @@ def test_wrong_records_come_first_and_are_alarms(
 
 @pytest.mark.parametrize(
     ("false_alarm", "code", "alarms"),
-    # 38 of the 40 bins score as they do in validation, but for the rounding of its table.
+    # 38 of the 40 bins have the same scores as in validation, except for rounding.
     [(0.03, 0, {0}), (0.25, 1, {8, 9})],
 )
 def test_the_chosen_share_of_correct_records_becomes_alarms(
@@ -387,7 +387,7 @@ def test_keys_open_a_private_bucket_and_appear_nowhere(
 
 
 def run_alone(*words: object, kill: int = 0, sizes: tuple[int, int] = (64, 256)) -> list[int]:
-    """In a process of its own: the exit code, how many parts it began to write, and peak kB."""
+    """Run an audit in another process: its exit code, the parts begun, and its peak in kB."""
     command = [sys.executable, "-c", SCRIPT, *map(str, [kill, *sizes, *words])]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
@@ -418,7 +418,7 @@ def test_a_killed_audit_continues_and_ends_with_the_same_bytes() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("folder")
 def test_five_times_the_photographs_need_no_more_memory() -> None:
-    # Large as files, which may have anything at their end, and quick to decode. Of one shard.
+    # Large files that are decoded quickly, since a JPEG may end with any bytes. In one shard.
     image = square(3, 0) + bytes(30_000)
     found = []
     for count in (1000, 5000):
@@ -485,7 +485,7 @@ def test_bins_that_the_models_were_trained_on_are_left_out_unless_asked_for(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = write_project(train=20)
-    # A wrong record of the training set.
+    # A wrong record in the training set.
     rows[50]["quantity"] = 5
     write_resized(Path("data/resized"), rows)
     with monkeypatch.context() as patch:
@@ -526,7 +526,7 @@ def test_bins_that_the_models_were_trained_on_are_left_out_unless_asked_for(
         ("link", 20),
         ("bucket", 20),
         ("bucket/bin-images --expected bucket/metadata", 20),
-        # Other photographs that happen to have the ids of this project's bins.
+        # Other photographs that have the ids of this project's bins by chance.
         ("others --expected bucket/metadata", 0),
         ("others.parquet", 0),
     ],
@@ -600,7 +600,7 @@ def test_the_page_shows_the_first_alarms_with_their_photographs(run: Run) -> Non
             "audit: error: [Errno 5] Input/output error: ch",
         ),
         (OSError(errno.ENOSPC, "No space left", "audit/x"), "audit: error: no room for audit/x"),
-        # A bug, which keeps its traceback.
+        # A bug keeps its traceback.
         (ZeroDivisionError("by bug"), "ZeroDivisionError: by bug"),
     ],
 )

@@ -1,4 +1,4 @@
-"""CSV files of counts: what spreadsheets and exports write is read, and nothing is guessed."""
+"""CSV files of counts: files from spreadsheets and exports are read, and nothing is guessed."""
 
 import codecs
 from pathlib import Path
@@ -56,7 +56,7 @@ SEMICOLONS = PLAIN.replace(",", ";")
             "id;expected;Gr\u00f6\u00dfe\n00100;3;\u20ac\n100;12\n-7\n".encode("cp1252"),
             "Windows-1252, semicolon-separated",
         ),
-        # A letter that Windows-1252 has no place for.
+        # A byte that Windows-1252 does not define.
         (b"id,expected,x\n00100,3,\x81\n100,12\n-7\n", "Windows-1252"),
     ],
 )
@@ -71,7 +71,7 @@ def test_files_from_spreadsheets_and_exports_are_read(data: str | bytes, form: s
     ("text", "message"),
     [
         ("id,expected\n00100,3\n100,4\n00100,5\n", "line 4 lists the bin 00100 again"),
-        # Several rows of a bin may be its items.
+        # Several rows of a bin may list its items.
         ("id,expected\n7,1\n7,1\n", "line 3 lists the bin 7 again: keep one row for each bin"),
         ("id,expected\n7,\n7,1\n", "line 3 lists the bin 7 again"),
         ("id,expected\n7,1\n7.jpg,1\n", "line 3 lists the bin 7 again"),
@@ -154,12 +154,12 @@ def test_any_bytes_are_read_or_refused(data: bytes) -> None:
         # Only zeros are added: 00001 is not the bin 1.
         ("00001", "1", "00001=00001", 0, ""),
         ("1 a1 -1", "0a1 -01", "1=1 a1=a1 -1=-1", 0, ""),
-        # Two bins, and the file has both.
+        # Two bins, both in the file.
         ("1 00001", "1 00001", "1=1 00001=00001", 0, ""),
-        # Zeros are kept elsewhere, so 1 is the bin 1.
+        # Another id still has its zeros, so 1 is the bin 1.
         ("1 00002", "1 00001 00002", "1=1 00002=00002", 0, ""),
         ("1 01", "01 001", "1=001 01=01", 1, ""),
-        # Without any, it could be either.
+        # No id still has its zeros, so 1 could be either.
         ("1 12345", "1 00001 12345", "12345=12345", 0, "1 00001"),
         ("1 2", "01 001 00002", "2=00002", 1, "01 001"),
         ("1 01", "00001", "", 0, "00001"),

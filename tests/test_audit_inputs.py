@@ -1,4 +1,4 @@
-"""What audits read: counts and photographs, including hostile ones; and the table they make."""
+"""The counts and photographs that audits read, including hostile ones, and the resulting table."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -192,7 +192,7 @@ def test_labels_are_described_as_people_would(labels: Sequence[int], text: str) 
 def test_alarms_are_below_the_threshold_and_equal_scores_in_the_order_of_their_ids() -> None:
     ids = ["b", "100", "00100", "a", *(f"c{number}" for number in range(300))]
     scored = pd.DataFrame({"id": ids, "p1": 1e-20, "p2": 1.0, "problem": ""})
-    # As suspicion, all are 1.
+    # Rounding makes every suspicion 1.
     scored.loc[3, "p1"] = 1e-21
     expected = Expected("", counts=dict.fromkeys(ids, 1))
 

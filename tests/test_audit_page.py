@@ -31,7 +31,7 @@ def item(name: str | None, quantity: int | None = 1, asin: str = "B000") -> dict
 
 
 def audited() -> pd.DataFrame:
-    """Three alarms, one right bin, and three that were not judged."""
+    """A table with three alarms, one correct bin, and three bins that were not judged."""
     scores: dict[str, list[float]] = {
         "00002": [0.0001, 0.0001, 0.0004, 0.0001, 0.9993],
         "00012": [0.123, 0.03, 0.6, 0.123, 0.124],
@@ -218,7 +218,7 @@ def test_a_browser_shows_the_page_without_a_network(
     assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
     charts = "[...document.querySelectorAll('svg')].map(svg => svg.getBoundingClientRect())"
     assert page.evaluate(f"{charts}.every(box => box.width > 200 && box.height > 40)")
-    # The ratio of WCAG 2, which wants 4.5, against the darkest ground, that of a missing picture.
+    # WCAG 2 requires a contrast of 4.5; the darkest background is that of a missing picture.
     ratios = page.evaluate(
         """[...document.body.querySelectorAll("*")].filter(element => element.tagName != "rect")
         .map(element => getComputedStyle(element))

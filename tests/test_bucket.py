@@ -32,13 +32,13 @@ DENIED = b"""<?xml version="1.0" encoding="UTF-8"?>
 
 @pytest.fixture
 def short_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the half minute in which a server may come back."""
+    """Do not wait half a minute for a server to come back."""
     monkeypatch.setattr(reading, "DEADLINE", 0.5)
 
 
 @pytest.fixture
 def denying_server() -> Iterator[str]:
-    """A server that answers every request as S3 does where there is no access."""
+    """A server that denies every request, as S3 does without access."""
 
     class Denial(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -85,7 +85,7 @@ def test_listings_around_one_page_are_complete(s3: S3, count: int) -> None:
 def test_a_listing_in_ranges_has_every_key_once(make_bucket: MakeBucket) -> None:
     ids = [f"{number:05d}" for number in range(1, 1100)]
     ids += [str(number) for number in range(1, 200)]
-    # More than a page between two cuts, and the cuts themselves.
+    # More than a page of keys between two cuts, and the cuts themselves.
     ids += [str(number) for number in range(100_000, 101_050)]
     ids += ["535234", "99999", "9999999", "00", "abc", "-1", "~"]
     keys = {f"metadata/{bin_id}.json" for bin_id in ids} | {"metadata/10", "metadata/53"}
@@ -156,7 +156,7 @@ def test_an_object_that_changed_is_an_object_error(s3: S3) -> None:
 
 
 class Answer:
-    """What obstore.get_async gives."""
+    """An answer of obstore.get_async."""
 
     def __init__(self, data: bytes, etag: str) -> None:
         self.data, self.meta = data, {"e_tag": f'"{etag}"', "size": len(data)}
@@ -166,7 +166,7 @@ class Answer:
 
 
 def answer(monkeypatch: pytest.MonkeyPatch, contents: Iterable[bytes], etag: str) -> None:
-    """Have obstore give these, one after another."""
+    """Let obstore return these contents, one after another."""
     remaining = iter(contents)
 
     async def get_async(*_: object) -> Answer:
@@ -197,7 +197,7 @@ def test_a_retry_is_counted_even_if_another_shard_ends_meanwhile(
 def test_content_damaged_on_the_way_is_read_once_more(
     monkeypatch: pytest.MonkeyPatch, damaged: bytes
 ) -> None:
-    # No server of ours damages what it sends.
+    # Our server cannot be made to damage its answers.
     answer(monkeypatch, [damaged, CONTENT], MD5)
     assert read(S3Store("bins"), KEY, len(CONTENT), MD5) == CONTENT
 
@@ -209,7 +209,7 @@ def test_content_that_stays_damaged_is_an_object_error(monkeypatch: pytest.Monke
 
 
 def test_an_etag_that_is_not_an_md5_is_only_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Of an upload in parts.
+    # The etag of an upload in parts.
     etag = f"{MD5}-2"
     answer(monkeypatch, [CONTENT], etag)
     assert read(S3Store("bins"), KEY, len(CONTENT), etag) == CONTENT

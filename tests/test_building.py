@@ -27,7 +27,7 @@ NO_LIMIT = RejectLimit("fetch.max_rejects", 1.0)
 
 
 class StopError(Exception):
-    """What breaks the work in these tests."""
+    """Raised to interrupt the work."""
 
 
 def shards_of(total: int, size: int) -> list[Shard]:
@@ -38,7 +38,7 @@ def shards_of(total: int, size: int) -> list[Shard]:
 def build(
     folder: Path, shards: list[Shard], work: Work, limit: RejectLimit = NO_LIMIT
 ) -> tuple[list[list[str]], list[Reject]]:
-    """The ids in each shard, and the rejects."""
+    """Build the shards. Returns the ids in each, and the rejects."""
 
     async def make(shard: Shard, advance: Callable[[int], object]) -> BuiltShard:
         results = [work(number) for number in shard.source]
@@ -93,7 +93,7 @@ def test_finished_shards_are_not_built_again(tmp_path: Path) -> None:
         return reject_multiples(3, number)
 
     ids, rejects = build(tmp_path, shards_of(12, 3), work)
-    # The shard after the one that failed may have been under way.
+    # The shard after the failed one may already have been started.
     assert sorted(worked) in (list(range(6, 9)), list(range(6, 12)))
     assert ids == [["1", "2"], ["4", "5"], ["7", "8"], ["10", "11"]]
     assert [reject.id for reject in rejects] == ["0", "3", "6", "9"]

@@ -1,4 +1,4 @@
-"""What doctor says of a machine and a repository in which one thing after another is broken."""
+"""The doctor's findings about a machine and a repository with one fault after another."""
 
 import errno
 import os
@@ -27,7 +27,7 @@ Said = Callable[[str], str]
 
 @pytest.fixture(autouse=True)
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current directory: a clone with everything committed, on a machine without settings."""
+    """The current directory: a clone with everything committed, without user settings."""
     folder = tmp_path / "repository"
     for name in (".dvc/config", ".dvc/.gitignore", ".gitignore", "params.yaml", "requirements.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def git(*command: str) -> None:
 
 @pytest.fixture
 def said(capsys: pytest.CaptureFixture[str]) -> Said:
-    """What is printed of one check, in one line."""
+    """Runs one check, and returns its output in one line."""
 
     def say(name: str) -> str:
         doctor.is_problem(name, (doctor.FIRST_CHECKS | doctor.CHECKS)[name])
@@ -150,7 +150,7 @@ def test_gpus_are_listed_or_a_driver_is_recommended(
 
 
 class FakeS3(BaseHTTPRequestHandler):
-    """S3 with the objects that Amazon's console makes for folders, which takes no object."""
+    """A read-only S3 server with the empty objects that Amazon's console makes for folders."""
 
     def do_GET(self) -> None:
         keys = {"metadata/": 0, "metadata/1.json": 2, "bin-images/": 0, "bin-images/1.jpg": 1}
@@ -191,7 +191,7 @@ def fake_s3() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An S3 server with the bucket storage, which wants KEYS."""
+    """An S3 server with the bucket storage, which requires KEYS."""
     buckets = tmp_path_factory.mktemp("guarded") / "s3"
     (buckets / "storage").mkdir(parents=True)
     with serving(buckets, "--auth-key", ",".join(KEYS.values())) as url:
@@ -272,7 +272,7 @@ def test_a_cache_of_another_user_is_a_problem(
     def refuse(*_arguments: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", f"{repository}/.dvc/cache/a/b")
 
-    # As root, who runs the tests of the CI, nothing is refused.
+    # Root, as which the CI runs the tests, is never refused.
     monkeypatch.setattr("dvc_objects.fs.generic.test_links", refuse)
     owner, user = repository.owner(), os.getuid()
     folder = f"{repository}/.dvc"
@@ -286,7 +286,7 @@ def test_the_free_space_is_compared_with_the_params(
     write_params({"subset.bins": 100_000, "split.train": 1, "split.test": 1, "resize.size": 112})
     usage = shutil.disk_usage(".")._replace(free=8_500_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _folder: usage)
-    # 60 kB and twice a quarter of 12 kB each, and 2 GB.
+    # 60 kB and twice a quarter of 12 kB per photograph, and 2 GB.
     assert said("disk").startswith("problem disk 8.5 GB free, 8.6 GB needed -> free some")
     Path("data").mkdir()
     with Path("data/raw").open("wb") as file:

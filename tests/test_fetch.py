@@ -28,7 +28,7 @@ UNFETCHED = Path("data/unfetched.csv")
 
 
 class StopError(Exception):
-    """What breaks the work in these tests."""
+    """Raised to interrupt the work."""
 
 
 def prepare(
@@ -37,7 +37,7 @@ def prepare(
     shard_bins: int = 1000,
     max_rejects: float = 0.0,
 ) -> None:
-    """Write params.yaml and the subset: all of these bins, as the bucket lists them."""
+    """Write params.yaml, and a subset of all these bins as the bucket lists them."""
     photographs = list_objects(open_bucket(bucket), "bin-images/").drop_columns("stamp")
     listed = {Path(row["key"]).stem: row for row in photographs.to_pylist()}
     rows = [

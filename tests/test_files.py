@@ -1,4 +1,4 @@
-"""Files that are whole or absent, digests, and space that is asked for."""
+"""Files that are complete or absent, digests, and checks of free space."""
 
 import errno
 import os
@@ -52,7 +52,7 @@ def test_a_hard_link_into_the_cache_keeps_its_bytes(tmp_path: Path) -> None:
 
 
 def refuse_flush(descriptor: int) -> None:
-    """As some disks do, which take what is written before they have room for it."""
+    """Fail as on some disks, which accept data before they have room for it."""
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -70,7 +70,7 @@ def test_a_disk_that_is_full_only_at_the_end_leaves_the_old_file(
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> Events:
-    """Each flush, and each renaming by both names, in the order in which they happen."""
+    """A list of all flushes, and of both names in each renaming, in their order."""
     happened: Events = []
 
     def recorded_fsync(descriptor: int) -> None:
@@ -94,7 +94,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Events:
 def test_after_a_power_loss_a_file_with_its_final_name_is_whole(
     tmp_path: Path, events: Events, what: str
 ) -> None:
-    """All of it was flushed before it got its name, and then the name was."""
+    """The contents are flushed before the file gets its name, and then its folder is flushed."""
     whole = tmp_path / "out"
     if what == "file":
         write_text(whole, "text")
@@ -131,7 +131,7 @@ def test_digests_of_different_values_differ(tmp_path: Path) -> None:
         found.add(digest_files(files))
     assert len(found) == len(folders)
     write_text(tmp_path / "file", "abc")
-    # As sha256sum prints it.
+    # The output of sha256sum.
     assert sha256_file(tmp_path / "file").startswith("ba7816bf8f01cfea414140de5dae2223")
 
 

@@ -1,4 +1,4 @@
-"""Any value for any key of params.yaml: taken, or refused on one plain line that names the key."""
+"""Any value for any key of params.yaml: accepted, or refused in one plain line with the key."""
 
 import math
 from collections.abc import Iterator, Mapping

@@ -35,7 +35,7 @@ ITEM = {
 
 
 class StopError(Exception):
-    """What breaks the work in these tests."""
+    """Raised to interrupt the work."""
 
 
 def with_photographs(records: Mapping[str, bytes]) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""Kills at random moments, of stages and of DVC; `python -m tests.kills` has many more of them."""
+"""Stages and DVC killed at random moments; `python -m tests.kills` does that many more times."""
 
 import random
 import time
@@ -41,7 +41,7 @@ def test_a_killed_stage_ends_with_the_bytes_of_an_undisturbed_one(bench: Bench, 
 
 @pytest.fixture(scope="module")
 def lab(proxy: FaultProxy, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    """Of the stages up to fetch."""
+    """A lab for the stages up to fetch."""
     proxy.plan = no_faults
     return Lab(tmp_path_factory.mktemp("kills") / "lab", proxy, "fetch")
 
@@ -76,7 +76,7 @@ def test_dvc_killed_before_it_has_the_photographs_does_not_fetch_them_again(lab:
 
 
 def test_files_of_dvc_that_a_kill_can_damage_have_a_remedy(lab: Lab) -> None:
-    """DVC writes these files in place, or first makes the folder; a kill may come in between."""
+    """DVC writes some files in place, or creates their folders first; a kill may come between."""
     clone = lab.first
     lock, rwlock = clone.folder / "dvc.lock", clone.folder / ".dvc/tmp/rwlock"
     whole = lock.read_bytes()
@@ -93,5 +93,5 @@ def test_files_of_dvc_that_a_kill_can_damage_have_a_remedy(lab: Lab) -> None:
 
 
 def runs(folder: Path) -> list[Path]:
-    """What DVC has noted of them, a file each."""
+    """The files of DVC's run cache, one for each run."""
     return [path for path in folder.glob(".dvc/cache/runs/*/*/*") if path.is_file()]

@@ -1,4 +1,4 @@
-"""Lists of bins in lists/: exactly their bins and sets, or one line about what is wrong in them."""
+"""Lists of bins in lists/: exactly their bins and sets, or one line that names the problem."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def index(workspace: Path) -> None:
 
 
 def run_subset(text: str | bytes) -> list[str]:
-    """The ids of the subset that the list gives."""
+    """Run the subset stage with this list. Returns the subset's ids."""
     write_list(text)
     write_params({"subset.ids": "mine.csv", "subset.bins": 1, "subset.quantities": [1, 2]})
     assert "bins of lists/mine.csv" in subset.main()
@@ -49,7 +49,7 @@ def run_subset(text: str | bytes) -> list[str]:
 
 
 def run_split(text: str | bytes, validation: float = 0.25) -> dict[str, str]:
-    """The set of each bin in data/split.csv, of a subset of all fitting bins."""
+    """Run the split stage on all fitting bins. Returns each bin's set."""
     run_subset("\n".join(["id", *FITTING]))
     write_list(text)
     write_params(

@@ -1,4 +1,4 @@
-"""The losses, against plain loops and torch's own."""
+"""The losses, compared with plain loops and with torch's own."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate, against transformers' own."""
+"""The optimizer and its learning rate, compared with transformers."""
 
 from collections.abc import Callable
 

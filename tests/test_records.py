@@ -27,7 +27,7 @@ REAL_ITEM = {
 
 
 def record_of(**changes: Any) -> bytes:
-    """A real record of one item, with some of the item's details changed."""
+    """A real record with one item, some of whose details are changed."""
     contents = {"B000A8C5QE": REAL_ITEM | changes}
     return json.dumps({"BIN_FCSKU_DATA": contents, "EXPECTED_QUANTITY": 2}).encode()
 
@@ -217,7 +217,7 @@ def test_records_that_only_seem_to_have_two_quantities_are_read(data: bytes) -> 
 
 @pytest.fixture(params=[1_000, 100_000])
 def recursion_limit(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Python's own, and one like those that libraries set: torch's compiler raises it for good."""
+    """Python's default, and a higher one, as torch's compiler sets it permanently."""
     before = sys.getrecursionlimit()
     sys.setrecursionlimit(request.param)
     yield
@@ -225,7 +225,7 @@ def recursion_limit(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def deep_record(levels: int, more: str = "") -> bytes:
-    """One that is nested so deeply, the object itself included. Its string nests nothing."""
+    """A record with this many nested levels, including itself. Brackets in strings do not count."""
     arrays = "[" * (levels - 1) + "]" * (levels - 1)
     return f'{{"EXPECTED_QUANTITY": 1, "x": {arrays}, "y": "\\"{"[" * 200}"{more}}}'.encode()
 

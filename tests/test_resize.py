@@ -27,13 +27,13 @@ QUARANTINE = Path("data/quarantine.csv")
 
 
 class StopError(Exception):
-    """What breaks the work in these tests."""
+    """Raised to interrupt the work."""
 
 
 def prepare(
     shards: Sequence[Mapping[str, bytes]], unfetched: Sequence[Reject] = (), **settings: Any
 ) -> None:
-    """Write params.yaml and the outputs of fetch."""
+    """Write params.yaml and the outputs of the fetch stage."""
     write_params(
         {"resize.size": 32, "resize.max_rejects": 0.0}
         | {f"resize.{key}": value for key, value in settings.items()}
@@ -53,7 +53,7 @@ def resized() -> list[list[dict[str, Any]]]:
 
 
 def photographs(*ids: str) -> dict[str, bytes]:
-    """A photograph of another size for each id."""
+    """A photograph for each id, each of a different size."""
     return {bin_id: jpeg_file(40 + 5 * position, 60) for position, bin_id in enumerate(ids)}
 
 

@@ -1,4 +1,4 @@
-"""The local S3 server as `make s3` runs it: for a person, in the foreground."""
+"""The local S3 server as `make s3` runs it, in the foreground."""
 
 import os
 import shlex
@@ -57,7 +57,7 @@ def test_it_serves_two_buckets_until_it_is_stopped(tmp_path: Path, number: signa
         )
         store = open_bucket(bucket)
         obstore.put(store, "metadata/1.json", b"{}")
-        # One that is copied into the folder, after the bucket has been listed.
+        # A file that is copied into the folder after the bucket has been listed.
         assert len(obstore.list(store).collect()) == 1
         (folder / "bins/metadata/2.json").write_bytes(b"{}")
         wait_until(lambda: len(obstore.list(store).collect()) == 2)
@@ -84,7 +84,7 @@ def test_it_ends_if_its_server_dies(tmp_path: Path) -> None:
     folder, port = tmp_path / "s3", free_port()
     with run_by_hand(folder, port) as process:
         assert process.stdout is not None
-        # What it prints once its server answers: before that, it fails to start.
+        # Printed once the server answers; before that, the command would fail to start.
         process.stdout.readline()
         psutil.Process(int((folder / ".server.pid").read_text())).kill()
         text, _ = process.communicate(timeout=20)

@@ -8,7 +8,7 @@ from stages.sampling.siblings import padded_number, sibling_groups
 
 
 def groups_of(contents: Mapping[str, Sequence[str | None]]) -> dict[str, str]:
-    """The group of each id, from the ASINs of each."""
+    """The group of each id, found from the ASINs of each bin."""
     items = [(position, asin) for position, asins in enumerate(contents.values()) for asin in asins]
     table = pd.DataFrame(items, columns=["bin", "asin"])
     return dict(zip(contents, sibling_groups(list(contents), table), strict=True))

@@ -1,4 +1,4 @@
-"""Three sets whose bins have no siblings in another one, on synthetic bins and on real records."""
+"""Three sets without siblings across sets, for synthetic bins and for real records."""
 
 import json
 import random
@@ -31,7 +31,7 @@ def settings(
 
 
 def synthetic_bins(count: int, seed: int = 0) -> pd.DataFrame:
-    """Bins in groups of one to four, of which no two neighbours have the same quantity."""
+    """Bins in groups of one to four, in which neighbours differ in quantity."""
     chance = random.Random(seed)
     rows: list[tuple[str, int, str]] = []
     while len(rows) < count:
@@ -66,7 +66,7 @@ def ids_of(sets: pd.DataFrame, name: str) -> set[str]:
 
 
 def sizes(sets: pd.DataFrame) -> list[int]:
-    """Of train, validation and test."""
+    """The sizes of train, validation and test."""
     return [len(ids_of(sets, name)) for name in SETS]
 
 
@@ -174,7 +174,7 @@ def test_another_share_moves_bins_between_train_and_validation_only(
 
 
 def test_the_validation_set_is_not_chosen_in_the_order_of_the_test_set(bins: pd.DataFrame) -> None:
-    # An order of its own: one draw for both would cut it off the same end of train.
+    # With a common order, both validation sets would be the same end of train.
     small, large = (
         ids_of(split(bins, set(), settings(train, 200)), "validation") for train in (900, 1800)
     )
@@ -273,10 +273,10 @@ def test_leaks_worked_by_hand() -> None:
         ("3", "test", "1"),
         ("4", "validation", "4"),
         ("5", "test", "4"),
-        # Siblings that are both in test give nothing away.
+        # Siblings that are both in test are not a leak.
         ("6", "test", "6"),
         ("7", "test", "6"),
-        # Not even a twin by number.
+        # Nor is a twin with the same number.
         ("00006", "train", "00006"),
     ]
     sets = pd.DataFrame(rows, columns=["id", "set", "group"])
@@ -305,7 +305,7 @@ def test_the_leak_of_both_protocols_is_written_whichever_is_chosen(
 
 @pytest.mark.usefixtures("workspace")
 def test_a_protocol_that_the_groups_do_not_allow_is_not_counted() -> None:
-    # Ten siblings: no test set of two has them together.
+    # Ten siblings do not fit into a test set of two.
     rows = [{"id": f"{n:05d}", "quantity": n % 2 + 1, "group": "00000"} for n in range(10)]
     write_table(Path("data/subset.parquet"), pa.Table.from_pylist(rows))
     write_rejects(Path("data/quarantine.csv"), [])
@@ -337,7 +337,7 @@ def test_the_published_protocol_leaks_real_siblings_and_the_stage_says_so(
     write_params({"split.train": 5900, "split.test": 662, "split.by": "image"})
     main()
     sets = pd.read_csv("data/split.csv", dtype=str)
-    # A sibling of a sibling is one, also by way of a bin with more than five items.
+    # A sibling of a sibling counts, even through a bin with more than five items.
     first_of: dict[str, str] = {}
     for one, two in real_pairs:
         first_of[two] = first_of.get(one, one)

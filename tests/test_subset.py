@@ -105,7 +105,7 @@ def test_too_few_bins_are_counted_in_the_error(index: pa.Table) -> None:
 @pytest.mark.parametrize(
     ("contents", "groups"),
     [
-        # 00002 has too many items to be sampled, and yet links the two.
+        # 00002 has too many items to be sampled, but still links the two.
         (
             {"00001": (2, ["A"]), "00002": (9, ["A", "B"]), "00003": (3, ["B"])},
             {"00001": "00001", "00003": "00001"},
@@ -123,7 +123,7 @@ def test_too_few_bins_are_counted_in_the_error(index: pa.Table) -> None:
             {"00001": "00001", "1": "1", "2": "2"},
         ),
     ],
-    ids=["through an undrawn bin", "hole", "through an empty bin", "un-padded"],
+    ids=["through an unsampled bin", "gap", "through an empty bin", "un-padded"],
 )
 def test_groups_are_found_over_all_bins(
     contents: Mapping[str, tuple[int, list[str]]], groups: Mapping[str, str]
@@ -154,7 +154,7 @@ def test_the_stage_writes_the_same_bytes_in_every_run(workspace: Path, index: pa
 def test_real_siblings_share_their_group_and_no_others(
     abid_index: pa.Table, abid_records: dict[str, bytes]
 ) -> None:
-    # Union of the pairs found the plain way, without pandas.
+    # A union of the pairs, found in a plain way without pandas.
     expected = {bin_id: bin_id for bin_id in abid_records}
     for one, two in sorted(sibling_pairs(abid_records)):
         expected[two] = expected[one]

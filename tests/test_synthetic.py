@@ -34,7 +34,7 @@ def test_ids_are_padded_and_every_hundredth_has_an_unpadded_twin(
 
 
 def test_ids_are_unique(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Without the pictures, which take a minute.
+    # Without rendering, which takes a minute.
     monkeypatch.setattr(
         synthetic, "_render", lambda bin_id, items, _: SyntheticBin(bin_id, len(items), b"", b"")
     )

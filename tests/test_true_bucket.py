@@ -1,4 +1,4 @@
-"""The bucket of true size for benchmarks, in small."""
+"""A small version of the benchmarks' bucket of true size."""
 
 import asyncio
 import hashlib
@@ -44,7 +44,7 @@ from tools.s3 import answers, free_port
 
 pytestmark = pytest.mark.slow
 
-# With 11 un-padded ids, of which 10 and 11 come before 2 in S3's order.
+# Includes 11 un-padded ids: in S3's order, 10 and 11 come before 2.
 BINS = 5000
 LATENCY_MS = 60
 COMMAND = [sys.executable, "-m", "benchmarks.true_bucket"]
@@ -57,7 +57,7 @@ def bins() -> TrueBins:
 
 @pytest.fixture(scope="module")
 def bucket(bins: TrueBins) -> Bucket:
-    """In this process, for what needs no connection."""
+    """The bucket in this process, for tests without a connection."""
     return Bucket(bins)
 
 
@@ -75,17 +75,17 @@ def slow_url() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def real(abid: Path) -> TrueBins:
-    """The whole bucket, with real bins at hand."""
+    """The whole bucket, based on real bins."""
     return make_bins(abid=abid)
 
 
 @pytest.fixture(scope="module")
-def drawn_instead(tmp_path_factory: pytest.TempPathFactory) -> TrueBins:
-    """The whole bucket, without any."""
+def synthetic_instead(tmp_path_factory: pytest.TempPathFactory) -> TrueBins:
+    """The whole bucket, based on synthetic bins."""
     return make_bins(abid=tmp_path_factory.mktemp("without") / "abid")
 
 
-@pytest.fixture(params=["real", "drawn_instead"])
+@pytest.fixture(params=["real", "synthetic_instead"])
 def whole(request: pytest.FixtureRequest) -> TrueBins:
     bins: TrueBins = request.getfixturevalue(request.param)
     return bins
@@ -120,7 +120,7 @@ def get(key: str, *headers: str) -> bytes:
 
 
 def read_bodies(connection: socket.socket, count: int) -> list[bytes]:
-    """The bodies of so many answers that come one after another."""
+    """The bodies of the next `count` answers."""
     bodies = []
     with connection.makefile("rb") as stream:
         for _ in range(count):
@@ -133,7 +133,7 @@ def read_bodies(connection: socket.socket, count: int) -> list[bytes]:
 
 def read_to_the_end(connection: socket.socket) -> bytes:
     answer = b""
-    # That comes where a server closes with something unread.
+    # This happens if a server closes a connection with unread data.
     with suppress(ConnectionResetError):
         while data := connection.recv(65_536):
             answer += data
@@ -157,7 +157,7 @@ def list_page(bucket: Bucket, **query: str | int) -> str:
 
 
 def list_pages(bucket: Bucket, **query: str | int) -> Iterator[list[str]]:
-    """Keys and common prefixes, as pages have them."""
+    """The keys and common prefixes of each page."""
     token: dict[str, str] = {}
     while True:
         page = list_page(bucket, **query, **token)
@@ -172,7 +172,7 @@ def list_pages(bucket: Bucket, **query: str | int) -> Iterator[list[str]]:
 
 
 def rolled_up(keys: Sequence[str], prefix: str, delimiter: str, start_after: str) -> list[str]:
-    """The listing in words: what a listing of all keys is, by the definition of S3's."""
+    """The listing of these keys according to S3's documentation."""
     wanted = [key for key in keys if key.startswith(prefix) and key > start_after]
     if delimiter:
         rests = [key.removeprefix(prefix).partition(delimiter) for key in wanted]
@@ -227,7 +227,7 @@ def test_unpadded_twins_are_other_bins(whole: TrueBins) -> None:
 
 def test_quantities_are_distributed_as_published(whole: TrueBins) -> None:
     counts = np.bincount(whole.quantities[:PADDED].clip(max=6))
-    # Drawn bins have their own instead.
+    # Synthetic bins have their own quantities.
     sampled = len(whole.own_records) if len(whole.own_records) < 1000 else 0
     assert np.abs(counts - QUANTITY_COUNTS).sum() <= 2 * sampled
     twins = np.bincount(whole.quantities[PADDED:].clip(max=6)) / UNPADDED
@@ -337,7 +337,7 @@ def test_an_answer_is_late_but_does_not_delay_others(slow_url: str) -> None:
     for _ in range(3):
         assert ask(slow_url, path)[0] == 200
     one_after_another = time.monotonic() - start
-    # Timers of some event loops are a millisecond early.
+    # The timers of some event loops are a millisecond early.
     assert one_after_another >= 3 * (LATENCY_MS - 1) / 1000
     start = time.monotonic()
     with connect(slow_url) as connection:
@@ -359,7 +359,7 @@ def test_requests_that_arrive_together_are_answered_in_their_order(
 
 
 def test_a_request_may_come_in_pieces(url: str, bins: TrueBins) -> None:
-    # A request, and half of the next one in the same piece as its end.
+    # The end of a request comes in one piece with half of the next one.
     requests = get("metadata/00002.json") + get("metadata/00003.json")
     pieces = [bytes([byte]) for byte in requests[:30]] + [requests[30:-40], requests[-40:]]
     with connect(url) as connection:
@@ -475,7 +475,7 @@ def test_a_server_counts_its_requests_and_ends_with_the_block() -> None:
         sizes.append(len(ask(url, f"/{BUCKET}/metadata/00004.json")[2]))
         ask(url, f"/{BUCKET}/bin-images/00001.jpg", "HEAD")
         with connect(url) as connection:
-            # What comes after the head of another method is its body.
+            # Data after the head of another method belongs to its body.
             connection.sendall(b"PUT /x HTTP/1.1\r\n\r\n" + get("metadata/00001.json"))
             sizes.append(len(read_to_the_end(connection).partition(b"\r\n\r\n")[2]))
         counts = json.loads(ask(url, "/-/counts")[2])

@@ -1,4 +1,4 @@
-"""Two runs at once: who waits for whom; the outputs are right and the cache is whole."""
+"""Two runs at once: one waits for the other, the outputs are right and the cache is intact."""
 
 import shutil
 import socket
@@ -21,13 +21,13 @@ EXPERIMENT = ["dvc", "exp", "run", "--temp", "--set-param", f"resize.quality={QU
 
 
 def copy_of(project: Project, folder: Path) -> Clone:
-    """The project, with the photographs that its run has fetched, and nothing in DVC's cache."""
+    """A copy of the project with its fetched photographs, but with an empty DVC cache."""
     shutil.copytree(project.folder, folder, ignore=shutil.ignore_patterns("cache"), symlinks=True)
     return Clone(folder, project.environment)
 
 
 def change_quality(clone: Clone) -> None:
-    """So that resize has to run."""
+    """Change a param, so that resize has to run."""
     params = yaml.load(clone.folder / "params.yaml")
     params["resize"]["quality"] = QUALITY
     yaml.dump(params, clone.folder / "params.yaml")
@@ -40,7 +40,7 @@ def clone(project: Project, tmp_path: Path) -> Clone:
 
 @pytest.fixture(scope="module")
 def resized(project: Project, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What one run makes alone."""
+    """The outputs of a single run."""
     clone = copy_of(project, tmp_path_factory.mktemp("alone") / "clone")
     change_quality(clone)
     clone.run(*REPRO)
@@ -54,7 +54,7 @@ def outputs(clone: Clone) -> dict[str, bytes]:
 
 @contextmanager
 def held_up(clone: Clone, lock: str) -> Iterator[int]:
-    """Wait until the stage has this lock, and stop it while the block runs; its process."""
+    """Wait until a stage has this lock, and suspend it during the block. Yields its process id."""
     wait_for(lambda: "process" in "".join(text_of(path) for path in clone.folder.glob(lock)))
     (path,) = clone.folder.glob(lock)
     pid = int(path.read_text("utf-8").split()[1])
@@ -125,7 +125,7 @@ def test_two_experiments_with_the_same_inputs_do_the_work_once(
 
 
 def resized_by(clone: Clone, experiment: str) -> str:
-    """The MD5 of the experiment's output."""
+    """The MD5 of data/resized in the experiment."""
     (reference,) = clone.run(
         "git", "for-each-ref", "--format=%(refname)", f"refs/exps/**/{experiment}"
     ).split()

@@ -1,4 +1,4 @@
-"""Work that a killed run leaves to the next one, and what becomes of it."""
+"""The work that a killed run leaves to the next run."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY
 
 
 class StopError(Exception):
-    """What breaks the work in these tests."""
+    """Raised to interrupt the work."""
 
 
 def break_off(stage: str, key: str) -> Path:
@@ -40,7 +40,7 @@ def left() -> list[str]:
 
 @pytest.fixture
 def dvc(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As DVC runs a stage."""
+    """Set the environment in which DVC runs a stage."""
     monkeypatch.setenv("DVC_STAGE", "fetch")
     monkeypatch.setenv("DVC_ROOT", str(workspace))
 
@@ -71,7 +71,7 @@ def test_work_on_other_inputs_starts_afresh_and_leaves_what_is_unfinished(
 def test_changed_code_starts_afresh_if_it_decides_an_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, afresh: bool
 ) -> None:
-    """Also code that is imported only after the work has begun."""
+    """This includes code that is imported only after the work has begun."""
     imported, module = (tmp_path / package / f"{name}.py" for name in ("imported", "later"))
     module.parent.mkdir()
     for path in (imported, module):
@@ -84,7 +84,7 @@ def test_changed_code_starts_afresh_if_it_decides_an_output(
 
 
 def write_lock(folder: Path, seconds: float) -> None:
-    """dvc.lock, so many seconds after the work in the folder was finished."""
+    """Write dvc.lock, `seconds` after the work in the folder was finished."""
     Path("dvc.lock").touch()
     finished = (folder / FINISHED).stat().st_mtime
     os.utime("dvc.lock", (finished + seconds, finished + seconds))
@@ -93,13 +93,13 @@ def write_lock(folder: Path, seconds: float) -> None:
 @pytest.mark.usefixtures("dvc")
 def test_finished_work_waits_until_dvc_has_its_outputs() -> None:
     folder = finish("fetch", "key")
-    # DVC was killed, after it had written dvc.lock for the stage before.
+    # DVC was killed after it had written dvc.lock for the previous stage.
     write_lock(folder, seconds=-1)
     with exclusive_run("fetch"), resumable("fetch", "key") as again:
         assert again == folder
         assert (again / "part").read_text() == "done"
     assert left() == [folder.name]
-    # The same stage once more, by `dvc repro --force`.
+    # The same stage again, by `dvc repro --force`.
     write_lock(folder, seconds=1)
     with exclusive_run("fetch"), resumable("fetch", "key") as again:
         assert list(again.iterdir()) == []
@@ -209,7 +209,7 @@ def test_a_published_folder_has_all_files(
         monkeypatch.setattr("os.link", refuse_link)
     publish_folder(done, out)
     assert {path.name: path.read_text() for path in out.iterdir()} == {"part": "done"}
-    # With links, it is on the disk once.
+    # With links, it takes its space on the disk once.
     assert (out / "part").samefile(done / "part") == links
     assert list(out.parent.iterdir()) == [out]
 

@@ -1,4 +1,4 @@
-"""What README promises of DVC: settings, queues, a third model, sharing, and reading from outside.
+"""The README's promises about DVC: settings, queues, a third model, sharing, outside access.
 
 The tests work in copies and clones of the session's one project, whose pipeline has run.
 """
@@ -94,7 +94,7 @@ def test_another_size_resizes_and_so_does_the_previous_one(clone: Clone) -> None
 
 
 def test_a_third_model_is_a_block_of_params_yaml(clone: Clone) -> None:
-    # A copy of a model's block, then what is different in it.
+    # A copy of a model's block, and then its differences.
     clone.run("dvc", "exp", "run", "-S", "+train.third=${train.vit}", "pretrained@third")
     words = ["-S", "train.third.learning_rate=1e-3", "train@third", "evaluate@third"]
     text = clone.run("dvc", "exp", "run", *words)
@@ -117,7 +117,7 @@ def workplace(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Clo
 
 
 def experiments(clone: Clone) -> dict[str, dict[str, Any]]:
-    """What `dvc exp show` knows of each experiment of HEAD, by its name."""
+    """The data of `dvc exp show` for each experiment of HEAD, by name."""
     _, head = json.loads(clone.run("dvc", "exp", "show", "--json"))
     revisions = [experiment["revs"][0] for experiment in head["experiments"] or []]
     return {revision["name"]: revision["data"] for revision in revisions}
@@ -208,12 +208,12 @@ def shared(workplace: Clone, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def colleague(shared: Path, workplace: Clone, tmp_path: Path) -> Clone:
-    """A fresh clone, with nothing of what DVC has."""
+    """A fresh clone with an empty DVC cache."""
     return workplace.clone(tmp_path / "colleague", shared)
 
 
 def pulled(clone: Clone) -> set[str]:
-    """The outputs of DVC's that are there, but for those in git."""
+    """The DVC outputs that exist, without those in git."""
     in_git = clone.run("git", "ls-files").splitlines()
     return {path for path in clone.locked() if (clone.folder / path).exists()} - set(in_git)
 
@@ -241,7 +241,7 @@ def test_a_colleague_evaluates_again_with_only_the_needed_data(colleague: Clone)
     assert colleague.stages_run(text) == ["evaluate@resnet34", "evaluate@vit", "report"]
     there = pulled(colleague)
     assert {"data/resized", "models/vit", "reports/vit/curves.csv", "reports/index.html"} < there
-    # 13 GB, and of no use for this.
+    # 13 GB that are not needed for this.
     assert "data/raw" not in there
 
 
@@ -289,7 +289,7 @@ def test_a_shard_is_read_from_outside(shared: Path, workplace: Clone) -> None:
     assert split == (workplace.folder / "data/split.csv").read_text("utf-8")
 
 
-# Two of them meet, so that no worker gets both.
+# The two experiments wait for each other, so that no worker runs both.
 SEE_GPU = """\
 stages:
   see:
@@ -319,8 +319,8 @@ def tiny(tmp_path: Path) -> Clone:
     return clone
 
 
-# The workers end by themselves, when they have seen no more work for ten seconds. `dvc queue stop`
-# would end the next ones too, if these had just ended.
+# The workers end by themselves after ten seconds without work. `dvc queue stop` would also stop the
+# next workers if these had just ended.
 @pytest.mark.parametrize(
     ("start", "gpus"),
     [
@@ -376,7 +376,7 @@ def test_the_ci_runs_what_the_makefile_has() -> None:
 
 
 def run_ci_step(clone: Clone, name: str) -> tuple[int, str]:
-    """The exit code of a step of the CI, and what it adds to the summary."""
+    """Run a step of the CI. Returns its exit code, and its addition to the summary."""
     (script,) = (step["run"] for step in CI_STEPS if step.get("name") == name)
     summary = clone.folder.with_name(f"{clone.folder.name}-summary.md")
     done = subprocess.run(
@@ -390,7 +390,7 @@ def run_ci_step(clone: Clone, name: str) -> tuple[int, str]:
 
 def test_the_ci_detects_a_lock_of_other_params(colleague: Clone) -> None:
     lock_step = "dvc.lock is of this code and these params"
-    # As the CI has it: without data, and without the settings of anybody.
+    # Like the CI: without data, and without user settings.
     (colleague.folder / ".dvc/config.local").unlink()
     assert run_ci_step(colleague, lock_step) == (0, "")
     change_params(colleague, {"resize.quality": 89})
