@@ -1,5 +1,5 @@
-"""What benchmarks/gpu.py checks of training where it matters: that it goes on after a stop, that
-it says what to do when memory is short, and what it reaches on real data."""
+"""Checks of training for benchmarks/gpu.py: it resumes after a stop, it says what to do when memory
+is short, and it reaches some accuracy on real data."""
 
 import re
 import signal
@@ -24,23 +24,23 @@ from stages.training.processes import Processes
 
 
 class _StoppingWatch(Watch):
-    """Asks for a stop after one step, as a signal would."""
+    """Asks for a stop after the given step, as a signal would."""
 
     def __init__(self, processes: Processes, path: Path, epoch: int, step: int) -> None:
         super().__init__(processes, path)
-        self._place = epoch, step
+        self._stop_at = epoch, step
 
     def after_step(self, state: TrainingState, images: int) -> None:
-        if (state.epoch, state.step) == self._place:
+        if (state.epoch, state.step) == self._stop_at:
             self.request.signal = signal.SIGTERM
             self.look(state, images)
         super().after_step(state, images)
 
 
 def compare_stopped_training(task: Task) -> list[str]:
-    """Train in one go, and with a stop in the middle of the last epoch.
+    """Train without a stop, and with a stop in the middle of the last epoch.
 
-    A row: the network, where it stopped, and whether the two ended with the same bits.
+    Returns a table row: the network, where it stopped, and whether both ended with the same bits.
     """
     straight, stopped, resumed = (task.trainer(deterministic=True) for _ in range(3))
     epochs = list(straight.train())
@@ -62,7 +62,7 @@ def compare_stopped_training(task: Task) -> list[str]:
 
 
 def differing_tensors(one: Trainer, other: Trainer) -> int:
-    """Of the weights, their average and the optimizer."""
+    """How many tensors of the weights, their average and the optimizer differ."""
     states = (tree_leaves(trainer.state.state_dict()) for trainer in (one, other))
     return sum(
         not value.equal(other_value)
@@ -72,7 +72,7 @@ def differing_tensors(one: Trainer, other: Trainer) -> int:
 
 
 def too_large_batch(task: Task, memory: int) -> str:
-    """What training says when a batch is more than so many bytes of the GPU's memory hold."""
+    """The message of a training whose batch does not fit into `memory` bytes of the GPU."""
     limit_memory(memory, task.device)
     trainer = task.trainer()
     try:
@@ -83,7 +83,7 @@ def too_large_batch(task: Task, memory: int) -> str:
 
 
 def follow_advice(task: Task, memory: int, message: str) -> str:
-    """Train as the message of too_large_batch says: what came of it."""
+    """Train as the message of too_large_batch advises, and say whether that works."""
     advice = re.search(r"accumulation to (\d+)", message)
     if not advice:
         return "It has no advice."
@@ -103,9 +103,10 @@ def limit_memory(memory: int, device: torch.device) -> None:
 
 
 def accuracies(data: Path, model: str, settings: ModelParams, seconds: float) -> str:
-    """Train on the pipeline's data folder; no epoch begins after so many seconds.
+    """Train on the pipeline's data folder, and return a table of the accuracies.
 
-    The pretrained weights, if the settings want them, are in pretrained/<model> of that folder.
+    No epoch begins after `seconds`. If the settings ask for pretrained weights, they are read from
+    pretrained/<model> in that folder.
     """
     train_bins, validation_bins = common.load_data(data, "train", "validation")
     device = default_device()

@@ -1,6 +1,6 @@
-"""What the benchmarks share: synthetic data, rounds, the machine's description, tables.
+"""Shared by the benchmarks: synthetic data, rounds, descriptions of the machine, tables.
 
-Imports neither obstore nor DVC, which a GPU machine may lack.
+This module imports neither obstore nor DVC, which a GPU machine may lack.
 """
 
 import importlib.metadata
@@ -44,10 +44,10 @@ P = ParamSpec("P")
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-# Standard deviation of the noise on the synthetic bins: with it their JPEGs of 224 pixels are as
-# large as those of real photographs, 11 kB, and take as long to decode.
+# The standard deviation of the noise on synthetic bins. It makes their JPEGs of 224 pixels as large
+# as those of real photographs (11 kB), and as slow to decode.
 GRAIN = 3.7
-# Taken over by fresh processes. None of them may use a GPU when imported: no copy could then.
+# Fresh processes inherit these modules. None may use a GPU on import: forks could not use it then.
 SLOW_IMPORTS = [
     "stages.training.engine",
     "benchmarks.training",
@@ -64,13 +64,13 @@ def parse_yaml(text: str) -> Any:
 
 
 def load_params() -> dict[str, Any]:
-    """The values of params.yaml, to be changed and written."""
+    """The values of params.yaml, for changing and writing them."""
     values: dict[str, Any] = parse_yaml((ROOT / "params.yaml").read_text("utf-8"))
     return values
 
 
 def model_params(model: str, **changes: Any) -> ModelParams:
-    """The train block of that model in params.yaml, with some of its settings changed."""
+    """The model's params in params.yaml, with some of them changed."""
     return changed(params.load_params(ROOT / "params.yaml").model(model), **changes)
 
 
@@ -82,14 +82,14 @@ def changed(settings: ModelParams, **changes: Any) -> ModelParams:
 
 
 def fresh_processes(count: int = 1) -> ProcessPoolExecutor:
-    """New processes, begun with the libraries imported but nothing computed yet."""
+    """New processes, in which the libraries are imported but nothing is computed yet."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([name for name in SLOW_IMPORTS if name in sys.modules])
     return ProcessPoolExecutor(count, context, _fork_from_here)
 
 
 def _fork_from_here() -> None:
-    """Workers of a DataLoader start as they do in a process of one's own."""
+    """Let the workers of a DataLoader start as in an ordinary process."""
     multiprocessing.set_start_method("fork", force=True)
 
 
@@ -100,14 +100,14 @@ def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
 
 @contextmanager
 def synthetic_data(train: int, test: int, size: int) -> Iterator[Path]:
-    """A folder with synthetic bins of `size` pixels, gone when the block ends.
+    """A folder with synthetic bins of `size` pixels, which is removed when the block ends.
 
-    resized/ and split.csv are as the pipeline makes them; files/<quantity>/<id>.jpg are those of
-    the training set once more, as most loaders want them.
+    resized/ and split.csv are as the pipeline writes them. files/<quantity>/<id>.jpg are copies of
+    the training set, in the layout that most loaders expect.
     """
     with TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
-        rows = _draw_rows(train + test, size)
+        rows = _render_rows(train + test, size)
         for number, start in enumerate(range(0, len(rows), BINS_IN_A_SHARD)):
             table = pa.Table.from_pylist(rows[start : start + BINS_IN_A_SHARD], IMAGES)
             write_table(folder / "resized" / shard_name(number), table)
@@ -121,16 +121,16 @@ def synthetic_data(train: int, test: int, size: int) -> Iterator[Path]:
         yield folder
 
 
-def _draw_rows(count: int, size: int) -> list[Row]:
+def _render_rows(count: int, size: int) -> list[Row]:
     values = load_params()
-    draw = partial(_synthesize, size, values["resize"]["quality"], values["subset"]["quantities"])
+    render = partial(_render, size, values["resize"]["quality"], values["subset"]["quantities"])
     seeds = range(-(-count // BINS_AT_ONCE))
     with fresh_processes(usable_cores()) as pool:
-        rows = list(chain.from_iterable(pool.map(draw, seeds)))[:count]
+        rows = list(chain.from_iterable(pool.map(render, seeds)))[:count]
     return [row | {"id": f"{number:06d}"} for number, row in enumerate(rows, start=1)]
 
 
-def _synthesize(size: int, quality: int, quantities: Sequence[int], seed: int) -> list[Row]:
+def _render(size: int, quality: int, quantities: Sequence[int], seed: int) -> list[Row]:
     torch.set_num_threads(1)
     noise = np.random.default_rng(seed)
     bins = (
@@ -146,12 +146,12 @@ def _row(synthetic: SyntheticBin, size: int, quality: int, noise: np.random.Gene
 
 
 def mean_file_size(folder: Path) -> float:
-    """Of a JPEG of the training set, in bytes."""
+    """The mean size of the training set's JPEGs, in bytes."""
     return statistics.mean(path.stat().st_size for path in folder.glob("files/*/*.jpg"))
 
 
 def load_data(folder: Path, *sets: str) -> list[Bins]:
-    """These sets of synthetic_data, or of the pipeline's data folder."""
+    """The bins of these sets, in a folder of synthetic_data or in the pipeline's data folder."""
     first = pq.read_table(shard_paths(folder / "resized")[0])["image"][0].as_py()
     size = jpeg.decode(first).shape[0]
     with TemporaryDirectory(prefix="bench-") as work:
@@ -172,7 +172,7 @@ class _RepeatedImages(Images):
 
 
 def repeated(bins: Bins, count: int) -> Bins:
-    """The first `count` bins, beginning again where they end."""
+    """`count` bins: these bins again and again."""
     rows = np.arange(count) % len(bins)
     ids = [bins.ids[row] for row in rows]
     images = _RepeatedImages(bins.images, count)
@@ -182,9 +182,9 @@ def repeated(bins: Bins, count: int) -> Bins:
 def interleaved(
     cases: Iterable[T], rounds: int, measure: Callable[[T], float]
 ) -> dict[T, list[float]]:
-    """Measure each case once a round, so that a machine whose speed swings treats all alike.
+    """Measure each case once per round, so that changes of the machine's speed affect all alike.
 
-    The order is another one in each round.
+    Each round has a different order.
     """
     values: dict[T, list[float]] = {case: [] for case in cases}
     for number in range(1, rounds + 1):
@@ -195,7 +195,7 @@ def interleaved(
 
 
 def spread(values: Sequence[float]) -> str:
-    """The median, and between which values it is."""
+    """The median, and the least and the greatest value."""
     if len(values) == 1:
         return rounded(values[0])
     low, high = min(values), max(values)
@@ -212,14 +212,14 @@ def times(value: float) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """In Markdown."""
+    """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def describe_machine(device: torch.device, packages: Sequence[str]) -> str:
-    """The hardware, and the versions of what is measured, as a table."""
-    rows = {"processor": f"{_processor()}, {usable_cores()} cores to use"}
+    """A table of the hardware, and of the versions of the packages that are measured."""
+    rows = {"processor": f"{_processor()}, {usable_cores()} usable cores"}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         rows["GPU"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
@@ -244,13 +244,13 @@ def _processor() -> str:
 
 
 def own_command() -> str:
-    """How this process was started."""
+    """The command that started this process."""
     module = sys.modules["__main__"].__spec__
     return shlex.join(["python", "-m", module.name if module else "", *sys.argv[1:]])
 
 
 def write_report(path: Path, title: str, sections: Mapping[str, str]) -> None:
-    """The texts under their headings, and the command that made them."""
+    """Write the texts under their headings, and the command that produced them."""
     parts = [f"# {title}", f"Made by `{own_command()}`."]
     for heading, text in sections.items():
         parts += [f"## {heading}" if heading else "", text.strip()]

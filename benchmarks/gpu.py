@@ -1,10 +1,10 @@
-"""Training on one GPU: how fast, what bounds it, and that it stops and goes on as it should.
+"""Training on one GPU: its speed, what limits it, and whether it stops and resumes correctly.
 
     python -m benchmarks.gpu
 
-Needs torch, torchvision, transformers, accelerate and simplejpeg, but neither DVC nor a network.
-Makes its own data. `--data FOLDER` also trains models on real data: FOLDER has resized/ and
-split.csv as the pipeline makes them.
+It needs torch, torchvision, transformers, accelerate and simplejpeg, but neither DVC nor a network,
+and renders its own data. `--data FOLDER` also trains models on real data: resized/ and split.csv in
+FOLDER, as the pipeline writes them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from stages.runtime.machine import usable_cores
 from stages.training.epochs import split_into_batches
 
 PACKAGES = ["torch", "torchvision", "transformers", "accelerate", "simplejpeg", "pillow"]
-# Of both kinds, but small: for what is no matter of speed.
+# Small networks of both kinds, for everything but speed.
 SMALL_VIT = {
     "model_type": "vit",
     "hidden_size": 192,
@@ -46,9 +46,9 @@ SMALL_NETWORKS: dict[str, dict[str, Any]] = {
     "resnet34": {"name": "resnet18"},
     "vit": {"name": "a small ViT", "config": SMALL_VIT},
 }
-# Steps before the timed ones, in which kernels are chosen and memory is asked for.
+# Steps before the timed ones, in which kernels are chosen and memory is allocated.
 SKIP = 10
-# The GPU memory of the check that a batch is too large for.
+# For the check of a batch that is too large: bytes of GPU memory, and images.
 MEMORY, TOO_MANY = 4 * 2**30, 1024
 
 
@@ -59,14 +59,14 @@ class Scale:
     size: int
     bins: int
     matrix: int
-    # The train blocks of params.yaml that are measured, and what is changed in them.
+    # The models of params.yaml that are measured, with changes of their params.
     networks: dict[str, dict[str, Any]]
-    # Batches of that many times params.yaml's.
+    # Batch sizes, as multiples of those in params.yaml.
     batches: list[float]
     seconds: float
 
 
-# To see on any machine that everything runs.
+# Shows on any machine that everything runs.
 SMALL_SCALE = Scale(32, 64, 256, SMALL_NETWORKS, [1 / 16], 0.5)
 
 
@@ -77,7 +77,7 @@ def full_scale() -> Scale:
 
 @dataclass
 class Report:
-    """Sections are written as soon as they are known: a run may be cut short."""
+    """Writes each section as soon as it is known, since a run may be cut short."""
 
     path: Path
     minutes: float
@@ -85,16 +85,16 @@ class Report:
     _started: float = field(default_factory=time.monotonic)
 
     def add(self, heading: str, text: str, news: str | None = None) -> None:
-        """`news` is what to print of it, if not all."""
+        """Add a section and print it, or only `news`."""
         self.sections[heading] = text
         common.write_report(self.path, "Training on a GPU", self.sections)
         print(f"{self.seconds_passed:.0f} s: {heading}\n{news or text}", flush=True)
 
     def add_if_it_works(self, heading: str, make: Callable[[], str]) -> None:
-        """What goes wrong is a result too: the other parts are still worth measuring."""
+        """Add a section. A failure is a result too, since other parts are still worth measuring."""
         try:
             text = make()
-        except Exception as error:  # noqa: BLE001 - whatever it is
+        except Exception as error:  # noqa: BLE001 - any failure is reported
             text = describe(error)
         self.add(heading, text)
 
@@ -122,14 +122,14 @@ class Speed:
 
 
 def make_task(scale: Scale, folder: Path, model: str, **changes: Any) -> Task:
-    """An epoch is as long as that of params.yaml."""
+    """A task whose epoch has as many images as params.yaml says."""
     settings = training.comparable_settings(model, **scale.networks[model] | changes)
     images = common.load_params()["split"]["train"]
     return Task(model, settings, folder, scale.size, images, default_device())
 
 
 def matrix_rate(size: int) -> float:
-    """Operations a second in the product of two bfloat16 matrices of that size."""
+    """Operations per second when multiplying two bfloat16 matrices of this size."""
     device = default_device()
     one, other = torch.randn(2, size, size, device=device).bfloat16()
     stopwatch = Stopwatch(device, skip=3, seconds=1)
@@ -140,9 +140,9 @@ def matrix_rate(size: int) -> float:
 
 
 def operations_an_image(task: Task) -> float:
-    """Forward and backward, as sums and products apart."""
+    """Additions and multiplications, forward and backward, per image."""
     network = task.classifier().network.to("meta").train()
-    # Of two images, since batch normalization refuses one.
+    # Two images, since batch normalization refuses a single one.
     images = torch.empty(2, 3, task.size, task.size, device="meta")
     with FlopCounterMode(display=False) as counter:
         logits_of(network(images)).sum().backward()  # type: ignore[no-untyped-call]
@@ -154,15 +154,16 @@ def load_ours(task: Task, stopwatch: Stopwatch, _workers: int) -> None:
     (bins,) = common.load_data(task.folder, "train")
     bins = common.repeated(bins, task.images)
     order = np.random.default_rng(0).permutation(len(bins))
-    rows = [order[places] for places in split_into_batches(len(bins), task.settings.batch_size)]
-    # Once over may take less than the time to be measured.
+    batches = split_into_batches(len(bins), task.settings.batch_size)
+    rows = [order[positions] for positions in batches]
+    # A single pass may take less time than is to be measured.
     for _batch in load_batches(bins, 10 * rows, task.device):
         if stopwatch.step():
             break
 
 
 def load_image_folder(task: Task, stopwatch: Stopwatch, workers: int) -> None:
-    """To uint8, which is as little work as ours does."""
+    """Load uint8 images, so that it does no more work than ours."""
     files = ImageFolder(str(task.folder / "files"), v2.PILToTensor())
     repeats = [files] * -(-task.images // len(files))
     loader: Any = DataLoader(
@@ -187,7 +188,7 @@ def loading_speed(
 
 
 def skip_with(workers: int) -> int:
-    """Workers have two batches each in store when the first step ends, which are no measure."""
+    """Steps to skip: each worker has two batches ready when the first step ends."""
     return SKIP + 2 * workers
 
 
@@ -228,7 +229,7 @@ def as_speed(way: str, task: Task, stopwatch: Stopwatch) -> Speed:
 
 
 def speed_rows(task: Task, floor: float, speeds: list[Speed]) -> list[list[str]]:
-    """`floor` is the least that an image can take, in seconds."""
+    """A row for each speed. `floor` is the least time that an image can take, in seconds."""
     images = task.images * task.settings.epochs
     return [
         [
@@ -252,13 +253,13 @@ SPEED_HEADER = [
     "images/s",
     "of the matrix rate",
     "GiB",
-    "min a training",
-    "s to start",
+    "minutes",
+    "seconds to start",
 ]
 
 
 def speed_cases(scale: Scale, folder: Path) -> Iterator[tuple[Measure, Task]]:
-    """Those of params.yaml's batches first, should the time not be enough for all."""
+    """The cases to measure. Batches of params.yaml come first, in case the time runs out."""
     for factor in scale.batches:
         for model in scale.networks:
             size = round(factor * common.model_params(model).batch_size)
@@ -270,7 +271,7 @@ def speed_cases(scale: Scale, folder: Path) -> Iterator[tuple[Measure, Task]]:
 
 
 def add_speeds(report: Report, scale: Scale, folder: Path, rate: float) -> None:
-    """`rate` is matrix_rate's."""
+    """Measure the speeds, and add them to the report. `rate` is from matrix_rate."""
     operations = {
         model: operations_an_image(make_task(scale, folder, model)) for model in scale.networks
     }
@@ -282,20 +283,21 @@ def add_speeds(report: Report, scale: Scale, folder: Path, rate: float) -> None:
         try:
             speeds = common.in_fresh_process(measure, task, scale.seconds)
             new = speed_rows(task, operations[task.model] / rate, speeds)
-        except Exception as error:  # noqa: BLE001 - the others are still worth measuring
+        except Exception as error:  # noqa: BLE001 - other cases are still worth measuring
             way = f"{measure.__name__}: {describe(error)}"
             new = [[task.model, str(task.settings.batch_size), way, *[""] * 5]]
         rows += new
         note = (
-            f"Forward and backward take {', '.join(needed)}; at the matrix rate that is 100%."
-            f" A training is {task.images:,} images and params.yaml's epochs, without its tests."
+            f"Forward and backward take {', '.join(needed)}; 100% would be the matrix rate."
+            f" Minutes are of a training on {task.images:,} images for the epochs of params.yaml,"
+            " without its tests."
         )
         text = f"{note}\n\n{common.table(SPEED_HEADER, rows)}"
         report.add("Images per second", text, news=common.table(SPEED_HEADER, new))
 
 
 def stop_section(scale: Scale, folder: Path) -> str:
-    """With all that is random, and all that is kept."""
+    """Stop and resume with everything on that is random or belongs to the state."""
     settings = {
         "batch_size": 32,
         "epochs": 2,
@@ -319,7 +321,7 @@ def memory_section(scale: Scale, folder: Path) -> str:
     task = replace(task, images=TOO_MANY)
     message = common.in_fresh_process(checks.too_large_batch, task, MEMORY)
     advised = common.in_fresh_process(checks.follow_advice, task, MEMORY, message)
-    allowed = f"{TOO_MANY} images where {MEMORY / 2**30:g} GiB are allowed:"
+    allowed = f"A batch of {TOO_MANY} images with {MEMORY / 2**30:g} GiB of memory:"
     return f"{allowed}\n\n> {message}\n\n{advised}"
 
 
@@ -330,7 +332,7 @@ def accuracy_section(options: argparse.Namespace, model: str, seconds: float) ->
 
 SECTIONS = {
     "loader": ("The loader alone", loader_section),
-    "stop": ("Stopped and gone on", stop_section),
+    "stop": ("Stopped and resumed", stop_section),
     "memory": ("A batch too large", memory_section),
 }
 SPEED = "speed"
@@ -340,10 +342,10 @@ def describe_setup(scale: Scale, folder: Path, rate: float) -> str:
     kilobytes = common.mean_file_size(folder) / 1000
     return (
         f"{common.describe_machine(default_device(), PACKAGES)}\n"
-        f"The matrix rate is {rate / 1e12:.4g} TFLOP/s, in the product of two bfloat16 matrices of"
-        f" {scale.matrix} x {scale.matrix}. Images are {scale.bins} synthetic bins over and over,"
-        f" JPEGs of {scale.size} pixels and {kilobytes:.1f} kB; weights are random. Each way"
-        f" runs in a process of its own, timed for {scale.seconds:g} seconds."
+        f"The matrix rate is {rate / 1e12:.4g} TFLOP/s, measured by multiplying two bfloat16"
+        f" matrices of {scale.matrix} x {scale.matrix}. Images are {scale.bins} synthetic bins,"
+        f" repeated: JPEGs of {scale.size} pixels and {kilobytes:.1f} kB. Weights are random."
+        f" Each case runs in its own process, and is timed for {scale.seconds:g} seconds."
     )
 
 
@@ -375,8 +377,10 @@ def parse_options() -> argparse.Namespace:
         "--minutes", type=float, default=7.5, help="no measurement begins after (default: 7.5)"
     )
     parser.add_argument("--parts", nargs="*", choices=parts, default=parts, help="default: all")
-    parser.add_argument("--small", action="store_true", help="only to see that it runs")
-    parser.add_argument("--data", type=Path, help="train on the bins of this folder, too")
+    parser.add_argument(
+        "--small", action="store_true", help="use tiny sizes, only to see that it runs"
+    )
+    parser.add_argument("--data", type=Path, help="also train on the bins in this folder")
     parser.add_argument(
         "--models", nargs="+", default=["resnet34"], help="for --data (default: resnet34)"
     )

@@ -1,4 +1,4 @@
-"""Loading: JPEG files to shuffled uint8 batches, against the loaders that people use.
+"""Loading JPEG files into shuffled uint8 batches, compared with the usual loaders.
 
 python -m benchmarks.loader
 """
@@ -31,12 +31,12 @@ from stages.training.epochs import split_into_batches
 
 PACKAGES = ["torch", "torchvision", "pillow", "simplejpeg", "webdataset", "datasets", "pyarrow"]
 BATCH = 128
-# So many that workers, up to one for each core, get alike.
+# Enough that up to one worker per core get equal shares.
 TARS = 4 * usable_cores()
-# Of pixels from 0 to 255; decoders may round differently.
+# The largest mean difference between pixels from 0 to 255, since decoders round differently.
 SAME_PIXELS = 1.0
 
-# A loader is made once, and each call of it is a pass over all images: batches [n, 3, size, size].
+# Each call is a pass over all images, in batches [n, 3, size, size].
 Pass = Callable[[], Iterable[Tensor]]
 
 
@@ -51,19 +51,19 @@ class Case:
 
 
 def ours(folder: Path, _workers: int) -> Pass:
-    """Threads, as many as cores; images stay uint8 in channels_last."""
+    """One thread per core; images stay uint8 in channels_last."""
     (bins,) = common.load_data(folder, "train")
 
     def batches() -> Iterator[Tensor]:
         order = np.random.default_rng().permutation(len(bins))
-        rows = [order[places] for places in split_into_batches(len(bins), BATCH)]
+        rows = [order[positions] for positions in split_into_batches(len(bins), BATCH)]
         return (batch.images for batch in load_batches(bins, rows))
 
     return batches
 
 
 def image_folder(folder: Path, workers: int) -> Pass:
-    """torchvision's ImageFolder, decoded by Pillow, and no more work than ours: uint8."""
+    """torchvision's ImageFolder with Pillow, to uint8, so that it does no more work than ours."""
     return _from_folder(folder, workers, v2.PILToTensor())
 
 
@@ -84,7 +84,7 @@ def _from_folder(folder: Path, workers: int, transform: Callable[[Any], Tensor])
 
 
 def tar_files(folder: Path, workers: int) -> Pass:
-    """webdataset, with its own decoder, shuffled as far as it can: shards, and 1,000 images."""
+    """webdataset with its own decoder. It can shuffle only its shards, and 1,000 images."""
     shards = sorted(str(path) for path in (folder / "tars").iterdir())
     images = (
         webdataset.WebDataset(shards, shardshuffle=len(shards))
@@ -100,7 +100,7 @@ def tar_files(folder: Path, workers: int) -> Pass:
 
 
 def hugging_face(folder: Path, workers: int) -> Pass:
-    """datasets, on the Parquet shards as they are."""
+    """Hugging Face datasets, on the unchanged Parquet shards."""
     datasets.disable_progress_bars()
     shards = sorted(str(path) for path in (folder / "resized").iterdir())
     rows = datasets.Dataset.from_parquet(shards, cache_dir=str(folder / "cache"))
@@ -126,7 +126,7 @@ LOADERS = {OURS: ours, **PEERS, NORMALIZED: image_folder_float}
 
 
 def write_tars(folder: Path) -> None:
-    """The files in folder/files, as webdataset wants them."""
+    """Write the files of folder/files in the form that webdataset expects."""
     paths = sorted(folder.glob("files/*/*.jpg"))
     (folder / "tars").mkdir()
     for number in range(TARS):
@@ -137,14 +137,14 @@ def write_tars(folder: Path) -> None:
 
 
 def limit_to(cores: int) -> None:
-    """Leave this process, and those that it starts, so many cores."""
+    """Limit this process, and those that it starts, to this many cores."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-    # Putting images into a batch is quicker without helpers, which on a busy machine stall it.
+    # Batches are assembled faster without more threads, which stall on a busy machine.
     torch.set_num_threads(1)
 
 
 def images_per_second(folder: Path, case: Case) -> float:
-    """In a second pass: the first one starts the workers."""
+    """The speed of a second pass, since the first one starts the workers."""
     limit_to(case.cores)
     images = LOADERS[case.loader](folder, case.workers)
     expected = sum(len(batch) for batch in images())
@@ -152,20 +152,20 @@ def images_per_second(folder: Path, case: Case) -> float:
     seen = sum(len(batch) for batch in images())
     seconds = time.perf_counter() - started
     if seen != expected:
-        raise AssertionError(f"{case} gave {seen} images, and {expected} before")
+        raise AssertionError(f"{case} gave {seen} images, but {expected} in the pass before")
     return seen / seconds
 
 
 def difference(folder: Path, loader: str, workers: int) -> float:
-    """Between the pixels of this loader and those of the bins themselves, a mean.
+    """The mean difference between the pixels of this loader and those of the bins themselves.
 
-    Raises AssertionError where it is large, or where the loader does not give every image once.
+    Raises AssertionError if it is large, or if the loader does not give every image once.
     """
     (bins,) = common.load_data(folder, "train")
     rows = np.array_split(np.arange(len(bins)), -(-len(bins) // BATCH))
     truth = torch.cat([batch.images.clone() for batch in load_batches(bins, rows)])
     given = torch.cat([_as_uint8(batch) for batch in LOADERS[loader](folder, workers)()])
-    # Shuffled: each image is that which is nearest in small.
+    # The images are shuffled, so match each with the one whose small copy is nearest.
     nearest = torch.cdist(_small(given), _small(truth)).argmin(1)
     if not nearest.sort().values.equal(torch.arange(len(truth))):
         raise AssertionError(f"{loader} did not give every image once")
@@ -188,9 +188,9 @@ def _small(images: Tensor) -> Tensor:
 
 
 def cases() -> list[Case]:
-    """On one core and on all: ours, and each other loader with 0, 1 and as many workers as cores.
+    """On one core and on all: ours, and each peer with 0, 1 and as many workers as cores.
 
-    Normalized, only with the workers that suit it best.
+    Normalizing is measured only with as many workers as cores, which suits it best.
     """
     found = []
     for cores in sorted({1, usable_cores()}):
@@ -220,7 +220,7 @@ def speed_table(speeds: Mapping[Case, list[float]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__)
-    parser.add_argument("--images", type=int, default=1280, help="of one pass (default: 1280)")
+    parser.add_argument("--images", type=int, default=1280, help="in one pass (default: 1280)")
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument("--size", type=int, default=224, help="pixels (default: 224)")
     parser.add_argument("--out", type=Path, default=common.RESULTS / "loader-cpu.md")
@@ -241,14 +241,14 @@ def main() -> None:
     scale = (
         f"{options.images} synthetic bins as JPEGs of {options.size} pixels, {size / 1000:.1f} kB"
         f" each, in the page cache, to shuffled batches of {BATCH}. A second pass over all images"
-        f" is timed, in a new process for each measurement, which may use as many cores as the"
-        f" table says; medians of {options.rounds} rounds, with the least and the most."
+        f" is timed, in a new process for each measurement, limited to the cores in the table;"
+        f" medians of {options.rounds} rounds, with the least and the most."
     )
     checked = [[loader, f"{value:.3f}"] for loader, value in same.items()]
     sections = {
         "": f"{machine}\n{scale}",
         "Images per second": speed_table(speeds),
-        "The same images": "Each loader gave every image once, and these pixels:\n\n"
+        "The same images": "Each loader gave every image once. Its pixels differ by:\n\n"
         + common.table(["loader", "mean difference, of 255"], checked),
     }
     common.write_report(options.out, "Loading on a CPU", sections)

@@ -1,4 +1,4 @@
-"""Runs `python <arguments>`, and appends what it took, as JSON, to the file $BENCH_MEASURES."""
+"""Run `python <arguments>`, and append its time and memory as JSON to the file $BENCH_MEASURES."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 MEASURES = "BENCH_MEASURES"
-#: The URL at which the server counts what it was asked for.
+#: The URL of the server's request counts.
 COUNTS = "BENCH_COUNTS"
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What a command took; the memory is that of its largest process."""
+    """The time, memory and requests of a command; memory is the peak of its largest process."""
 
     stage: str
     seconds: float
@@ -29,7 +29,7 @@ class Measure:
 
     @classmethod
     def of(cls, command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> Measure:
-        """Run the command. Raises CalledProcessError where it fails."""
+        """Run the command. Raises CalledProcessError if it fails."""
         before, started = requests(environment), time.monotonic()
         process = subprocess.Popen(command, cwd=folder, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
@@ -47,7 +47,7 @@ class Measure:
 
 
 def requests(environment: Mapping[str, str]) -> int:
-    """How many the server has answered, but those for this count."""
+    """How many requests the server has answered, without those for its counts."""
     if COUNTS not in environment:
         return 0
     with urllib.request.urlopen(environment[COUNTS]) as answer:  # noqa: S310 - on loopback

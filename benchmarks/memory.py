@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory
 
-The bucket is benchmarks/true_bucket.py's, in small: photographs and records of true size. Stages
-run as processes, one after another, as DVC would run them.
+The bucket is a small one of benchmarks/true_bucket.py, with photographs and records of true size.
+Stages run as processes, one after another, as DVC would run them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PACKAGES = ["obstore", "pyarrow", "pandas", "torch", "transformers", "simplejpeg
 #: Photographs of the published experiment, sampled from all bins of the bucket.
 PUBLISHED = 220_000
 MODEL = "vit"
-# The network's own memory is not what this is about.
+# A tiny network, since the memory of the data is measured.
 TINY_VIT = {
     "model_type": "vit",
     "patch_size": 32,
@@ -53,7 +53,7 @@ COMMANDS = {
 
 
 def params(photographs: int, url: str) -> dict[str, object]:
-    """params.yaml's, with so many photographs and a tiny network."""
+    """The values of params.yaml, with this many photographs and a tiny network."""
     values = common.load_params()
     test = photographs // 10
     values["bucket"]["endpoint"] = url
@@ -69,7 +69,7 @@ def params(photographs: int, url: str) -> dict[str, object]:
 
 
 def measure_stages(photographs: int) -> dict[str, Measure]:
-    """What each stage takes, in the order of the pipeline, on its predecessors' outputs."""
+    """Run and measure the stages in the order of the pipeline."""
     bins = min(PADDED, round(photographs * PADDED / PUBLISHED))
     with TemporaryDirectory(prefix="bench-") as name, serving_true_bucket(bins) as url:
         folder = Path(name)
@@ -82,7 +82,7 @@ def measure_stages(photographs: int) -> dict[str, Measure]:
 
 
 def measure_imports() -> dict[str, Measure]:
-    """What it takes to import what each stage does."""
+    """Measure only the imports of each stage."""
     with TemporaryDirectory(prefix="bench-") as name:
         measures = {}
         for stage, (module, *_) in COMMANDS.items():
@@ -92,7 +92,7 @@ def measure_imports() -> dict[str, Measure]:
 
 
 def measure(folder: Path, *arguments: str) -> Measure:
-    """Run Python from a small process: a new one begins with the peak of the one that starts it."""
+    """Run Python from a small process, since a process inherits the peak of its parent."""
     file = folder / "measure.json"
     environment = {**os.environ, **CLIENT_ENVIRONMENT, MEASURES: str(file)}
     environment["PYTHONPATH"] = str(common.ROOT)
@@ -107,7 +107,7 @@ def describe(stage: str, taken: Measure) -> str:
 
 
 def memory_table(imports: Mapping[str, Measure], sizes: Mapping[int, Mapping[str, Measure]]) -> str:
-    """A row per stage: peaks, and what 1,000 more photographs add."""
+    """A row per stage: its peaks, and the memory that 1,000 more photographs add."""
     *_, smaller, larger = sizes
     rows = []
     for stage, base in imports.items():
@@ -135,7 +135,7 @@ def main() -> None:
         type=int,
         nargs="+",
         default=[2_000, 8_000, 20_000],
-        help="in ascending order, two at least (default: 2000 8000 20000)",
+        help="in ascending order, at least two (default: 2000 8000 20000)",
     )
     parser.add_argument("--out", type=Path, default=common.RESULTS / "memory.md")
     options = parser.parse_args()
@@ -144,14 +144,14 @@ def main() -> None:
     sizes = {photographs: measure_stages(photographs) for photographs in options.photographs}
     *_, smaller, larger = sizes
     setting = (
-        "The most that a stage's process held at once (its peak resident set, shared libraries"
-        f" with it). The buckets have {PADDED / PUBLISHED:.2f} times as many bins as are sampled,"
-        " as the real one has for the published experiment. The network is tiny: what is measured"
-        " is the memory of the data's path; a real network's own comes on top in `train` and"
-        " `evaluate`. With few photographs stages need less: `fetch` has 1,024 under way and a"
-        " shard of 1,000 in hand, `evaluate` and the tests of `train` 256 in a batch. So what 1,000"
-        f" more add is taken from the runs with {smaller:,} and {larger:,}; of the true size,"
-        " `data-path.md` has what was measured."
+        "The peak resident set of each stage's process, including shared libraries."
+        f" The buckets have {PADDED / PUBLISHED:.2f} times as many bins as are sampled, as in the"
+        " published experiment. The network is tiny, because the memory of the data is measured; a"
+        " real network adds its own in `train` and `evaluate`. With few photographs stages need"
+        " less: `fetch` has 1,024 requests under way and a shard of 1,000 in memory, `evaluate` and"
+        " the tests of `train` have 256 in a batch. So the growth per 1,000 photographs is taken"
+        f" from the runs with {smaller:,} and {larger:,}; `data-path.md` has the memory at the true"
+        " size."
     )
     sections = {
         "": f"{machine}\n{setting}",

@@ -1,4 +1,4 @@
-"""Training on a CPU, against transformers' Trainer and the loop of torchvision's references.
+"""Training on a CPU, compared with transformers' Trainer and torchvision's reference loop.
 
 python -m benchmarks.train_cpu
 """
@@ -21,9 +21,9 @@ from stages.imaging.loader import CPU
 from stages.runtime.machine import usable_cores
 
 PACKAGES = ["torch", "torchvision", "transformers", "accelerate", "simplejpeg", "pillow"]
-# Steps of an epoch: more than are ever reached.
+# Steps in an epoch: more than are ever reached.
 EPOCH = 20_000
-DRAWN = 256
+BINS = 256
 TINY_SIZE, TINY_BATCH = 32, 8
 
 WAYS: Mapping[str, Callable[[Task, Stopwatch], Any]] = {
@@ -51,9 +51,9 @@ class Case:
 
 
 def seconds_a_step(task: Task, way: str, seconds: float) -> float:
-    """Without the first steps, which ask the system for memory."""
+    """The first steps, which allocate memory, are not timed."""
     if task.model == training.TINY:
-        # Tensors this small gain nothing from more.
+        # Tensors this small gain nothing from more threads.
         torch.set_num_threads(1)
         stopwatch = Stopwatch(CPU, skip=50, seconds=min(2.0, seconds))
         WAYS_TO_STEP[way](task, stopwatch)
@@ -93,7 +93,7 @@ def tiny_task(folder: Path) -> Task:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_cpu", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
-    parser.add_argument("--seconds", type=float, default=12, help="of a measurement (default: 12)")
+    parser.add_argument("--seconds", type=float, default=12, help="per measurement (default: 12)")
     parser.add_argument("--size", type=int, default=224, help="pixels (default: 224)")
     parser.add_argument("--resnet34-batch", type=int, default=16, help="default: 16")
     parser.add_argument("--vit-batch", type=int, default=8, help="default: 8")
@@ -104,8 +104,8 @@ def main() -> None:
     cases = [Case(model, way) for model in batches for way in WAYS]
     cases += [Case(training.TINY, way) for way in WAYS_TO_STEP]
     with (
-        common.synthetic_data(DRAWN, 0, options.size) as folder,
-        common.synthetic_data(DRAWN, 0, TINY_SIZE) as tiny_folder,
+        common.synthetic_data(BINS, 0, options.size) as folder,
+        common.synthetic_data(BINS, 0, TINY_SIZE) as tiny_folder,
     ):
         tasks = {training.TINY: tiny_task(tiny_folder)}
         for model, batch in batches.items():
@@ -118,13 +118,13 @@ def main() -> None:
 
         steps = common.interleaved(cases, options.rounds, measure)
     scale = (
-        f"Drawn bins as JPEGs of {options.size} pixels, random weights, AdamW. Steps are timed for"
-        f" {options.seconds:g} seconds after the first one, in a new process for each measurement;"
-        f" medians of {options.rounds} rounds, with the least and the most."
+        f"Synthetic bins as JPEGs of {options.size} pixels, random weights, AdamW. Steps are timed"
+        f" for {options.seconds:g} seconds after the first one, in a new process for each"
+        f" measurement; medians of {options.rounds} rounds, with the least and the most."
     )
     overhead = (
         f"A network that computes next to nothing, {TINY_BATCH} images of {TINY_SIZE} pixels."
-        " All but one have their images in memory; ours normalizes and flips them in the step."
+        " All but one keep their images in memory; ours normalizes and flips them in the step."
     )
     sections = {
         "": f"{machine}\n{scale}",

@@ -1,7 +1,7 @@
-"""Training the same network on the same images: with this project's engine, and without it.
+"""Training the same network on the same images, with this project's engine and without it.
 
-Each way of training is a function that trains until its stopwatch has seen enough. All start from
-the same weights, flip half of the images, and use AdamW without weight decay.
+Each way of training is a function that trains until its stopwatch has timed enough steps. All start
+with the same weights, flip half of the images, and use AdamW without weight decay.
 """
 
 import itertools
@@ -31,19 +31,19 @@ from stages.training.epochs import plan_epoch
 from stages.training.processes import Processes
 
 TINY = "tiny network"
-# The weights are random, so that none are needed.
+# No weights are read, since networks start with random ones.
 NO_WEIGHTS = Path("none")
 
 
 class EnoughError(Exception):
-    """The stopwatch has seen enough steps."""
+    """The stopwatch has timed enough steps."""
 
 
 @dataclass
 class Stopwatch:
     """Times steps from the end of the `skip`-th one until `seconds` have passed.
 
-    A GPU is waited for at both ends only. `peak` is the most of its memory in use between them.
+    It waits for a GPU only at both ends. `peak` is the most GPU memory in use between them.
     """
 
     device: torch.device
@@ -52,11 +52,11 @@ class Stopwatch:
     steps: int = 0
     elapsed: float = 0.0
     peak: int = 0
-    _made: float = field(default_factory=time.perf_counter)
+    _created: float = field(default_factory=time.perf_counter)
     _started: float = 0.0
 
     def step(self) -> bool:
-        """One more is done. True when these are enough."""
+        """Count a finished step. Returns whether enough have been timed."""
         self.steps += 1
         if self.steps == self.skip:
             self._wait()
@@ -79,8 +79,8 @@ class Stopwatch:
 
     @property
     def seconds_before(self) -> float:
-        """From the making of the stopwatch to the first timed step: starting, compiling."""
-        return self._started - self._made
+        """From the creation of the stopwatch to the first timed step: starting and compiling."""
+        return self._started - self._created
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -89,9 +89,9 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained: a model of params.yaml (or the tiny one), and on what.
+    """A model of params.yaml, or the tiny one, and the data to train it on.
 
-    An epoch has `images`: those of synthetic_data in `folder`, which begin again where they end.
+    An epoch has `images` images: those of synthetic_data in `folder`, repeated.
     """
 
     model: str
@@ -102,7 +102,7 @@ class Task:
     device: torch.device
 
     def classifier(self) -> Classifier:
-        """With the same random weights each time."""
+        """A classifier with the same random weights each time."""
         torch.manual_seed(self.settings.seed)
         labels = common.load_params()["subset"]["quantities"]
         if self.model == TINY:
@@ -120,19 +120,19 @@ class Task:
 
 
 def comparable_settings(model: str, **changes: Any) -> ModelParams:
-    """Those of params.yaml, but for what all ways of training have in common."""
+    """The model's params, except for settings that all ways of training have in common."""
     common_to_all = {"pretrained": False, "optimizer": "adamw", "weight_decay": 0.0}
     return common.model_params(model, **common_to_all | changes)
 
 
 def tiny_network(labels: int) -> nn.Module:
-    """Computes next to nothing, so that what a step takes is its overhead."""
+    """A network that computes next to nothing, so that a step consists of overhead."""
     layers = [nn.Conv2d(3, 4, 8, stride=8), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     return nn.Sequential(*layers, nn.Linear(4, labels))
 
 
 class _TimedWatch(Watch):
-    """Ends the training when the stopwatch has seen enough."""
+    """Ends the training when the stopwatch has timed enough steps."""
 
     def __init__(self, processes: Processes, stopwatch: Stopwatch) -> None:
         super().__init__(processes)
@@ -145,7 +145,7 @@ class _TimedWatch(Watch):
 
 
 def train_ours(task: Task, stopwatch: Stopwatch) -> Trainer:
-    """This project's engine, fed by its loader. Returns the trainer, to go on with."""
+    """This project's engine with its loader. Returns the trainer, for more measurements."""
     trainer = task.trainer()
     with suppress(EnoughError):
         trainer.train_one_epoch(_TimedWatch(trainer.processes, stopwatch))
@@ -153,12 +153,12 @@ def train_ours(task: Task, stopwatch: Stopwatch) -> Trainer:
 
 
 def train_on_one_batch(task: Task, stopwatch: Stopwatch) -> None:
-    """The engine's steps without its loader: one batch on the device, over and over."""
+    """The engine's steps without its loader: the same batch on the device in each step."""
     repeat_one_batch(task.trainer(), stopwatch)
 
 
 def repeat_one_batch(trainer: Trainer, stopwatch: Stopwatch) -> None:
-    """The same, with a trainer that is compiled already."""
+    """The same, with a trainer that has been compiled already."""
     bins, classifier, settings = trainer.train_bins, trainer.classifier, trainer.params
     plan = plan_epoch(bins, classifier, settings, trainer.processes, epoch=1)
     (batch,) = load_batches(bins, [plan.order[: settings.batch_size]], classifier.device)
@@ -170,7 +170,7 @@ def repeat_one_batch(trainer: Trainer, stopwatch: Stopwatch) -> None:
 
 
 class _Rows(Dataset[dict[str, Any]]):
-    """The images of a task as transformers' Trainer takes them."""
+    """The images of a task in the form that transformers' Trainer expects."""
 
     def __init__(self, task: Task) -> None:
         self._files = image_files(task)
@@ -185,7 +185,7 @@ class _Rows(Dataset[dict[str, Any]]):
 
 
 class _RowsInMemory(Dataset[dict[str, Any]]):
-    """Images that need no loading: always the same one."""
+    """The same image in each row, so that nothing has to be loaded."""
 
     def __init__(self, task: Task) -> None:
         self._image = torch.zeros(3, task.size, task.size)
@@ -199,7 +199,7 @@ class _RowsInMemory(Dataset[dict[str, Any]]):
 
 
 def image_files(task: Task) -> ImageFolder:
-    """As torchvision's reference training prepares images; they have their size already."""
+    """Images prepared as in torchvision's reference training; they have the right size already."""
     transform = v2.Compose(
         [
             v2.RandomHorizontalFlip(),
@@ -212,7 +212,7 @@ def image_files(task: Task) -> ImageFolder:
 
 
 class _WithLoss(nn.Module):
-    """A network of torchvision in the form that transformers' Trainer wants."""
+    """A torchvision network in the form that transformers' Trainer expects."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -232,7 +232,7 @@ class _TimedCallback(transformers.TrainerCallback):  # type: ignore[misc]
 
 
 def train_with_hugging_face(task: Task, stopwatch: Stopwatch, workers: int = 0) -> None:
-    """transformers' Trainer with its defaults, but for bf16 on a GPU and the loader's workers."""
+    """transformers' Trainer with its defaults, except bf16 on a GPU and the loader's workers."""
     _train_with_hugging_face(task, stopwatch, workers, _Rows(task))
 
 
@@ -255,7 +255,7 @@ def _train_with_hugging_face(
             bf16=task.device.type == "cuda",
             use_cpu=task.device.type == "cpu",
             dataloader_num_workers=workers,
-            # No files and no lines, which the others do not write either.
+            # No files and no output, since the others write none either.
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -267,7 +267,7 @@ def _train_with_hugging_face(
 
 
 def train_like_torchvision(task: Task, stopwatch: Stopwatch, workers: int = 0) -> None:
-    """The loop of torchvision's reference training: float32, and its numbers read every step."""
+    """The loop of torchvision's reference training: float32, with metrics read in every step."""
     network = task.classifier().network.to(task.device).train()
     optimizer = _adamw(task, network)
     loader = DataLoader(_Rows(task), task.settings.batch_size, shuffle=True, num_workers=workers)
@@ -278,14 +278,14 @@ def train_like_torchvision(task: Task, stopwatch: Stopwatch, workers: int = 0) -
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        # What its log shows.
-        _numbers = loss.item(), (logits.argmax(1) == targets).sum().item()
+        # Its log shows these.
+        _metrics = loss.item(), (logits.argmax(1) == targets).sum().item()
         if stopwatch.step():
             break
 
 
 def train_bare(task: Task, stopwatch: Stopwatch) -> None:
-    """The least that a step does: one batch in memory, and no numbers."""
+    """The least work that a step can do: one batch in memory, and no metrics."""
     network = task.classifier().network.to(task.device).train()
     optimizer = _adamw(task, network)
     batch_size = task.settings.batch_size

@@ -1,8 +1,8 @@
-"""The bins of a bucket as large as the real one, each made from its id whenever it is asked for.
+"""The bins of a bucket as large as the real one, each made from its id when it is requested.
 
-Ids, quantities and sibling groups are distributed as in s3://aft-vbi-pds; photographs and the
-items' details are those of a few real bins, or of synthetic ones, over and over. The same id is the
-same bytes in every process, also where a bucket has only the first bins.
+Ids, quantities and sibling groups are distributed as in s3://aft-vbi-pds. Photographs and the
+items' details are repeated from a few real or synthetic bins. An id has the same bytes in every
+process, even if a bucket has only the first bins.
 """
 
 from __future__ import annotations
@@ -22,44 +22,44 @@ from tools.synthetic import SyntheticBin, synthetic_bins
 #: Bins of the real bucket with a padded id (00001 and up), and with an un-padded one (1 and up).
 PADDED = 535_234
 UNPADDED = 1_200
-#: Of the padded ids, with 0, 1, ... 5 items and with 6 or more, by the labels of
+#: How many padded ids have 0, 1, ... 5 items, and 6 or more, according to the labels of
 #: https://github.com/silverbottlep/abid_challenge
 QUANTITY_COUNTS = [9_701, 41_147, 76_863, 90_058, 80_550, 62_448, 174_467]
 #: Shares of the real bucket: consecutive padded ids that share an ASIN, and bins in such a group.
 LINKED = 0.39
 IN_GROUPS = 0.75
-#: The piece of the real data set that a checkout may have beside it.
+#: A piece of the real data set, which may lie beside the repository.
 ABID = Path(__file__).parents[2] / "shared" / "abid"
 
-# Of the quantities from 6 on, as in the real records 00001 to 09999, which have 2.6 kinds of items
-# on average.
+# The mean of quantities from 6 on, as in the real records 00001 to 09999. These have 2.6 kinds of
+# items on average.
 _MEAN_OF_MANY = 9.2
 _MOST_KINDS = 6
-# A group's ASINs have so many numbers for themselves.
+# Each group has its own range of this many numbers for ASINs.
 _ASINS_OF_GROUP = 8
-_DRAWN = 100
-_DRAWN_SIZE = (501, 427)
-# Standard deviation of the noise that makes synthetic photographs 57 kB large, as real ones are.
+_SYNTHETIC = 100
+_PHOTOGRAPH_SIZE = (501, 427)
+# The standard deviation of noise that makes synthetic photographs as large as real ones, 57 kB.
 _GRAIN = 6.6
 _SEED = 0
 
 
 @dataclass(frozen=True)
 class TrueBins:
-    """The bins of a bucket. Rows are those of the whole one: padded ids, then un-padded ones.
+    """The bins of a bucket. Rows count the whole bucket: padded ids, then un-padded ones.
 
-    Real or synthetic bins at hand have `own_records`. Those of the others are made from
-    `templates`; siblings among them have the same number in `groups`.
+    `own_records` are of the real or synthetic bins at hand; all other records are made from
+    `templates`. Siblings have the same number in `groups`.
     """
 
-    rows: Mapping[str, int]  # by id, only of the bins in this bucket
+    rows: Mapping[str, int]  # by id, only for the bins in this bucket
     quantities: NDArray[np.int64]
     groups: NDArray[np.int64]
-    kinds: NDArray[np.int64]  # how many ASINs a bin has at most
+    kinds: NDArray[np.int64]  # the most ASINs that a bin may have
     own_records: Mapping[int, bytes]
     templates: Sequence[bytes]
     photographs: Sequence[bytes]
-    photograph_of: NDArray[np.int64]  # its place in `photographs`
+    photograph_of: NDArray[np.int64]  # positions in `photographs`
 
     def photograph(self, row: int) -> bytes:
         return self.photographs[int(self.photograph_of[row])]
@@ -80,7 +80,7 @@ class TrueBins:
         )
 
     def _items(self, row: int, quantity: int) -> list[bytes]:
-        """One of each kind, but of the first as many as the quantity leaves."""
+        """One item of each kind, except that the first kind makes up the quantity."""
         kinds = min(quantity, int(self.kinds[row]))
         counts = [quantity - kinds + 1, *[1] * (kinds - 1)] if kinds else []
         return [
@@ -92,9 +92,9 @@ class TrueBins:
 def make_bins(padded: int = PADDED, abid: Path = ABID) -> TrueBins:
     """The first `padded` bins, from 1 to PADDED, and un-padded ones in proportion.
 
-    Where there is no folder `abid`, quantities, photographs and the items' details are synthetic.
+    If there is no folder `abid`, quantities, photographs and the items' details are synthetic.
     """
-    # The whole bucket, so that an id is the same bin in smaller ones.
+    # Always the whole bucket, so that an id is the same bin in smaller ones.
     rows = {bin_id: row for row, bin_id in enumerate(bin_ids(PADDED, UNPADDED))}
     chance = np.random.default_rng(_SEED)
     originals = list(_real_bins(abid) if abid.is_dir() else _synthetic_bins())
@@ -123,7 +123,7 @@ def bin_ids(padded: int, unpadded: int) -> list[str]:
 
 
 def all_quantities(abid: Path, chance: np.random.Generator) -> NDArray[np.int64]:
-    """Of every bin of the whole bucket: of padded ids as published, of the others like them."""
+    """The quantity of every bin in the whole bucket; for padded ids as published."""
     known = np.repeat(np.arange(7), QUANTITY_COUNTS)
     padded = _labels(abid / "labels") if abid.is_dir() else chance.permutation(known)
     quantities = np.concatenate([padded, chance.choice(known, UNPADDED)])
@@ -142,32 +142,32 @@ def _labels(folder: Path) -> NDArray[np.int64]:
 
 
 def sibling_groups(quantities: NDArray[np.int64], chance: np.random.Generator) -> NDArray[np.int64]:
-    """For each row the first row of its group, of one to three rows.
+    """The first row of each row's group, which has one to three rows.
 
-    In a group no bin is empty, and no two neighbours have the same quantity.
+    In a group no bin is empty, and neighbours differ in quantity.
     """
     usable = quantities > 0
     linkable = usable[:-1] & usable[1:] & (quantities[:-1] != quantities[1:])
     # Per bin there are b groups of two and c of three, with b + 2c = LINKED and
-    # 2b + 3c = IN_GROUPS; a group begins where none goes on.
+    # 2b + 3c = IN_GROUPS; a group begins where the one before has ended.
     twos_and_threes = IN_GROUPS - LINKED
     second = twos_and_threes / (1 - LINKED)
     third = (LINKED - twos_and_threes) / twos_and_threes
     draws = chance.random((2, len(linkable)))
-    goes_on = goes_further = linkable
-    # Where a group may not go on is more frequent at its end than elsewhere.
+    has_second = has_third = linkable
+    # Rows that cannot be linked to the next are more frequent at the ends of groups than elsewhere.
     for _ in range(2):
-        groups = _joined(goes_on, goes_further)
+        groups = _joined(has_second, has_third)
         begins = groups[:-1] == np.arange(len(linkable))
-        went_on = np.r_[False, (begins & goes_on)[:-1]]
-        goes_on = linkable & (draws[0] < second / linkable[begins].mean())
-        goes_further = linkable & (draws[1] < third / linkable[went_on].mean())
-    return _joined(goes_on, goes_further)
+        is_second = np.r_[False, (begins & has_second)[:-1]]
+        has_second = linkable & (draws[0] < second / linkable[begins].mean())
+        has_third = linkable & (draws[1] < third / linkable[is_second].mean())
+    return _joined(has_second, has_third)
 
 
-def _joined(goes_on: NDArray[np.bool_], goes_further: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Groups by which row takes the next one for its second, and which second for a third."""
-    seconds, thirds = [*goes_on.tolist(), False], [*goes_further.tolist(), False]
+def _joined(has_second: NDArray[np.bool_], has_third: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The groups, if a first row is joined by the next, and a second row by a third, as given."""
+    seconds, thirds = [*has_second.tolist(), False], [*has_third.tolist(), False]
     groups = list(range(len(seconds)))
     row = 0
     while row < len(groups):
@@ -178,13 +178,13 @@ def _joined(goes_on: NDArray[np.bool_], goes_further: NDArray[np.bool_]) -> NDAr
 
 
 def item_templates(records: Iterable[bytes]) -> list[bytes]:
-    """Every item as a format of its ASIN's number, that number again and its quantity."""
+    """Every item as a format string for the number of its ASIN (twice) and its quantity."""
     templates = []
     for record in records:
         for item in json.loads(record)["BIN_FCSKU_DATA"].values():
             contents = {"@asin": item | {"asin": "@asin", "quantity": "@quantity"}}
             text = json.dumps({"": contents}, indent=4, sort_keys=True)
-            # Without the lines of what it is in.
+            # Without the lines of the enclosing objects.
             text = "\n".join(text.split("\n")[2:-2]).replace("%", "%%")
             text = text.replace('"@asin"', '"BT%08d"').replace('"@quantity"', "%d")
             templates.append(text.encode())
@@ -201,13 +201,13 @@ def _real_bins(abid: Path) -> Iterable[SyntheticBin]:
 
 def _synthetic_bins() -> Iterable[SyntheticBin]:
     chance = np.random.default_rng(_SEED)
-    for one in synthetic_bins(_DRAWN, _SEED):
+    for one in synthetic_bins(_SYNTHETIC, _SEED):
         yield one._replace(photograph=_enlarged(one.photograph, chance))
 
 
 def _enlarged(photograph: bytes, chance: np.random.Generator) -> bytes:
-    """With as many pixels as a real photograph, and as many bytes."""
-    pixels = np.array(Image.open(io.BytesIO(photograph)).resize(_DRAWN_SIZE))
+    """The photograph with as many pixels and bytes as a real one."""
+    pixels = np.array(Image.open(io.BytesIO(photograph)).resize(_PHOTOGRAPH_SIZE))
     grainy = (pixels + chance.normal(0, _GRAIN, pixels.shape)).clip(0, 255).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(grainy).save(buffer, "JPEG", quality=90)

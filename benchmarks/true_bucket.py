@@ -1,10 +1,11 @@
-"""An S3 server on loopback with a bucket as large as the real one, which is nowhere on the disk.
+"""An S3 server on loopback with a bucket as large as the real one, which needs no disk.
 
     python -m benchmarks.true_bucket --port 9100 --latency-ms 30
 
-It has 536,434 records and photographs, made when they are asked for (benchmarks/true_bins.py), in
-the bucket aft-vbi-pds. It only gives: GET and HEAD of objects, ranges too, and ListObjectsV2, to
-anybody with any credentials or none. What it was asked for is at /-/counts, and printed at the end.
+Its bucket aft-vbi-pds has 536,434 records and as many photographs, which are made when they are
+requested (benchmarks/true_bins.py). It is read-only: GET (with ranges) and HEAD of objects, and
+ListObjectsV2, with any credentials or none. /-/counts has the numbers of requests, which are also
+printed at the end.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ PHOTOGRAPHS = "bin-images/"
 RECORDS = "metadata/"
 COUNTS_PATH = "/-/counts"
 LIST_PAGE = 1000
-# On a busy machine; on a quiet one it takes 15.
+# Enough for a busy machine; an idle one takes 15.
 START_SECONDS = 300
 # Clients open hundreds of connections at once.
 BACKLOG = 1024
@@ -55,7 +56,7 @@ _ENTRY = (
     "</Contents>"
 )
 _RESULT = '<?xml version="1.0" encoding="UTF-8"?>\n<{name}>{content}</{name}>'
-# Above all that may follow a prefix.
+# Sorts after every character that may follow a prefix.
 _LAST = "\U0010ffff"
 _RANGE = re.compile(rb"(?i)\r\nrange: *bytes=(\d*)-(\d*) *(?:\r|$)")
 _CLOSE = re.compile(rb"(?i)\r\nconnection: *close *(?:\r|$)")
@@ -64,7 +65,7 @@ Buffer = bytes | memoryview
 
 
 class RefusedError(Exception):
-    """What a request cannot have: the HTTP status, and S3's code for it."""
+    """A request is refused, with an HTTP status and S3's error code."""
 
     def __init__(self, status: str, code: str) -> None:
         super().__init__(status, code)
@@ -73,7 +74,7 @@ class RefusedError(Exception):
 
 
 class Answer(NamedTuple):
-    """An HTTP answer, the body in parts that are never copied here."""
+    """An HTTP answer. The body is in parts, so that it need not be copied."""
 
     head: bytes
     body: Sequence[Buffer] = ()
@@ -81,7 +82,7 @@ class Answer(NamedTuple):
 
 @dataclass
 class Counts:
-    """What the server was asked for, and how many bytes of bodies it gave."""
+    """The numbers of requests, and the bytes of the bodies that were sent."""
 
     gets: int = 0
     heads: int = 0
@@ -97,7 +98,7 @@ class Counts:
 
 
 class Listing:
-    """The objects in the order of their keys, as XML that pages are cut from."""
+    """The objects in the order of their keys, as XML from which pages are cut."""
 
     def __init__(self) -> None:
         self._keys: list[str] = []
@@ -111,7 +112,7 @@ class Listing:
         self._offsets.append(len(self._entries))
 
     def page(self, query: Mapping[str, str]) -> list[Buffer]:
-        """The parts of a ListBucketResult. Raises RefusedError."""
+        """The parts of a ListBucketResult. Raises RefusedError if the query is invalid."""
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
         most = min(_whole_number(query.get("max-keys", str(LIST_PAGE))), LIST_PAGE)
         start, stop = self._start(query), bisect_left(self._keys, prefix + _LAST)
@@ -135,7 +136,7 @@ class Listing:
         return [(opening + "".join(texts)).encode(), entries, closing.encode()]
 
     def _start(self, query: Mapping[str, str]) -> int:
-        """The place in the order where the page begins, which is what a token says."""
+        """The position where the page begins. A continuation token is such a position."""
         if "continuation-token" in query:
             return min(_whole_number(query["continuation-token"]), len(self._keys))
         first = bisect_left(self._keys, query.get("prefix", ""))
@@ -144,7 +145,7 @@ class Listing:
     def _rolled_up(
         self, start: int, stop: int, most: int, delimiter: str, skipped: int
     ) -> tuple[list[Buffer], int]:
-        """At most `most` keys and common prefixes from `start` on, and where they end.
+        """At most `most` keys and common prefixes from `start` on, and the position after them.
 
         A common prefix is a key up to the first delimiter after its `skipped` characters.
         """
@@ -173,20 +174,20 @@ def _whole_number(text: str) -> int:
 
 
 def _repeated(query: Mapping[str, str]) -> dict[str, str]:
-    """What a page repeats of its request."""
+    """The fields of the query that a page repeats."""
     names = {"prefix": "Prefix", "delimiter": "Delimiter", "start-after": "StartAfter"}
     values = {names[name]: value for name, value in query.items() if name in names}
     if query.get("encoding-type") != "url":
         return values
-    # The keys have no character that this would change.
+    # The keys themselves have no characters that need quoting.
     return {name: quote(value) for name, value in values.items()} | {"EncodingType": "url"}
 
 
 class Bucket:
-    """Every object of the bucket, and the answers to requests for them."""
+    """All objects of the bucket, and the answers to requests for them."""
 
     def __init__(self, bins: TrueBins) -> None:
-        """Makes every record once, for sizes and MD5s, with a progress bar."""
+        """Make every record once, to learn its size and MD5, with a progress bar."""
         self.counts = Counts()
         self._bins = bins
         self._photograph_etags = [_md5(photograph) for photograph in bins.photographs]
@@ -268,7 +269,7 @@ class Bucket:
 
 
 def _bounds(wanted: re.Match[bytes], size: int) -> tuple[int, int] | None:
-    """Where the wanted range starts and stops. None where it is no range: then all is wanted."""
+    """Where the wanted range starts and stops. None if it is invalid: then send everything."""
     first, last = (int(number) if number else None for number in wanted.groups())
     if first is None and last is None:
         return None
@@ -303,10 +304,10 @@ def _md5(data: bytes) -> str:
 
 
 class Connection(asyncio.Protocol):
-    """A connection of HTTP/1.1: any number of requests, which may come before they are answered."""
+    """An HTTP/1.1 connection. Requests may arrive before earlier ones have been answered."""
 
     def __init__(self, bucket: Bucket, latency: float) -> None:
-        """`latency` is in seconds, between a request and its answer."""
+        """`latency` is the time between a request and its answer, in seconds."""
         self._bucket = bucket
         self._latency = latency
         self._unread = b""
@@ -314,7 +315,7 @@ class Connection(asyncio.Protocol):
         self._waiting: deque[tuple[Answer, bool]] = deque()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's have another base class.
+        # uvloop's transports have another base class.
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
@@ -335,7 +336,7 @@ class Connection(asyncio.Protocol):
             return
         method, target, version = words
         answer = self._bucket.answer(method, target, b"\r\n" + headers)
-        # Another method may have a body, which is not read.
+        # Requests with other methods may have a body, which is not read.
         last = method not in {"GET", "HEAD"} or version != "HTTP/1.1"
         self._send_later(answer, last=last or _CLOSE.search(request) is not None)
 
@@ -351,7 +352,7 @@ class Connection(asyncio.Protocol):
             self._send_next()
 
     def _send_next(self) -> None:
-        """Send the answer that waits longest: timers of the same moment come in any order."""
+        """Send the oldest answer, since timers of the same moment fire in any order."""
         answer, last = self._waiting.popleft()
         if self._transport.is_closing():
             return
@@ -361,7 +362,7 @@ class Connection(asyncio.Protocol):
 
 
 async def serve(bucket: Bucket, port: int, latency: float, ready: str) -> None:
-    """Answer on 127.0.0.1 until SIGINT or SIGTERM; prints `ready`, and the counts at the end."""
+    """Serve on 127.0.0.1 until SIGINT or SIGTERM. Prints `ready`, and the counts at the end."""
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -377,9 +378,9 @@ async def serve(bucket: Bucket, port: int, latency: float, ready: str) -> None:
 
 @contextmanager
 def serving_true_bucket(bins: int = PADDED, latency_ms: float = 0) -> Iterator[str]:
-    """Serve the bucket, or its first bins, from another process; the server's URL.
+    """Serve the bucket, or its first bins, from another process. Yields the server's URL.
 
-    Raises RuntimeError where it does not start; it has said why on stderr.
+    Raises RuntimeError if the server does not start; its reason is on stderr.
     """
     port = free_port()
     options = ["--port", str(port), "--bins", str(bins), "--latency-ms", str(latency_ms)]
@@ -415,20 +416,20 @@ def main() -> None:
         "--latency-ms",
         type=float,
         default=0,
-        help="between a request and its answer, as on the way to S3: 30 (default: 0)",
+        help="between a request and its answer; 30 is like S3 (default: 0)",
     )
     parser.add_argument(
         "--bins",
         type=int,
         default=PADDED,
-        help="padded ids, the first so many, and un-padded ones in proportion; they are the same"
-        f" bins in a bucket of any size (default: all {PADDED})",
+        help="the number of padded ids, from the first one on, with un-padded ones in proportion;"
+        f" an id is the same bin in a bucket of any size (default: all {PADDED})",
     )
     options = parser.parse_args()
     if not 1 <= options.bins <= PADDED:
-        parser.error(f"--bins is from 1 to {PADDED}")
+        parser.error(f"--bins must be from 1 to {PADDED}")
     if answers(options.port):
-        sys.exit(f"true_bucket: error: port {options.port} is taken; try another --port")
+        sys.exit(f"true_bucket: error: port {options.port} is in use; try another --port")
     try:
         run(options.bins, options.port, options.latency_ms)
     except KeyboardInterrupt:
@@ -440,7 +441,7 @@ def main() -> None:
 def run(padded: int, port: int, latency_ms: float) -> None:
     started = time.monotonic()
     bucket = Bucket(make_bins(padded))
-    # What lives as long as the process need not be looked through again and again.
+    # The garbage collector need not visit objects that live as long as the process.
     gc.freeze()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         loop = type(runner.get_loop()).__module__.partition(".")[0]

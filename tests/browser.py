@@ -1,4 +1,4 @@
-"""Headless Chromium for the tests of pages, over its DevTools protocol; without a network."""
+"""Headless Chromium for tests of pages, without a network, controlled by its DevTools protocol."""
 
 import base64
 import json
@@ -37,7 +37,7 @@ FLAGS = [
 
 @dataclass
 class Page:
-    """An open page, with its requests and its complaints so far."""
+    """An open page, with its requests and problems so far."""
 
     browser: "Browser"
     session: str
@@ -46,7 +46,7 @@ class Page:
     problems: list[str] = field(default_factory=list)
 
     def evaluate(self, script: str) -> Any:
-        """The value of a JavaScript expression, awaited where it is a promise."""
+        """The value of a JavaScript expression; a promise is awaited."""
         answer = self._call(
             "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
         )
@@ -61,7 +61,7 @@ class Page:
             time.sleep(0.05)
 
     def sideways(self) -> int:
-        """How many pixels the page is wider than its tab, so that it scrolls sideways."""
+        """By how many pixels the page is wider than its tab, and so scrolls sideways."""
         width: int = self.evaluate("document.scrollingElement.scrollWidth")
         return width - self.width
 
@@ -74,7 +74,7 @@ class Page:
         return self.browser.call(method, self, **params)
 
     def note(self, event: dict[str, Any]) -> None:
-        """Keep what an event says about a request or a problem."""
+        """Record the request or the problem of an event."""
         params = event["params"]
         match event["method"]:
             case "Network.requestWillBeSent":
@@ -110,7 +110,7 @@ class Browser:
         return page
 
     def call(self, method: str, page: Page | None = None, **params: Any) -> Any:
-        """Send a command and return its answer; pages note the events that come in between."""
+        """Send a command and return its answer; events in between are recorded by their pages."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": params}
         if page is not None:
@@ -130,7 +130,7 @@ class Browser:
         assert self.process.stdout is not None
         while b"\0" not in self._received:
             ready, _, _ = select.select([self.process.stdout], [], [], SECONDS)
-            assert ready, f"Chromium has said nothing for {SECONDS} seconds"
+            assert ready, f"Chromium has not answered for {SECONDS} seconds"
             received = os.read(self.process.stdout.fileno(), 1 << 20)
             assert received, "Chromium has ended"
             self._received += received
@@ -140,12 +140,12 @@ class Browser:
 
 @contextmanager
 def running_browser() -> Iterator[Browser]:
-    """Run Chromium during the block. Skips the test where it isn't installed."""
+    """Run Chromium during the block. Skips the test if it is not installed."""
     if CHROMIUM is None:
         pytest.skip("Chromium isn't installed (apt install chromium)")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}"]
-        # It takes commands from descriptor 3 and answers on 4.
+        # Chromium reads commands from descriptor 3 and answers on 4.
         process = subprocess.Popen(
             ["sh", "-c", 'exec "$@" 3<&0 4>&1 </dev/null >/dev/null 2>&1', "sh", *command],
             stdin=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Small made things that several tests need: params, bins of synthetic squares, tiny networks."""
+"""Small objects for several tests: params, bins of colored squares, tiny networks."""
 
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,18 +47,18 @@ TINY_CONVNEXT: dict[str, Any] = {
     "hidden_sizes": [8, 16],
     "depths": [1, 1],
 }
-# One per quantity, far apart, so that even a tiny network tells them.
+# One per quantity, so different that even a tiny network tells them apart.
 COLORS = [(220, 40, 40), (40, 200, 60), (50, 60, 220), (230, 210, 40), (200, 60, 210)]
 
 
 def model_params(model: str, /, **settings: Any) -> ModelParams:
-    """The repository's train block of that model, with some of its settings changed."""
+    """The repository's params of a model, with some of them changed."""
     block = load_params(REPOSITORY / "params.yaml").model(model)
     return ModelParams.model_validate(block.model_dump() | settings)
 
 
 def write_params(folder: Path, changes: Mapping[str, Any]) -> None:
-    """The repository's params.yaml in `folder`; `changes` has dotted keys, like train.vit.seed."""
+    """Write params.yaml into `folder`, with changes by dotted key, like train.vit.seed."""
     yaml = YAML(typ="safe", pure=True)
     values = yaml.load(REPOSITORY / "params.yaml")
     for key, value in changes.items():
@@ -71,7 +71,7 @@ def write_params(folder: Path, changes: Mapping[str, Any]) -> None:
 
 
 def square(quantity: int, seed: int) -> bytes:
-    """A JPEG in the quantity's colour, a little different for each seed, darker on one side."""
+    """A JPEG in the quantity's color, a little different for each seed, and darker on one side."""
     chance = np.random.default_rng([quantity, seed])
     pixels = np.empty((SIZE, SIZE, 3))
     pixels[:] = COLORS[(quantity - 1) % len(COLORS)] + chance.uniform(-35, 35, 3)
@@ -81,7 +81,7 @@ def square(quantity: int, seed: int) -> bytes:
 
 
 def noise(quantity: int, seed: int) -> bytes:
-    """A JPEG of noise: no gradient is 0 on it but for rounding, which Adam would make a step of."""
+    """A JPEG of noise, on which no gradient is 0: Adam would turn rounding into a step."""
     chance = np.random.default_rng([quantity, seed])
     return as_jpeg(chance.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
 
@@ -97,17 +97,17 @@ def pillow_pixels(data: bytes) -> NDArray[np.uint8]:
 
 
 def bin_rows(
-    quantities: Sequence[int], draw: Callable[[int, int], bytes] = square
+    quantities: Sequence[int], render: Callable[[int, int], bytes] = square
 ) -> list[dict[str, Any]]:
-    """A bin of each quantity, with the ids 00001 and up."""
+    """One bin for each quantity, with the ids 00001 and up."""
     return [
-        {"id": f"{number:05d}", "quantity": quantity, "image": draw(quantity, number)}
+        {"id": f"{number:05d}", "quantity": quantity, "image": render(quantity, number)}
         for number, quantity in enumerate(quantities, start=1)
     ]
 
 
 def write_resized(folder: Path, rows: Sequence[dict[str, Any]], shard_bins: int = 5) -> None:
-    """The rows as the shards of data/resized."""
+    """Write the rows as shards, like those of data/resized."""
     for number, start in enumerate(range(0, len(rows), shard_bins)):
         table = pa.Table.from_pylist(list(rows[start : start + shard_bins]), IMAGES)
         write_table(folder / shard_name(number), table)
@@ -116,18 +116,18 @@ def write_resized(folder: Path, rows: Sequence[dict[str, Any]], shard_bins: int 
 def write_split(
     path: Path, sets: Mapping[str, str], groups: Mapping[str, str] | None = None
 ) -> None:
-    """data/split.csv; `sets` has the set of each id, `groups` the group of those with siblings."""
+    """Write a data/split.csv. `sets` has each id's set, and `groups` the groups of siblings."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    of_bin = [(groups or {}).get(bin_id, bin_id) for bin_id in sets]
-    columns = {"id": list(sets), "set": list(sets.values()), "group": of_bin}
+    group = [(groups or {}).get(bin_id, bin_id) for bin_id in sets]
+    columns = {"id": list(sets), "set": list(sets.values()), "group": group}
     pd.DataFrame(columns).to_csv(path, index=False)
 
 
 def make_bins(
-    folder: Path, quantities: Sequence[int], draw: Callable[[int, int], bytes] = square
+    folder: Path, quantities: Sequence[int], render: Callable[[int, int], bytes] = square
 ) -> Bins:
-    """Bins of synthetic squares, through files in `folder`."""
-    rows = bin_rows(quantities, draw)
+    """Bins of colored squares, written to files in `folder` and packed."""
+    rows = bin_rows(quantities, render)
     write_resized(folder / "resized", rows)
     write_split(folder / "split.csv", {row["id"]: "train" for row in rows})
     (folder / "work").mkdir()
@@ -136,14 +136,14 @@ def make_bins(
 
 
 def tiny_network(labels: int) -> nn.Module:
-    """One convolution whose output keeps left and right apart, so that a flip changes it."""
+    """One convolution, whose output differs for flipped images."""
     return nn.Sequential(
         nn.Conv2d(3, 4, 8, stride=8), nn.ReLU(), nn.Flatten(), nn.Linear(64, labels)
     )
 
 
 def full_network(labels: int) -> nn.Module:
-    """Batch normalization and dropout too. No bias before the former, which would take it away."""
+    """A network with batch normalization, which makes a bias before it superfluous, and dropout."""
     return nn.Sequential(
         nn.Conv2d(3, 4, 8, stride=8, bias=False),
         nn.BatchNorm2d(4),
@@ -155,7 +155,7 @@ def full_network(labels: int) -> nn.Module:
 
 
 class Filling(torch.autograd.Function):
-    """The identity, for whose gradient there is memory for so many images only."""
+    """The identity, whose gradient has memory for only `most` images."""
 
     @staticmethod
     def forward(context: Any, images: Tensor, most: int) -> Tensor:
@@ -174,7 +174,7 @@ def refuse(images: int, most: int) -> None:
 
 
 class Large(nn.Module):
-    """A network for `most` images at once, forward or backward; at first, `easy` times, for all."""
+    """A network with memory for `most` images per pass, after `easy` batches of any size."""
 
     def __init__(self, labels: int, most: int, *, backward: bool, easy: int = 0) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ class Large(nn.Module):
 def tiny_classifier(
     labels: list[int], make_network: Callable[[int], nn.Module] = tiny_network
 ) -> Classifier:
-    """On random weights, always the same."""
+    """A classifier whose random weights are always the same."""
     torch.manual_seed(0)
     network = make_network(len(labels))
     return Classifier(network, labels, SIZE, [0.53, 0.45, 0.36], [0.17, 0.15, 0.11])
@@ -208,7 +208,7 @@ def tiny_classifier(
 def random_classifier(
     settings: ModelParams, labels: Sequence[int] = (1, 2, 3, 4, 5), seed: int = 0
 ) -> Classifier:
-    """The network of `settings` on random weights: there is no folder of pretrained ones."""
+    """The network of `settings` with random weights, since no folder has pretrained ones."""
     torch.manual_seed(seed)
     return build_classifier(settings, Path("nowhere"), list(labels), SIZE)
 
@@ -224,19 +224,19 @@ def logits(classifier: Classifier) -> Tensor:
 
 
 def weights_of(network: nn.Module) -> dict[str, Tensor]:
-    """A copy of all that the network would save."""
+    """A copy of the network's state."""
     return {name: value.clone() for name, value in network.state_dict().items()}
 
 
 def close(some: Mapping[str, Tensor], others: Mapping[str, Tensor], tolerance: float) -> bool:
-    """Each number, to so much."""
+    """Whether all numbers are equal up to the tolerance."""
     return some.keys() == others.keys() and all(
         torch.allclose(value, others[name], rtol=0, atol=tolerance) for name, value in some.items()
     )
 
 
 def equal(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
-    """Bit by bit."""
+    """Whether all numbers are equal bit by bit."""
     return some.keys() == others.keys() and all(
         torch.equal(value, others[name]) for name, value in some.items()
     )
@@ -244,7 +244,7 @@ def equal(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from more, and lose much on a busy machine."""
+    """Use one thread: small tensors gain nothing from more, and lose much on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -253,7 +253,7 @@ def one_torch_thread() -> Iterator[None]:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Float32 also on a processor that computes in bfloat16, for comparisons to many digits."""
+    """Compute in float32 even on a bfloat16 processor, for comparisons to many digits."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (engine, inference):
             patch.setattr(

@@ -1,4 +1,4 @@
-"""What the tests share: real records, a real S3 server, small buckets, tables and photographs."""
+"""Shared by the tests: real records, a real S3 server, small buckets, tables and photographs."""
 
 import io
 import itertools
@@ -30,7 +30,7 @@ from tests.project import SETTINGS, Project, fill_buckets
 from tools.s3 import CLIENT_ENVIRONMENT, serving
 from tools.synthetic import SyntheticBin, synthetic_bins
 
-# For the clients in this process and in those that tests start; a user's proxy stays elsewhere.
+# For the S3 clients in this process and in those that tests start, past a user's proxy.
 os.environ |= CLIENT_ENVIRONMENT
 
 REPOSITORY = Path(__file__).parent.parent
@@ -38,7 +38,7 @@ REPOSITORY = Path(__file__).parent.parent
 MakeBucket = Callable[[Mapping[str, bytes]], params.Bucket]
 
 
-#: The files with tests of the session's project: one worker runs them, so the pipeline runs once.
+#: Files with tests of the session's project. One worker runs them, so that the pipeline runs once.
 PROJECT_FILES = {
     "test_disk_full.py",
     "test_pipeline.py",
@@ -52,12 +52,12 @@ PROJECT_FILES = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The project's tests first, since they take longest."""
+    """Run the project's tests first, since they take longest."""
     items.sort(key=lambda item: item.path.name not in PROJECT_FILES)
 
 
 class ByFile(LoadScopeScheduling):  # type: ignore[misc]
-    """A file's tests go to one worker, since its fixtures may be slow; so do all of the project."""
+    """One worker runs a file, whose fixtures may be slow; one worker runs all of PROJECT_FILES."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = Path(nodeid.partition("::")[0]).name
@@ -79,7 +79,7 @@ def abid() -> Path:
 
 @pytest.fixture(scope="session")
 def abid_records(abid: Path) -> dict[str, bytes]:
-    """The real records of resized-10k and the un-padded ones of originals-1k, by id."""
+    """The real records of resized-10k, and the un-padded ones of originals-1k, by id."""
     paths = [*(abid / "resized-10k/metadata").glob("*.json")]
     paths += [
         path for path in (abid / "originals-1k/metadata").glob("*.json") if len(path.stem) < 5
@@ -104,7 +104,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    # Which resize sets, for all that follows in its process.
+    # The resize stage sets the number for the rest of its process.
     threads = torch.get_num_threads()
     yield folder
     torch.set_num_threads(threads)
@@ -112,9 +112,9 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Ctrl-C interrupts this process, and those that it starts, also where they would ignore it.
+    """Let SIGINT interrupt this process and those that it starts.
 
-    What a shell runs in the background ignores SIGINT, and so do its children.
+    A shell's background jobs ignore SIGINT, and so do their children.
     """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
@@ -122,7 +122,7 @@ def interruptible() -> Iterator[None]:
 
 
 def changed_params(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of the repository's params.yaml, some changed by dotted key."""
+    """The values of the repository's params.yaml, with changes by dotted key."""
     values: dict[str, Any] = YAML(typ="safe", pure=True).load(REPOSITORY / "params.yaml")
     for key, value in overrides.items():
         *blocks, last = key.split(".")
@@ -145,7 +145,7 @@ def bucket_params(bucket: params.Bucket) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class S3:
-    """A real S3 server on loopback: each folder in `folder` is a bucket of it."""
+    """A real S3 server on loopback. Each folder in `folder` is a bucket."""
 
     url: str
     folder: Path
@@ -157,14 +157,14 @@ class S3:
         )
 
     def make_bucket(self, objects: Mapping[str, bytes]) -> params.Bucket:
-        """A new bucket with these objects, uploaded."""
+        """A new bucket, to which these objects have been uploaded."""
         bucket = self.locate(f"bucket-{next(self._numbers)}")
         name = bucket.url.removeprefix("s3://")
-        # A folder made behind the server's back would show only when its listing expires.
+        # The server would not see a new folder until its cached listing expires.
         headers = {"Content-Length": "0"}
         request = urllib.request.Request(f"{self.url}/{name}", method="PUT", headers=headers)  # noqa: S310
         urllib.request.urlopen(request).close()  # noqa: S310
-        # With obstore's own retries: the server fails some uploads that make a folder at once.
+        # With obstore's own retries, since concurrent uploads that create one folder may fail.
         store = S3Store(
             name,
             region=bucket.region,
@@ -196,9 +196,9 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory, endpoint: str) -> Project:
-    """A project in which the whole pipeline has run once, committed and tagged.
+    """A project in which the whole pipeline has run once, been committed and tagged.
 
-    Tests only read it, in any order; what a test changes is a `copy()` of its own.
+    Tests only read it, in any order. A test that changes something works on a `copy()`.
     """
     project = Project(tmp_path_factory.mktemp("first") / "project", endpoint)
     project.experiment(*SETTINGS, f"bucket.endpoint={endpoint}")
@@ -209,7 +209,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, endpoint: str) -> Project:
 
 
 def folder_bucket(folder: Path, objects: Mapping[str, bytes]) -> params.Bucket:
-    """A folder with these objects, as a bucket."""
+    """A new folder with these objects, as a bucket."""
     folder.mkdir(parents=True)
     for key, data in objects.items():
         path = folder / key
@@ -231,7 +231,7 @@ def make_bucket(request: pytest.FixtureRequest, tmp_path: Path) -> MakeBucket:
 
 
 def noted_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The keys of the objects that are read from now on."""
+    """A list that collects the keys of all objects that are read from now on."""
     keys: list[str] = []
     read = Reader.read
 
@@ -251,7 +251,7 @@ def objects_of(bins: Sequence[SyntheticBin]) -> dict[str, bytes]:
 
 
 def record_json(quantity: Any, asins: Sequence[str] = (), **more: Any) -> bytes:
-    """A record like the bucket's, with one of each of these ASINs."""
+    """A record like those of the bucket, with one item of each ASIN."""
     contents = {asin: {"asin": asin, "name": None, "quantity": 1} for asin in asins}
     record = {"BIN_FCSKU_DATA": contents, "EXPECTED_QUANTITY": quantity}
     return json.dumps(record | more).encode()
@@ -277,7 +277,7 @@ def index_of(contents: Mapping[str, tuple[int, Sequence[str]]]) -> pa.Table:
 
 
 def sibling_pairs(records: Mapping[str, bytes]) -> list[tuple[str, str]]:
-    """Pairs of consecutive padded ids whose records share an ASIN, found the plain way."""
+    """Pairs of consecutive padded ids whose records share an ASIN, found in a plain way."""
     asins = {bin_id: set(json.loads(data)["BIN_FCSKU_DATA"]) for bin_id, data in records.items()}
     padded = sorted(bin_id for bin_id in records if len(bin_id) >= 5)
     following = [(bin_id, f"{int(bin_id) + 1:05d}") for bin_id in padded]
@@ -285,7 +285,7 @@ def sibling_pairs(records: Mapping[str, bytes]) -> list[tuple[str, str]]:
 
 
 def picture(width: int, height: int) -> Pixels:
-    """Smooth colours, different in every corner."""
+    """Smooth colors, different in every corner."""
     across, down = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     channels = [255 * across, 255 * down, 127 + 100 * np.sin(5 * across + 3 * down)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)

@@ -1,4 +1,4 @@
-"""A reverse proxy that injects the faults of S3, and of networks, in front of a real server."""
+"""A reverse proxy that injects faults of S3 and of networks in front of a real server."""
 
 import html
 import http.client
@@ -14,17 +14,17 @@ from enum import Enum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-#: What a server's error page may repeat, and no message of ours may.
+#: Error pages of a server may repeat it, but our messages may not.
 SECRET = "token-that-nobody-may-log"  # noqa: S105
 LATENCY_SECONDS = 0.3
-# With SO_LINGER at 0, closing a connection sends a reset instead of its orderly end.
+# With SO_LINGER at 0, closing a connection resets it instead of ending it in order.
 _RESET = struct.pack("ii", 1, 0)
-# The connection's own, which a proxy does not hand on.
+# Headers of a connection, which a proxy does not pass on.
 _OWN_HEADERS = {"connection", "content-length", "date", "server", "transfer-encoding"}
 
 
 class Fault(Enum):
-    """What may happen to a request; the value says it in words."""
+    """A fault that may happen to a request, described by its value."""
 
     LATENCY = "an answer that comes late"
     INTERNAL_ERROR = "500 InternalError"
@@ -40,7 +40,7 @@ class Fault(Enum):
     CHANGED = "an object that changed after it was listed"
 
 
-#: The answer to each that the server gives itself: status and code.
+#: The status and the code that the proxy answers with.
 ERRORS = {
     Fault.INTERNAL_ERROR: (500, "InternalError"),
     Fault.SLOW_DOWN: (503, "SlowDown"),
@@ -53,12 +53,12 @@ _OF_OBJECTS = {Fault.NOT_FOUND, Fault.CHANGED}
 
 @dataclass(frozen=True)
 class Request:
-    """A GET. `key` is an object's, with its bucket, or of a listing the prefix with "?list"."""
+    """A GET. `key` is the bucket and key of an object, or a listing's prefix with "?list"."""
 
     key: str
-    number: int  # of the requests for this key, from 1
-    total: int  # of all requests so far, this one with them
-    continues: bool  # a listing, after its first page
+    number: int  # among the requests for this key, from 1
+    total: int  # all requests so far, including this one
+    continues: bool  # a page of a listing after the first
 
     @property
     def lists(self) -> bool:
@@ -69,13 +69,13 @@ Plan = Callable[[Request], Fault | None]
 
 
 def no_faults(_: Request) -> None:
-    """The plan of an undisturbed server."""
+    """The plan for an undisturbed server."""
 
 
 def at_random(faults: list[Fault], share: float, seed: int) -> Plan:
-    """One of these for so large a share of the requests.
+    """One of these faults for this share of the requests.
 
-    It follows from seed, key and number alone, so threads that overtake each other change nothing.
+    The plan depends only on seed, key and number, and so not on the order of concurrent requests.
     """
 
     def plan(request: Request) -> Fault | None:
@@ -88,12 +88,12 @@ def at_random(faults: list[Fault], share: float, seed: int) -> Plan:
 
 
 def always(fault: Fault, name: str) -> Plan:
-    """This fault at every request for the object whose key ends so."""
+    """This fault at every request for a key with this ending."""
     return lambda request: fault if request.key.endswith(name) else None
 
 
 def outage(fault: Fault, after: int, *, lists: bool) -> Plan:
-    """This fault at every request after so many, for listings too if `lists`."""
+    """This fault at every request after the first `after`, for listings too if `lists`."""
     return lambda request: fault if request.total > after and (lists or not request.lists) else None
 
 
@@ -105,7 +105,7 @@ def _can_have(request: Request, fault: Fault) -> bool:
 
 @dataclass
 class FaultProxy:
-    """The proxy's URL, what it does next, and what it was asked for."""
+    """The proxy's URL, its plan, and the requests and faults so far."""
 
     url: str
     plan: Plan = no_faults
@@ -115,7 +115,7 @@ class FaultProxy:
     closing: threading.Event = field(default_factory=threading.Event)
 
     def next_fault(self, path: str) -> Fault | None:
-        """Count the request, and the fault that it gets."""
+        """Count the request, and return the fault that it gets."""
         parts = urlsplit(path)
         query = parse_qs(parts.query)
         key = unquote(parts.path).strip("/")
@@ -130,7 +130,7 @@ class FaultProxy:
         return fault
 
     def take_requests(self) -> Counter[str]:
-        """How often each object was asked for, by the name of its file, since the last call."""
+        """The number of requests for each object since the last call, by the name of its file."""
         with self.lock:
             requests, self.requests = self.requests, Counter()
         objects = {key: count for key, count in requests.items() if not key.endswith("?list")}
@@ -139,7 +139,7 @@ class FaultProxy:
 
 @contextmanager
 def fault_proxy(upstream: str) -> Iterator[FaultProxy]:
-    """A proxy on loopback for reading from the server at the URL `upstream`."""
+    """Run a proxy on loopback for reading from the server at the URL `upstream`."""
     with _Server(("127.0.0.1", 0), _Handler) as server:
         server.upstream = urlsplit(upstream).netloc
         server.proxy = FaultProxy(f"http://127.0.0.1:{server.server_port}")
@@ -153,18 +153,18 @@ def fault_proxy(upstream: str) -> Iterator[FaultProxy]:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    # Connections of clients in a hurry wait here, instead of being refused.
+    # Many connections at once wait here instead of being refused.
     request_queue_size = 1024
     upstream: str
     proxy: FaultProxy
 
     def handle_error(self, *_: object) -> None:
-        """Say nothing: clients that give up on a stalled answer are what the tests are about."""
+        """Print nothing: clients that give up on a stalled answer are expected."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    # Head and body in one piece, and at once: 40 ms less an answer.
+    # Send head and body together and at once, which saves 40 ms per answer.
     wbufsize = -1
     disable_nagle_algorithm = True
     server: _Server
@@ -202,7 +202,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _ask_upstream(self) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection(self.server.upstream, timeout=30)
         try:
-            # With its signature, which is also of the Host that it was sent to.
+            # All headers, since the signature covers the Host that the client used.
             connection.request("GET", self.path, headers=dict(self.headers))
             answer = connection.getresponse()
             headers = {
@@ -215,7 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
             connection.close()
 
     def _refuse(self, status: int, code: str) -> None:
-        # S3 repeats the key, the session token and what was signed.
+        # S3 repeats the key, the session token and the signed text.
         sent = html.escape(str(self.headers))
         text = f"<Error><Code>{code}</Code><Message>{SECRET} {sent}</Message></Error>"
         self._answer(status, {"Content-Type": "application/xml"}, text.encode(), len(text))

@@ -1,6 +1,6 @@
-"""The stages in forks of a process that has imported them, so that starting one takes no time.
+"""Stages in forks of a process that has imported them, so that starting one takes no time.
 
-They can be killed while they work, and not while Python imports torch.
+So a kill hits the work of a stage, and not the import of torch.
 """
 
 import multiprocessing
@@ -23,7 +23,7 @@ from tests.lab import SECONDS, finished_ids, written
 from tests.project import ROOT
 
 PIPELINE = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
-#: In the pipeline's order, with their arguments.
+#: The stages in the pipeline's order, with their arguments.
 STAGES = [
     *("index", "subset", "fetch", "resize", "split"),
     *("pretrained vit", "train vit", "evaluate vit", "report"),
@@ -36,7 +36,7 @@ KNOBS: dict[str, Any] = {
     "train.vit.ema_decay": 0.9,
 }
 forks = multiprocessing.get_context("forkserver")
-# What they import only when they need it.
+# Modules that stages import only when they need them.
 LATER = ["tools.audit.run", "transformers.models.vit.modeling_vit", "torch._dynamo"]
 forks.set_forkserver_preload([__name__, *(f"stages.{one.split()[0]}" for one in STAGES), *LATER])
 
@@ -47,7 +47,7 @@ class Modules:
     def __init__(self, output: Path) -> None:
         self.output = output
         self.process: Any = None
-        # The first fork waits until all is imported.
+        # The first fork waits until everything has been imported.
         start_fork(os.getpid).join()
 
     def start(self, folder: Path, module: str, *arguments: str) -> None:
@@ -70,17 +70,17 @@ class Bench:
         self.folder = folder
         self.proxy = proxy
         self.modules = Modules(folder.with_name(f"{folder.name}.txt"))
-        #: Of each stage that has run undisturbed, and all files after them.
+        #: The time of each stage that has run undisturbed, and all files after these runs.
         self.seconds: dict[str, float] = {}
         self.undisturbed: dict[str, bytes] = {}
         folder.mkdir()
-        # So that a kill finds some answers there, and others still to come.
+        # Some answers come late, so that a kill hits a stage between answers.
         proxy.plan = at_random([Fault.LATENCY], 0.1, seed=0)
         values = changed_params(KNOBS | {"bucket.endpoint": proxy.url})
         lab.yaml.dump(values, folder / "params.yaml")
 
     def run_undisturbed(self, last: str) -> None:
-        """The stages up to this one that have not run yet."""
+        """Run the stages up to this one that have not run yet."""
         for stage in STAGES[: STAGES.index(last) + 1]:
             if stage not in self.seconds:
                 start = time.monotonic()
@@ -90,31 +90,31 @@ class Bench:
         self.proxy.take_requests()
 
     def start(self, stage: str) -> None:
-        """Without its outputs, which DVC has deleted by then."""
+        """Start a stage without its outputs, which DVC would have deleted."""
         for path in map(self.folder.joinpath, outs_of(stage)):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         name, *arguments = stage.split()
         self.modules.start(self.folder, f"stages.{name}", *arguments)
 
     def finish(self, stage: str) -> str:
-        """Run it to the end; what it said."""
+        """Run a stage to its end. Returns its output."""
         self.start(stage)
-        code, said = self.modules.finish()
-        assert code == 0, f"{stage} ended with {code}:\n{said}"
-        return said
+        code, printed = self.modules.finish()
+        assert code == 0, f"{stage} ended with {code}:\n{printed}"
+        return printed
 
     def kill(self, stage: str, after: float) -> bool:
-        """Whether it was still running after so many seconds, and was killed."""
+        """Kill a stage after this many seconds. Returns False if it had already ended."""
         self.start(stage)
         process = self.modules.process
         process.join(after)
         process.kill()
-        code, said = self.modules.finish()
-        assert code in {0, -9}, said
+        code, printed = self.modules.finish()
+        assert code in {0, -9}, printed
         return bool(code)
 
     def files(self) -> dict[str, bytes]:
-        """All that the stages have written, once another one has started."""
+        """All files that the stages have written, after another stage has started."""
         next_stage = start_fork(start_another, self.folder)
         next_stage.join()
         assert next_stage.exitcode == 0
@@ -123,7 +123,7 @@ class Bench:
     def done(self, stage: str) -> tuple[set[str], set[tuple[str, int, int]]]:
         """The bins in finished shards, and these shards' names, inodes and times.
 
-        A file that was written anew has another inode or time, even with the same bytes.
+        A file that was written again has another inode or time, even with the same bytes.
         """
         shards = set()
         for path in self.folder.glob(f".cache/{stage}-*/shards/[!.]*"):
@@ -144,7 +144,7 @@ def outs_of(stage: str) -> list[str]:
 
 
 def start_fork(work: Any, *arguments: Any) -> Any:
-    # Any, since typeshed has no type for the processes of all contexts.
+    # Any, because typeshed has no common type for the processes of all contexts.
     process: Any = forks.Process(target=work, args=arguments)
     process.start()
     return process
@@ -156,10 +156,10 @@ def run_module(folder: Path, output: Path, module: str, *arguments: str) -> None
     with output.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    # Tensors this small gain nothing from more, and lose much on a busy machine.
+    # Such small tensors gain nothing from more threads, and lose much on a busy machine.
     torch.set_num_threads(1)
     sys.argv = [module, *arguments]
-    # runpy warns where it was imported before.
+    # runpy warns if the module has been imported before.
     sys.modules.pop(module, None)
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

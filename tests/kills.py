@@ -1,8 +1,8 @@
-"""Disturbs stages and DVC at random moments, and compares all bytes with an undisturbed run.
+"""Disturb stages and DVC at random moments, and compare all bytes with those of an undisturbed run.
 
-`python -m tests.kills --times 30` kills each stage so often while it works, and then disturbs
-`dvc repro` as often in each other way. A line for each; it ends with 1 where a run left other bytes
-or anything behind, or repeated what was finished.
+`python -m tests.kills --times 30` kills each stage 30 times while it works, and then disturbs
+`dvc repro` 30 times in each of several ways. It prints a line for each. The exit code is 1 if any
+run ended with other bytes, left something behind, or repeated finished work.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from tempfile import TemporaryDirectory
 from tests.faults import Fault, at_random, fault_proxy, no_faults, outage
 from tests.forks import STAGES, Bench
 from tests.lab import (
+    DisturbedClone,
     Lab,
-    Place,
     differences,
     kill_alone,
     kill_group,
@@ -33,10 +33,10 @@ from tools.s3 import CLIENT_ENVIRONMENT, serving
 
 @dataclass
 class Tally:
-    """A row of the table: how often something was disturbed, and what came of it.
+    """A row of the table: how often something was disturbed, and with what result.
 
-    `too_late`: the runs that ended before they were; `remedies`: what it took to continue where a
-    kill had cut a file of DVC's own.
+    `too_late` counts the runs that ended before the disturbance, and `remedies` the commands that
+    were needed after a kill had damaged one of DVC's own files.
     """
 
     what: str
@@ -56,7 +56,7 @@ HEADER = f"{'what':<28}{'times':>7}{'too late':>10}{'completed':>11}   same byte
 
 
 def kill_stages(bench: Bench, stage: str, times: int, seed: int) -> Tally:
-    """Kill it one to three times before it may end, again and again, `times` in all."""
+    """Kill a stage one to three times before it may end, and repeat that, `times` kills in all."""
     chance = random.Random(f"{seed} {stage}")
     bench.run_undisturbed(stage)
     name = stage.replace(" ", "-")
@@ -70,9 +70,9 @@ def kill_stages(bench: Bench, stage: str, times: int, seed: int) -> Tally:
             tally.problems += repeated(bench, name, ids, shards)
             ids, shards = bench.done(name)
         resumes = bench.has_checkpoint() and stage.startswith("train")
-        said = bench.finish(stage)
+        printed = bench.finish(stage)
         tally.problems += repeated(bench, name, ids, shards)
-        if resumes and "after epoch" not in said:
+        if resumes and "after epoch" not in printed:
             tally.problems.append("did not continue from its checkpoint")
         tally.problems += differences(bench.undisturbed, bench.files())
         tally.completed += 1
@@ -82,41 +82,41 @@ def kill_stages(bench: Bench, stage: str, times: int, seed: int) -> Tally:
 def repeated(
     bench: Bench, stage: str, ids: set[str], shards: set[tuple[str, int, int]]
 ) -> list[str]:
-    """What was finished by then, and was done again since."""
+    """Work that had been finished and was repeated."""
     asked = {Path(name).stem for name in bench.proxy.take_requests()}
-    again = [f"asked for {one} again" for one in sorted(asked & ids)]
-    return again + [f"made {name} again" for name, *_ in shards - bench.done(stage)[1]]
+    again = [f"requested {one} again" for one in sorted(asked & ids)]
+    return again + [f"built {name} again" for name, *_ in shards - bench.done(stage)[1]]
 
 
-#: Disturbs a run of DVC; whether it came in time.
-Disturb = Callable[[Lab, Place, random.Random], bool]
+#: Disturbs a run of DVC. Returns False if the run had already ended.
+Disturb = Callable[[Lab, DisturbedClone, random.Random], bool]
 
 
 def killed(how: Callable[[int], None]) -> Disturb:
-    def disturb(lab: Lab, place: Place, chance: random.Random) -> bool:
-        run = place.start()
+    def disturb(lab: Lab, clone: DisturbedClone, chance: random.Random) -> bool:
+        run = clone.start()
         time.sleep(chance.random() * lab.seconds / 2)
         return run.kill(how)
 
     return disturb
 
 
-def faulty_store(lab: Lab, place: Place, chance: random.Random) -> bool:
+def faulty_store(lab: Lab, clone: DisturbedClone, chance: random.Random) -> bool:
     lab.proxy.plan = at_random(list(Fault), 0.1, chance.randrange(1000))
-    return place.start().wait() == 0
+    return clone.start().wait() == 0
 
 
-def store_gone(lab: Lab, place: Place, chance: random.Random) -> bool:
+def store_gone(lab: Lab, clone: DisturbedClone, chance: random.Random) -> bool:
     fault = chance.choice([Fault.SLOW_DOWN, Fault.RESET, Fault.DENIED])
     after = lab.proxy.requests.total() + chance.randrange(1, 200)
     lab.proxy.plan = outage(fault, after, lists=chance.random() < 0.5)
-    return place.start().wait() != 0
+    return clone.start().wait() != 0
 
 
-def two_at_once(lab: Lab, place: Place, chance: random.Random) -> bool:
-    first = place.start()
+def two_at_once(lab: Lab, clone: DisturbedClone, chance: random.Random) -> bool:
+    first = clone.start()
     time.sleep(chance.random() * lab.seconds / 2)
-    second = place.start()
+    second = clone.start()
     return {first.wait(), second.wait()} != {0}
 
 
@@ -135,29 +135,29 @@ STORE = {"a fault in ten requests", "the store is gone"}
 
 
 def disturb_dvc(lab: Lab, what: str, times: int, seed: int) -> Tally:
-    """Disturb `dvc repro` one to five times before it may end, again and again."""
+    """Disturb `dvc repro` one to five times before it may end, and repeat that."""
     chance = random.Random(f"{seed} {what}")
     tally = Tally(f"dvc repro, {what}")
     while tally.times < times:
-        place = lab.fresh()
+        clone = lab.fresh()
         for _ in range(min(chance.randint(1, 5), times - tally.times)):
-            in_time = DISTURBANCES[what](lab, place, chance)
+            in_time = DISTURBANCES[what](lab, clone, chance)
             lab.proxy.plan = no_faults
-            again = place.repeated()
+            again = clone.repeated()
             # After an outage, a reader asks for a finished object to see whether the store is back.
             tally.problems += again if what not in STORE else []
             tally.times += 1
             tally.too_late += not in_time
-        tally.remedies.update(place.finish())
-        tally.problems += lab.problems(place)
+        tally.remedies.update(clone.finish())
+        tally.problems += lab.problems(clone)
         tally.completed += 1
     return tally
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.kills", description=__doc__)
-    parser.add_argument("--times", type=int, default=10, help="of each: 10")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments: 0")
+    parser.add_argument("--times", type=int, default=10, help="for each row (default: 10)")
+    parser.add_argument("--seed", type=int, default=0, help="for the moments (default: 0)")
     arguments = parser.parse_args()
     os.environ |= CLIENT_ENVIRONMENT
     problems = 0

@@ -1,4 +1,4 @@
-"""A project in which DVC and its stages are disturbed, and what is wrong with it afterwards."""
+"""Projects in which DVC and its stages are disturbed, and checks of the result."""
 
 import hashlib
 import os
@@ -30,7 +30,7 @@ TINY_RESNET = {
     "depths": [1, 1],
     "layer_type": "basic",
 }
-# As the pipeline's tests have it, but with small shards, and a small network for a large one.
+# The params of the pipeline's tests, but with smaller shards and a smaller network.
 KNOBS: dict[str, Any] = {
     **{key.lstrip("+"): yaml.load(value) for key, value in (one.split("=", 1) for one in SETTINGS)},
     "fetch.shard_bins": 8,
@@ -40,7 +40,7 @@ KNOBS: dict[str, Any] = {
 }
 NEXT_STAGE = "from stages.runtime.work import exclusive_run\nwith exclusive_run('next'): pass"
 SECONDS = 600
-#: What `dvc repro` says where a kill has cut a file of DVC's own, and what to do then.
+#: The errors of `dvc repro` after a kill has damaged a file of DVC, and the commands that help.
 REMEDIES = {
     "'./dvc.lock' validation failed": "rm dvc.lock",
     "'./dvc.lock' is invalid": "rm dvc.lock",
@@ -51,32 +51,32 @@ REMEDIES = {
 
 
 class Run:
-    """A command that runs beside the test. Its output goes into a file, which orphans share."""
+    """A command in the background. Its output goes into a file, which orphans may keep open."""
 
-    def __init__(self, place: Clone, *command: str) -> None:
-        self.output = place.folder.with_name(f"{place.folder.name}-{time.monotonic_ns()}.txt")
+    def __init__(self, clone: Clone, *command: str) -> None:
+        self.output = clone.folder.with_name(f"{clone.folder.name}-{time.monotonic_ns()}.txt")
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
                 command,
-                cwd=place.folder,
-                env=place.environment,
+                cwd=clone.folder,
+                env=clone.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                # So that all its processes can be killed at once, and no others.
+                # A session of its own, so that exactly its processes can be killed together.
                 start_new_session=True,
             )
 
     @property
-    def said(self) -> str:
+    def printed(self) -> str:
         return self.output.read_text("utf-8", errors="replace")
 
     def wait(self) -> int:
-        """Its exit code."""
+        """Wait for the end. Returns the exit code."""
         return self.process.wait(SECONDS)
 
     def kill(self, how: Callable[[int], None]) -> bool:
-        """Whether it was still running."""
+        """Kill the command. Returns False if it had already ended."""
         if self.process.poll() is not None:
             return False
         how(self.process.pid)
@@ -84,40 +84,40 @@ class Run:
         return True
 
 
-class Place(Clone):
-    """A clone in which `dvc repro` runs, and is killed."""
+class DisturbedClone(Clone):
+    """A clone in which `dvc repro` is disturbed."""
 
     def __init__(self, clone: Clone, targets: tuple[str, ...], proxy: FaultProxy) -> None:
         super().__init__(clone.folder, clone.environment)
         self.targets = targets
         self.proxy = proxy
-        #: The names of the objects whose shards are finished.
+        #: The names of objects in finished shards.
         self.done: set[str] = set()
-        #: By the last run that was finished.
-        self.said = ""
+        #: The output of the last run that was finished.
+        self.printed = ""
 
     def start(self) -> Run:
         return Run(self, "dvc", "repro", *self.targets)
 
     def finish(self) -> list[str]:
-        """Run it to its end; the commands of REMEDIES that this took."""
+        """Run `dvc repro` to its end. Returns the commands of REMEDIES that were needed."""
         remedies: list[str] = []
         while (run := self.start()).wait() != 0:
-            commands = {command for text, command in REMEDIES.items() if text in run.said}
-            assert commands - set(remedies), run.said
+            commands = {command for text, command in REMEDIES.items() if text in run.printed}
+            assert commands - set(remedies), run.printed
             for command in commands:
                 self.run(*command.split())
                 remedies.append(command)
-        self.said = run.said
-        # The stages of killed runs are the processes whose current directory is here.
+        self.printed = run.printed
+        # Stages of killed runs are the processes whose current directory is this clone.
         orphans = [one for one in psutil.process_iter() if works_in(one, self.folder)]
         assert not psutil.wait_procs(orphans, SECONDS)[1]
         return remedies
 
     def repeated(self) -> list[str]:
-        """Objects that were asked for since the last call, though their shard was finished then."""
+        """Objects requested since the last call although their shards were already finished."""
         asked = set(self.proxy.take_requests())
-        problems = [f"asked for {name} again" for name in sorted(asked & self.done)]
+        problems = [f"requested {name} again" for name in sorted(asked & self.done)]
         for stage, suffix in (("index", ".json"), ("fetch", ".jpg")):
             self.done |= {f"{one}{suffix}" for one in finished_ids(self.folder, stage)}
             if f"\n  {stage}:\n" in self.lock:
@@ -130,20 +130,20 @@ class Place(Clone):
         return path.read_text("utf-8") if path.exists() else ""
 
     def files(self) -> dict[str, bytes]:
-        """All that the stages have written, once another one has started, and DVC's lock."""
+        """All files of the stages, after another stage has started, and DVC's lock."""
         self.run(sys.executable, "-c", NEXT_STAGE)
         return written(self.folder) | {"dvc.lock": self.lock.encode()}
 
 
 class Lab:
-    """Makes places to disturb, and knows what an undisturbed one has in the end."""
+    """Makes clones to disturb, and compares them with an undisturbed one."""
 
     def __init__(self, folder: Path, proxy: FaultProxy, *targets: str) -> None:
         folder.mkdir()
         self.targets = targets
         self.proxy = proxy
         self.project = Project(folder / "project", proxy.url)
-        # Small parts, to be killed between them.
+        # Small parts, so that kills come between them.
         index = self.project.folder / "stages/index.py"
         code, changes = re.subn(r"PART_RECORDS = [\d_]+", "PART_RECORDS = 16", index.read_text())
         assert changes == 1
@@ -157,22 +157,22 @@ class Lab:
         self.seconds = time.monotonic() - start
         self.undisturbed = self.first.files()
 
-    def fresh(self, name: str = "place") -> Place:
-        """A copy of the project in which nothing has run, instead of the last one of that name."""
+    def fresh(self, name: str = "clone") -> DisturbedClone:
+        """A copy of the project in which nothing has run; replaces the last copy of that name."""
         folder = self.project.folder.with_name(name)
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self.project.folder, folder, symlinks=True)
         self.proxy.take_requests()
-        return Place(Clone(folder, self.project.environment), self.targets, self.proxy)
+        return DisturbedClone(Clone(folder, self.project.environment), self.targets, self.proxy)
 
-    def problems(self, place: Place) -> list[str]:
-        """What is wrong in a place where all has run in the end."""
-        cache = damaged_objects(place.folder / ".dvc/cache")
-        return [*differences(self.undisturbed, place.files()), *cache]
+    def problems(self, clone: DisturbedClone) -> list[str]:
+        """The problems of a clone in which everything has run to its end."""
+        cache = damaged_objects(clone.folder / ".dvc/cache")
+        return [*differences(self.undisturbed, clone.files()), *cache]
 
 
 def finished_ids(folder: Path, stage: str) -> set[str]:
-    """The bins whose shards are finished in .cache, those that were rejected among them."""
+    """The bins of finished shards in .cache, including the rejected ones."""
     ids: set[str] = set()
     for path in folder.glob(f".cache/{stage}-*/shards/[!.]*"):
         ids |= set(pq.read_table(path, columns=["id"])["id"].to_pylist())
@@ -188,23 +188,23 @@ def works_in(process: psutil.Process, folder: Path) -> bool:
 
 
 def kill_alone(pid: int) -> None:
-    """DVC, whose stage continues."""
+    """Kill only DVC; its stage continues."""
     os.kill(pid, signal.SIGKILL)
 
 
 def kill_group(pid: int) -> None:
-    """DVC and its stage."""
+    """Kill DVC and its stage."""
     os.killpg(pid, signal.SIGKILL)
 
 
 def kill_stage(pid: int) -> None:
-    """The stage, if one is running; DVC notices."""
+    """Kill the stage, if one is running; DVC notices."""
     for process in psutil.Process(pid).children(recursive=True):
         process.kill()
 
 
 def terminate(pid: int) -> None:
-    """All, as a machine does that shuts down."""
+    """Send SIGTERM to DVC and its stage, as when a machine shuts down."""
     os.killpg(pid, signal.SIGTERM)
 
 
@@ -216,7 +216,7 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 
 def written(folder: Path) -> dict[str, bytes]:
-    """All files that stages write, hidden ones and leftovers too, by their paths."""
+    """All files that stages write, by path, including hidden ones and leftovers."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for part in ("data", "models", "reports", "audit", ".cache")
@@ -234,7 +234,7 @@ def differences(expected: dict[str, bytes], found: dict[str, bytes]) -> list[str
 
 
 def damaged_objects(cache: Path) -> list[str]:
-    """The objects of DVC's cache whose name isn't their MD5."""
+    """The objects in DVC's cache whose name is not their MD5."""
     objects = [path for path in cache.glob("files/md5/*/*") if path.is_file()]
     assert objects
     return [

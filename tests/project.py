@@ -43,18 +43,18 @@ SETTINGS = [
 
 
 def copy_working_tree(source: Path, target: Path) -> None:
-    """Copy what git would commit, as it is on the disk: no outputs of DVC's, no settings."""
+    """Copy the files that git would commit, as they are now: no DVC outputs, no local settings."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     listed = subprocess.run(command, cwd=source, stdout=subprocess.PIPE, text=True, check=True)
     for name in listed.stdout.split("\0"):
-        # dvc.lock records a run, of which the copy has no outputs.
+        # dvc.lock records a run whose outputs the copy does not have.
         if (source / name).is_file() and name != "dvc.lock":
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source / name, target / name)
 
 
 def fill_buckets(folder: Path) -> None:
-    """An empty bucket, and one of synthetic bins: one photograph is cut, one record is garbled."""
+    """Write an empty bucket, and one with a truncated photograph and a garbled record."""
     for name in ("storage", "bins/bin-images", "bins/metadata"):
         (folder / name).mkdir(parents=True)
     for synthetic in synthetic_bins(SYNTHETIC_BINS, seed=3):
@@ -68,13 +68,13 @@ def fill_buckets(folder: Path) -> None:
 
 
 def fresh_environment(home: Path) -> dict[str, str]:
-    """As on a fresh machine: no configuration of the user's, no credentials."""
+    """The environment of a fresh machine: no user configuration, no credentials."""
     return {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "HOME": str(home),
         "HF_HUB_OFFLINE": "1",
         "DVC_SITE_CACHE_DIR": str(home / "dvc"),
-        # Networks this small gain nothing from more threads, which wait for each other busily.
+        # Such small networks gain nothing from more threads, which would wait actively.
         "OMP_NUM_THREADS": "1",
         **CLIENT_ENVIRONMENT,
     }
@@ -88,7 +88,7 @@ class Clone:
         self.environment = environment
 
     def run(self, *command: str) -> str:
-        """The command's output; a failure shows it."""
+        """Run a command and return its output. A failure shows the output."""
         done = subprocess.run(
             command,
             cwd=self.folder,
@@ -108,7 +108,7 @@ class Clone:
 
     @staticmethod
     def stages_run(text: str) -> list[str]:
-        """The stages that ran, by what `dvc repro` or `dvc exp run` said."""
+        """The stages that ran, according to the output of `dvc repro` or `dvc exp run`."""
         lines = text.splitlines()
         return [line.split("'")[1] for line in lines if line.startswith("Running stage")]
 
@@ -125,7 +125,7 @@ class Clone:
         return values
 
     def copy(self, folder: Path) -> "Clone":
-        """The same once more, for a test to change; what DVC has linked is linked, not copied."""
+        """A copy that a test may change. Files that DVC has linked are linked, not copied."""
 
         def copy_file(source: str, target: str) -> None:
             copy = os.link if Path(source).stat().st_nlink > 1 else shutil.copy2
@@ -135,7 +135,7 @@ class Clone:
         return Clone(folder, self.environment)
 
     def clone(self, folder: Path, source: Path | None = None) -> "Clone":
-        """A colleague's clone of this one, or of `source`: the same remote, and nothing cached."""
+        """A colleague's clone of this one or of `source`: the same remote, but an empty cache."""
         self.run("git", "clone", "--quiet", str(source or self.folder), str(folder))
         shutil.copy(self.folder / ".dvc/config.local", folder / ".dvc/config.local")
         clone = Clone(folder, self.environment)

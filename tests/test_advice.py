@@ -1,4 +1,4 @@
-"""What users read where the bucket's server, the credentials or the network are set up wrongly."""
+"""Messages to users if the bucket's server, credentials or the network are set up wrongly."""
 
 import pickle
 import re
@@ -37,7 +37,7 @@ INVALID = r"credentials are not valid there\. Check AWS_ACCESS_KEY_ID and AWS_SE
 def answering(
     status: int, body: bytes, context: ssl.SSLContext | None = None
 ) -> Iterator[tuple[str, list[str]]]:
-    """A server that answers everything so: its address, and the paths that it was asked for."""
+    """A server with one answer to all requests. Yields its address and the requested paths."""
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -53,7 +53,7 @@ def answering(
 
     class Server(ThreadingHTTPServer):
         def handle_error(self, *_: object) -> None:
-            """Say nothing: some of these clients hang up."""
+            """Print nothing: some of these clients hang up."""
 
     with Server(("127.0.0.1", 0), Handler) as server:
         if context:
@@ -76,7 +76,7 @@ def at(endpoint: str, *, anonymous: bool = True) -> params.Bucket:
 
 
 def message(source: params.Bucket) -> str:
-    """What a listing of the bucket says, which fails."""
+    """The error message of listing the bucket, which must fail."""
     with pytest.raises(UserError) as caught, explained(source):
         list_objects(open_bucket(source), "metadata/")
     text = str(caught.value)
@@ -93,7 +93,7 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of AWS's files, empty, and nothing in the environment; no machine has a role."""
+    """An empty folder for AWS's files, no credentials in the environment, and no role."""
     for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "PROFILE"):
         monkeypatch.delenv(f"AWS_{name}", raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -104,7 +104,7 @@ def no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.usefixtures("credentials")
 @pytest.mark.parametrize(
-    ("status", "code", "more", "said"),
+    ("status", "code", "more", "expected"),
     [
         (
             301,
@@ -129,38 +129,38 @@ def no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (403, "AccessDenied", "", "check AWS_ACCESS_KEY_ID and .*, and what they may read"),
     ],
 )
-def test_the_code_of_s3_says_what_to_do_after_one_request(
-    status: int, code: str, more: str, said: str
+def test_s3s_error_code_decides_the_advice_after_one_request(
+    status: int, code: str, more: str, expected: str
 ) -> None:
     with answering(status, error_page(code, more)) as (address, asked):
         text = message(at(f"http://{address}", anonymous=False))
-    assert re.search(said, text), text
+    assert re.search(expected, text), text
     assert len(asked) == 1
 
 
 @pytest.mark.usefixtures("workspace")
 @pytest.mark.parametrize(
-    ("status", "code", "said"),
+    ("status", "code", "expected"),
     [
         (400, "ExpiredToken", EXPIRED),
         (403, "InvalidAccessKeyId", INVALID),
         (403, "RequestTimeTooSkewed", "the clock of this machine is wrong"),
     ],
 )
-def test_what_befalls_all_objects_is_no_objects_fault(
+def test_an_error_of_all_objects_is_not_blamed_on_one(
     s3: S3,
     synthetic: list[SyntheticBin],
     monkeypatch: pytest.MonkeyPatch,
     status: int,
     code: str,
-    said: str,
+    expected: str,
 ) -> None:
     monkeypatch.setitem(faults.ERRORS, Fault.DENIED, (status, code))
     source = s3.make_bucket(objects_of(synthetic))
     with fault_proxy(s3.url) as proxy:
         prepare(source.model_copy(update={"endpoint": proxy.url}), synthetic, max_rejects=1.0)
         proxy.plan = lambda _: Fault.DENIED
-        with pytest.raises(UserError, match=said) as caught:
+        with pytest.raises(UserError, match=expected) as caught:
             fetch.main()
     assert SECRET not in str(caught.value)
     assert not paths.RAW.exists()
@@ -185,7 +185,7 @@ def test_a_photograph_in_an_archive_is_named_with_s3s_code(
 
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ca.pem, a private certificate authority, and its server.pem for loopback."""
+    """A folder with the certificates of a private authority and of its server on loopback."""
     folder = tmp_path_factory.mktemp("tls")
     (folder / "names").write_text("subjectAltName=IP:127.0.0.1", "utf-8")
     for command in (
@@ -212,7 +212,7 @@ def test_a_private_certificate_authority_is_named_at_once_and_can_be_trusted(
 
 
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
-def test_a_proxy_of_the_environment_is_named_without_its_password(
+def test_a_proxy_from_the_environment_is_named_without_its_password(
     monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     monkeypatch.setattr(reading, "DEADLINE", 0.3)
@@ -234,7 +234,7 @@ def test_a_proxy_that_answers_itself_is_named(monkeypatch: pytest.MonkeyPatch) -
         assert f"the proxy {address} that HTTP_PROXY names" in message(at("http://10.0.0.1:9000"))
 
 
-def test_the_reason_of_a_failed_connection_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_for_a_failed_connection_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "DEADLINE", 0.3)
     text = message(at(f"http://127.0.0.1:{free_port()}"))
     assert "cannot be read: Connection refused. Check bucket.endpoint and the network" in text

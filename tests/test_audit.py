@@ -1,4 +1,4 @@
-"""Audits as an analyst runs them: what they find, how they end, killed, and in how much memory."""
+"""Audits as an analyst runs them: their results, exit codes, resumption and memory."""
 
 import errno
 import html
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -21,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from stages import resize
 from stages.collecting.reading import Reader
 from stages.collecting.records import parse_record
+from stages.formats.shards import IMAGES, write_table
 from stages.formats.tables import read_csv
 from stages.imaging import jpeg
 from stages.networks import inference
@@ -41,8 +43,9 @@ from tests.builders import (
     random_classifier,
     square,
     write_resized,
+    write_split,
 )
-from tests.conftest import REPOSITORY, S3, jpeg_file, objects_of
+from tests.conftest import REPOSITORY, S3, jpeg_file, objects_of, record_json
 from tools.audit import __main__ as audit
 from tools.audit import run as audit_run
 from tools.audit.models import Ensemble
@@ -56,9 +59,9 @@ QUANTITIES = LABELS * 8
 KNOBS = model_params("vit", pretrained=False, config=TINY_VIT)
 FORM = Resize(size=SIZE, fit="pad", quality=60, max_rejects=0.0)
 WITH_COUNTS = ["photographs", "--expected", "counts.csv"]
-# The second lowest right score of the validation bins.
+# Puts the threshold at the second lowest score of a correct validation record.
 SURE = ["--false-alarm", "0.03"]
-# Runs an audit with parts of a given size, and dies when it is about to write the `kill`th of them.
+# Runs an audit with parts of a given size, and dies just before writing the `kill`th part.
 SCRIPT = """
 import atexit, os, sys
 from pathlib import Path
@@ -83,7 +86,7 @@ Run = Callable[..., int]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of two models that tell the colours of squares, and so their counts."""
+    """A folder with two models that recognize the colors of squares, and so their counts."""
     folder = tmp_path_factory.mktemp("models")
     rows = bin_rows(QUANTITIES)
     ids, actual = [row["id"] for row in rows], np.array(QUANTITIES)
@@ -93,7 +96,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             classifier = random_classifier(KNOBS, LABELS, seed)
             images = inference.normalizer(classifier)(pixels.permute(0, 3, 1, 2) / 255)
             probabilities = fit(classifier, images, torch.from_numpy(actual - 1))
-            # One bin that the model gets wrong, and one that it has no idea about.
+            # The model gets one bin wrong, and has no idea about another.
             probabilities[38] = np.roll(probabilities[38], 1)
             probabilities[39] = 0.2
             save_release(
@@ -103,7 +106,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fit(classifier: Classifier, images: torch.Tensor, targets: torch.Tensor) -> Any:
-    """Train; the probabilities of the same images."""
+    """Train on the images. Returns their probabilities."""
     optimizer = torch.optim.Adam(classifier.network.parameters(), 1e-2)
     for _ in range(40):
         optimizer.zero_grad()
@@ -116,7 +119,7 @@ def fit(classifier: Classifier, images: torch.Tensor, targets: torch.Tensor) -> 
 
 @pytest.fixture
 def folder(models: Path, workspace: Path) -> Iterator[Path]:
-    """The current directory: empty, but for one model."""
+    """The current directory, which is empty except for one model."""
     shutil.copytree(models / "one", "models/one")
     with one_torch_thread():
         yield workspace
@@ -124,7 +127,7 @@ def folder(models: Path, workspace: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run the tool in that folder; its exit code."""
+    """Runs the tool in `folder`, and returns its exit code."""
     del folder
 
     def run_it(*words: object) -> Any:
@@ -180,10 +183,10 @@ def test_wrong_records_come_first_and_are_alarms(
 
 @pytest.mark.parametrize(
     ("false_alarm", "code", "alarms"),
-    # 38 of the 40 bins score as they do in validation, but for the rounding of its table.
+    # 38 of the 40 bins have the same scores as in validation, except for rounding.
     [(0.03, 0, {0}), (0.25, 1, {8, 9})],
 )
-def test_that_share_of_the_right_records_become_alarms(
+def test_the_chosen_share_of_correct_records_becomes_alarms(
     run: Run, models: Path, false_alarm: float, code: int, alarms: set[int]
 ) -> None:
     write_resized(Path("shards"), bin_rows(QUANTITIES))
@@ -243,7 +246,7 @@ def test_photographs_are_resized_as_the_pipeline_does(run: Run) -> None:
     assert audited().equals(of_originals)
 
 
-def test_what_cannot_be_judged_comes_last_with_its_reason(
+def test_bins_that_cannot_be_judged_come_last_with_a_reason(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     photographs = {f"0000{number}": square(number, 1) for number in (1, 2, 3, 4)}
@@ -316,7 +319,7 @@ def test_real_photographs_are_unlike_the_squares_that_a_model_learned_from(
     assert capsys.readouterr().out.endswith(f"{PHOTOGRAPHS}{ADVICE}\n")
 
 
-def test_counts_as_a_spreadsheet_saves_them_are_used_and_how_is_said(
+def test_counts_saved_by_a_spreadsheet_are_used_and_their_format_is_reported(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_photographs({"00001": square(2, 1), "00002": square(4, 1)})
@@ -386,7 +389,7 @@ def test_keys_open_a_private_bucket_and_appear_nowhere(
 
 
 def run_alone(*words: object, kill: int = 0, sizes: tuple[int, int] = (64, 256)) -> list[int]:
-    """In a process of its own: the exit code, how many parts it began to write, and peak kB."""
+    """Run an audit in another process: its exit code, the parts begun, and its peak in kB."""
     command = [sys.executable, "-c", SCRIPT, *map(str, [kill, *sizes, *words])]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
@@ -399,7 +402,7 @@ def run_alone(*words: object, kill: int = 0, sizes: tuple[int, int] = (64, 256))
 def test_a_killed_audit_continues_and_ends_with_the_same_bytes() -> None:
     photographs = {f"{number:05d}": square(1 + number % 5, number) for number in range(40)}
     write_photographs(photographs | {"00017": b"no picture"})
-    write_counts({bin_id: 1 + place % 4 for place, bin_id in enumerate(photographs)})
+    write_counts({bin_id: 1 + number % 4 for number, bin_id in enumerate(photographs)})
 
     # Ten parts of four photographs.
     killed = run_alone(*WITH_COUNTS, kill=3, sizes=(2, 4))
@@ -416,8 +419,8 @@ def test_a_killed_audit_continues_and_ends_with_the_same_bytes() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("folder")
-def test_five_times_the_photographs_take_no_more_memory() -> None:
-    # Large as files, which may have anything at their end, and quick to decode. Of one shard.
+def test_five_times_the_photographs_need_no_more_memory() -> None:
+    # Large files that are decoded quickly, since a JPEG may end with any bytes. In one shard.
     image = square(3, 0) + bytes(30_000)
     found = []
     for count in (1000, 5000):
@@ -462,6 +465,120 @@ def test_an_interrupted_audit_continues_with_other_counts_but_not_with_other_pho
     assert audited().loc[0, ["expected", "seen"]].astype(int).tolist() == [5, 4]
 
 
+def write_project(train: int) -> list[dict[str, Any]]:
+    """A bucket and the outputs of a pipeline that trained on `train` bins, 00041 and up.
+
+    The bins before are those of the validation table of `models`.
+    """
+    rows = bin_rows([*QUANTITIES, *(2 for _ in range(train))])
+    sets = {row["id"]: "validation" if row["id"] <= "00040" else "train" for row in rows}
+    write_split(Path("data/split.csv"), sets)
+    write_resized(Path("data/resized"), rows)
+    for row in rows:
+        photograph, record = f"bin-images/{row['id']}.jpg", f"metadata/{row['id']}.json"
+        objects = {photograph: row["image"], record: record_json(row["quantity"])}
+        write_files(Path("bucket"), objects)
+    subset = [{"id": row["id"], "size": len(row["image"])} for row in rows]
+    write_table(Path("data/subset.parquet"), pa.Table.from_pylist(subset))
+    return rows
+
+
+def test_bins_that_the_models_were_trained_on_are_left_out_unless_asked_for(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_project(train=20)
+    # A wrong record in the training set.
+    rows[50]["quantity"] = 5
+    write_resized(Path("data/resized"), rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(audit_run, "write_csv", interrupted)
+        assert run("data/resized", "--all") == 130
+
+    assert run("data/resized", *SURE) == 0
+
+    assert sorted(audited()["id"]) == [row["id"] for row in rows[:40]]
+    out = capsys.readouterr().out.splitlines()
+    assert out[-3] == (
+        "audit: bins left out, since the models were trained on them (data/split.csv): 20; --all"
+        " audits them too"
+    )
+    assert out[-1] == (
+        "audit: 40 photographs, 0 alarms (0.0%), 0 not judged, 20 left out (trained on);"
+        " audit/index.html"
+    )
+    page = Path("audit/index.html").read_text()
+    assert "20 more bins are left out, because the models were trained on them" in page
+    assert "of these bins are in the training set" not in page
+
+    assert run("data/resized", *SURE, "--all") == 1
+
+    assert audited()["id"][0] == "00051"
+    assert len(audited()) == 60
+    assert "left out" not in capsys.readouterr().out
+    page = Path("audit/index.html").read_text()
+    assert "20 of these bins are in the training set" in page
+    assert "left out" not in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "left_out"),
+    [
+        ("data/resized/", 20),
+        ("../{name}/data/resized", 20),
+        ("link", 20),
+        ("bucket", 20),
+        ("bucket/bin-images --expected bucket/metadata", 20),
+        # Other photographs that have the ids of this project's bins by chance.
+        ("others --expected bucket/metadata", 0),
+        ("others.parquet", 0),
+    ],
+)
+def test_only_photographs_of_this_project_are_left_out(
+    run: Run, arguments: str, left_out: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_project(train=20)
+    Path("link").symlink_to("data/resized")
+    write_files(Path("others"), {f"{row['id']}.jpg": row["image"] + b"." for row in rows})
+    write_table(Path("others.parquet"), pa.Table.from_pylist(rows, IMAGES))
+
+    run(*arguments.format(name=Path.cwd().name).split())
+
+    page, out = Path("audit/index.html").read_text(), capsys.readouterr().out
+    assert (f", {left_out} left out (trained on);" in out) == (left_out > 0)
+    assert ("20 of these bins are in the training set" in page) == (left_out == 0)
+
+
+@pytest.mark.parametrize("set_of_one", ["test", "train"])
+def test_a_split_that_the_models_were_not_trained_with_leaves_nothing_out(
+    run: Run, set_of_one: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_project(train=20)
+    split = Path("data/split.csv")
+    split.write_text(split.read_text().replace("00001,validation", f"00001,{set_of_one}"))
+
+    run("data/resized")
+
+    assert len(audited()) == 60
+    assert "left out" not in capsys.readouterr().out
+    assert "training set" not in Path("audit/index.html").read_text()
+
+
+def test_an_audit_of_the_training_set_alone_names_the_option_that_allows_it(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_project(train=10)
+    path = "data/resized/00008.parquet"
+
+    assert run(path) == 2
+
+    assert capsys.readouterr().err == (
+        f"audit: error: the models were trained on all 5 photographs in {path} (data/split.csv),"
+        " and have learned even their wrong records: audit others, or add --all\n"
+    )
+    assert run(path, "--all") in (0, 1)
+    assert len(audited()) == 5
+
+
 def test_the_page_shows_the_first_alarms_with_their_photographs(run: Run) -> None:
     write_resized(Path("shards"), bin_rows([1] * 30, lambda _, seed: square(2, seed)))
 
@@ -485,11 +602,11 @@ def test_the_page_shows_the_first_alarms_with_their_photographs(run: Run) -> Non
             "audit: error: [Errno 5] Input/output error: ch",
         ),
         (OSError(errno.ENOSPC, "No space left", "audit/x"), "audit: error: no room for audit/x"),
-        # A bug, which keeps its traceback.
+        # A bug keeps its traceback.
         (ZeroDivisionError("by bug"), "ZeroDivisionError: by bug"),
     ],
 )
-def test_an_error_of_the_machine_ends_the_audit_and_is_not_booked_to_a_photograph(
+def test_an_error_of_the_machine_ends_the_audit_and_is_not_blamed_on_a_photograph(
     run: Run,
     error: Exception,
     last_line: str,
@@ -527,7 +644,7 @@ def test_an_error_of_the_machine_ends_the_audit_and_is_not_booked_to_a_photograp
         (WITH_COUNTS, "no bin could be judged (mostly: unreadable photograph: no bytes): see"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_the_inputs_is_one_line(
+def test_a_problem_with_the_inputs_is_reported_in_one_line(
     run: Run, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_photographs({"00001": b"", "00002": b"", "00003": square(1, 1)})
@@ -550,7 +667,7 @@ def test_what_is_wrong_with_the_inputs_is_one_line(
         ("validation bins", {VALIDATION: {"00004,": "04,"}}),
     ],
 )
-def test_models_that_do_not_go_together_are_refused(
+def test_models_that_cannot_be_averaged_are_refused(
     run: Run,
     models: Path,
     difference: str,
@@ -597,7 +714,7 @@ def test_a_missing_or_damaged_model_is_named(
     assert message in capsys.readouterr().err
 
 
-def test_help_waits_for_no_library() -> None:
+def test_help_does_not_import_large_libraries() -> None:
     command = [sys.executable, "-X", "importtime", "-m", "tools.audit", "--help"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
 

@@ -1,4 +1,4 @@
-"""CSV files of counts: what spreadsheets and exports write is read, and nothing is guessed."""
+"""CSV files of counts: files from spreadsheets and exports are read, and nothing is guessed."""
 
 import codecs
 from pathlib import Path
@@ -56,11 +56,11 @@ SEMICOLONS = PLAIN.replace(",", ";")
             "id;expected;Gr\u00f6\u00dfe\n00100;3;\u20ac\n100;12\n-7\n".encode("cp1252"),
             "Windows-1252, semicolon-separated",
         ),
-        # A letter that Windows-1252 has no place for.
+        # A byte that Windows-1252 does not define.
         (b"id,expected,x\n00100,3,\x81\n100,12\n-7\n", "Windows-1252"),
     ],
 )
-def test_what_spreadsheets_and_exports_write_is_read(data: str | bytes, form: str) -> None:
+def test_files_from_spreadsheets_and_exports_are_read(data: str | bytes, form: str) -> None:
     listed = parse_counts(data if isinstance(data, bytes) else data.encode())
 
     assert listed.rows == ROWS
@@ -71,7 +71,7 @@ def test_what_spreadsheets_and_exports_write_is_read(data: str | bytes, form: st
     ("text", "message"),
     [
         ("id,expected\n00100,3\n100,4\n00100,5\n", "line 4 lists the bin 00100 again"),
-        # Several rows of a bin may be its items.
+        # Several rows of a bin may list its items.
         ("id,expected\n7,1\n7,1\n", "line 3 lists the bin 7 again: keep one row for each bin"),
         ("id,expected\n7,\n7,1\n", "line 3 lists the bin 7 again"),
         ("id,expected\n7,1\n7.jpg,1\n", "line 3 lists the bin 7 again"),
@@ -123,7 +123,7 @@ def test_what_spreadsheets_and_exports_write_is_read(data: str | bytes, form: st
         (f'id,expected\n7,"{"3" * 200_000}"\n', "this is not a CSV: field larger than"),
     ],
 )
-def test_what_cannot_be_read_without_guessing_is_refused(
+def test_files_that_would_need_guessing_are_refused(
     tmp_path: Path, text: str | bytes, message: str
 ) -> None:
     path = tmp_path / "counts.csv"
@@ -137,7 +137,7 @@ def test_what_cannot_be_read_without_guessing_is_refused(
 
 
 @given(st.one_of(st.binary(), st.binary().map(lambda data: b"id,expected\n" + data)))
-def test_whatever_the_bytes_it_is_read_or_refused(data: bytes) -> None:
+def test_any_bytes_are_read_or_refused(data: bytes) -> None:
     try:
         listed = parse_counts(data)
     except CountsError:
@@ -154,12 +154,12 @@ def test_whatever_the_bytes_it_is_read_or_refused(data: bytes) -> None:
         # Only zeros are added: 00001 is not the bin 1.
         ("00001", "1", "00001=00001", 0, ""),
         ("1 a1 -1", "0a1 -01", "1=1 a1=a1 -1=-1", 0, ""),
-        # Two bins, and the file has both.
+        # Two bins, both in the file.
         ("1 00001", "1 00001", "1=1 00001=00001", 0, ""),
-        # Zeros are kept elsewhere, so 1 is the bin 1.
+        # Another id still has its zeros, so 1 is the bin 1.
         ("1 00002", "1 00001 00002", "1=1 00002=00002", 0, ""),
         ("1 01", "01 001", "1=001 01=01", 1, ""),
-        # Without any, it could be either.
+        # No id still has its zeros, so 1 could be either.
         ("1 12345", "1 00001 12345", "12345=12345", 0, "1 00001"),
         ("1 2", "01 001 00002", "2=00002", 1, "01 001"),
         ("1 01", "00001", "", 0, "00001"),
@@ -179,7 +179,7 @@ def test_ids_that_lost_their_zeros_match_the_only_photograph_that_they_can_mean(
     assert set(found.unclear) == set(unclear.split())
 
 
-def test_how_a_file_was_read_is_said_with_what_was_left_out(tmp_path: Path) -> None:
+def test_the_notes_say_how_a_file_was_read_and_what_was_left_out(tmp_path: Path) -> None:
     path = tmp_path / "counts.csv"
     path.write_bytes("ID;Expected\n1;3\n2;12,0\n3;\n20000;5\n".encode("utf-16"))
 

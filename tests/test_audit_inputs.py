@@ -1,4 +1,4 @@
-"""What audits read: counts and photographs, including hostile ones; and the table they make."""
+"""The counts and photographs that audits read, including hostile ones, and the resulting table."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,12 +12,11 @@ import pytest
 from stages.collecting.records import parse_record
 from stages.formats.shards import shard_name
 from stages.runtime.errors import UserError
-from tests.builders import bin_rows, square, write_resized, write_split
+from tests.builders import bin_rows, square, write_resized
 from tests.conftest import record_json
 from tools.audit.expected import Expected, find_expected
 from tools.audit.photographs import Photographs, open_photographs
-from tools.audit.run import count_trained_on
-from tools.audit.table import audit_table, spoken
+from tools.audit.table import audit_table, describe_labels
 
 SECRET = "AKIAIOSFODNN7EXAMPLE"  # noqa: S105 - Amazon's example
 
@@ -47,7 +46,9 @@ def test_files_whose_names_are_not_ids_are_left_out(tmp_path: Path) -> None:
     assert find_expected(records, photographs).left_out == ["a b.json"]
 
 
-def test_a_folder_in_the_bucket_layout_has_its_records_beside(tmp_path: Path) -> None:
+def test_a_folder_in_the_bucket_layout_has_its_records_beside_the_photographs(
+    tmp_path: Path,
+) -> None:
     files = {
         "bin-images/00001.jpg": b"one",
         "bin-images/00002.jpg": b"two",
@@ -70,13 +71,13 @@ def test_a_folder_in_the_bucket_layout_has_its_records_beside(tmp_path: Path) ->
     assert items == {"00001": parse_record(files["metadata/00001.json"])["items"]}
 
 
-@pytest.mark.parametrize("place", ["shards", "files", "shards/00001.parquet"])
-def test_photographs_are_read_from_any_place_on(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("source", ["shards", "files", "shards/00001.parquet"])
+def test_photographs_are_read_from_any_position_on(tmp_path: Path, source: str) -> None:
     rows = bin_rows([1, 2, 3] * 4)
     write_resized(tmp_path / "shards", rows, shard_bins=5)
     write_files(tmp_path / "files", {f"{row['id']}.jpg": row["image"] for row in rows})
 
-    photographs = open_photographs(str(tmp_path / place))
+    photographs = open_photographs(str(tmp_path / source))
 
     every = contents_of(photographs)
     assert [bin_id for bin_id, _ in every] == photographs.ids
@@ -87,7 +88,7 @@ def test_photographs_are_read_from_any_place_on(tmp_path: Path, place: str) -> N
     assert [content.id for content in photographs.pick(wanted)] == wanted
 
 
-def test_a_photograph_that_is_gone_has_a_problem(tmp_path: Path) -> None:
+def test_a_vanished_photograph_has_a_problem(tmp_path: Path) -> None:
     photographs = open_photographs(write_files(tmp_path, {"1.jpg": b"one", "2.jpg": b"two"}))
     (tmp_path / "1.jpg").unlink()
 
@@ -108,9 +109,9 @@ def write_shard(folder: Path, **columns: Any) -> str:
 def test_the_column_quantity_has_the_counts(tmp_path: Path) -> None:
     ids = pa.array(["00001", "1"], pa.large_string())
     images = pa.array([b"a", None], pa.large_binary())
-    place = write_shard(tmp_path, image=images, id=ids, quantity=pa.array([4, None], pa.uint8()))
+    source = write_shard(tmp_path, image=images, id=ids, quantity=pa.array([4, None], pa.uint8()))
 
-    photographs = open_photographs(place)
+    photographs = open_photographs(source)
 
     assert find_expected(None, photographs).counts == {"00001": 4}
     assert contents_of(photographs) == [("00001", b"a"), ("1", b"")]
@@ -142,10 +143,10 @@ def test_shards_that_cannot_be_used_are_refused(
 
 
 def test_two_files_of_one_bin_are_refused(tmp_path: Path) -> None:
-    place = write_files(tmp_path, {"100.jpg": b"x", "100.JPG": b"x", "00100.jpg": b"x"})
+    source = write_files(tmp_path, {"100.jpg": b"x", "100.JPG": b"x", "00100.jpg": b"x"})
 
     with pytest.raises(UserError, match=r"the bin 100 has two files, .*JPG and .*jpg: keep one"):
-        open_photographs(place)
+        open_photographs(source)
 
 
 def test_shards_without_counts_need_a_csv(tmp_path: Path) -> None:
@@ -184,14 +185,14 @@ def test_a_malformed_url_is_not_repeated_since_it_may_hold_a_key(
     ("labels", "text"),
     [([1, 2, 3], "1 to 3"), ([5, 0, 7], "0, 5, 7"), ([2, 1], "1 to 2"), ([3], "3 to 3")],
 )
-def test_labels_are_spoken_as_people_do(labels: Sequence[int], text: str) -> None:
-    assert spoken(labels) == text
+def test_labels_are_described_as_people_would(labels: Sequence[int], text: str) -> None:
+    assert describe_labels(labels) == text
 
 
 def test_alarms_are_below_the_threshold_and_equal_scores_in_the_order_of_their_ids() -> None:
     ids = ["b", "100", "00100", "a", *(f"c{number}" for number in range(300))]
     scored = pd.DataFrame({"id": ids, "p1": 1e-20, "p2": 1.0, "problem": ""})
-    # As suspicion, all are 1.
+    # Rounding makes every suspicion 1.
     scored.loc[3, "p1"] = 1e-21
     expected = Expected("", counts=dict.fromkeys(ids, 1))
 
@@ -201,12 +202,22 @@ def test_alarms_are_below_the_threshold_and_equal_scores_in_the_order_of_their_i
     assert table["alarm"].tolist() == ["yes"] + ["no"] * 303
 
 
-def test_bins_of_train_are_counted_with_ids_as_texts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("source", ["shards", "files"])
+def test_photographs_that_are_dropped_are_neither_listed_nor_read(
+    tmp_path: Path, source: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert count_trained_on(["00100"]) == 0
+    rows = bin_rows([1, 2, 3] * 4)
+    write_resized(tmp_path / "shards", rows, shard_bins=5)
+    write_files(tmp_path / "files", {f"{row['id']}.jpg": row["image"] for row in rows})
+    photographs = open_photographs(str(tmp_path / source))
+    identity = photographs.identity
+    kept = [row for row in rows if row["id"] in ("00001", "00003", "00012")]
 
-    write_split(Path("data/split.csv"), {"00100": "train", "7": "train", "00007": "test"})
+    photographs.drop({row["id"] for row in rows if row not in kept})
 
-    assert count_trained_on(["00100", "100", "00007", "8"]) == 1
+    assert photographs.ids == ["00001", "00003", "00012"]
+    assert photographs.identity != identity
+    contents = [(row["id"], row["image"]) for row in kept]
+    for start in range(4):
+        assert contents_of(photographs, start, size=2) == contents[start:]
+    assert [content.id for content in photographs.pick(["00003", "00012"])] == ["00003", "00012"]

@@ -17,13 +17,13 @@ from tests.browser import DESKTOP, PHONE, Browser, running_browser
 from tests.conftest import image_file, picture
 from tests.test_report import Page
 from tools.audit.expected import Expected
-from tools.audit.page import Facts, Items, make_thumbnails, percent, render_page, spoken_item
+from tools.audit.page import Facts, Items, describe_item, make_thumbnails, percent, render_page
 from tools.audit.photographs import Content
 from tools.audit.table import audit_table
 from tools.synthetic import synthetic_bins
 
 LABELS = [1, 2, 3, 4, 5]
-FACTS = Facts("s3://bins", "counts.csv", ["resnet34", "vit"], 9900, 0.05, 0.03217, 0)
+FACTS = Facts("s3://bins", "counts.csv", ["resnet34", "vit"], 9900, 0.05, 0.03217)
 
 
 def item(name: str | None, quantity: int | None = 1, asin: str = "B000") -> dict[str, Any]:
@@ -31,7 +31,7 @@ def item(name: str | None, quantity: int | None = 1, asin: str = "B000") -> dict
 
 
 def audited() -> pd.DataFrame:
-    """Three alarms, one right bin, and three that were not judged."""
+    """A table with three alarms, one correct bin, and three bins that were not judged."""
     scores: dict[str, list[float]] = {
         "00002": [0.0001, 0.0001, 0.0004, 0.0001, 0.9993],
         "00012": [0.123, 0.03, 0.6, 0.123, 0.124],
@@ -58,15 +58,16 @@ def rendered(facts: Facts = FACTS, top: int = 200, items: Items | None = None) -
     return Page(render_page(facts, audited(), LABELS, top, thumbnails, items or {}))
 
 
-def test_the_page_says_what_was_found_and_what_it_is_worth() -> None:
-    words = rendered(FACTS._replace(trained_on=1234)).words()
+def test_the_page_says_what_was_found_and_how_reliable_it_is() -> None:
+    words = rendered(FACTS._replace(trained_on=1234, left_out=1)).words()
 
     for text in (
         "3 of 4 bins flagged (75.0%).",
         "when its recorded count has a probability below 3.22%, judging by its photograph.",
         "the recorded counts of about 95% of the 9,900 validation photographs.",
         "Even if all 4 records here were correct, about 0 would be flagged.",
-        "1,234 of these bins are in the training set (data/split.csv): bins from the training set",
+        "1,234 of these bins are in the training set (data/split.csv), judging by their ids: bins",
+        "1 more bin is left out, because the models were trained on them (data/split.csv)",
         "Photographs: s3://bins. Expected counts: counts.csv.",
         "Models (averaged): resnet34, vit.",
     ):
@@ -124,7 +125,7 @@ def test_a_photograph_that_can_no_longer_be_read_leaves_its_card() -> None:
     assert page.words().count("photograph no longer available") == 3
 
 
-def test_thumbnails_are_small_upright_and_drawn_anew() -> None:
+def test_thumbnails_are_small_upright_and_encoded_again() -> None:
     turned = Image.Exif()
     turned[0x0112] = 6
     comment = b"<script>alert(1)</script>"
@@ -138,7 +139,7 @@ def test_thumbnails_are_small_upright_and_drawn_anew() -> None:
     assert b"Exif" not in thumbnail
 
 
-def test_what_was_not_judged_is_counted_by_reason() -> None:
+def test_bins_that_were_not_judged_are_counted_by_reason() -> None:
     assert rendered().rows == [
         ["Reason", "Bins", "Ids"],
         ["photograph missing", "1", "00013"],
@@ -166,19 +167,19 @@ def test_the_items_of_the_record_are_listed_shortened() -> None:
 
     assert "very ve… B00X 2 x Thing 0 2 x Thing 1 2 x Thing 2 and 5 more" in words
     assert len(words.partition("1 x ")[2].partition("…")[0]) == 69
-    assert spoken_item(item(" Tea,\n\t20 bags ", 3)) == "3 x Tea, 20 bags"
-    assert spoken_item(item("", None, "B1")) == "B1"
+    assert describe_item(item(" Tea,\n\t20 bags ", 3)) == "3 x Tea, 20 bags"
+    assert describe_item(item("", None, "B1")) == "B1"
 
 
 @pytest.mark.parametrize(
     ("share", "text"),
     [(0.0, "0%"), (1e-9, "<1%"), (0.0149, "1%"), (0.5, "50%"), (0.9949, ">99%"), (1.0, "100%")],
 )
-def test_only_what_is_exact_is_called_impossible_or_certain(share: float, text: str) -> None:
+def test_only_exact_shares_are_shown_as_0_or_100_percent(share: float, text: str) -> None:
     assert percent(share) == text
 
 
-def test_the_page_needs_nothing_but_itself_and_can_be_heard() -> None:
+def test_the_page_is_self_contained_and_accessible() -> None:
     page = rendered(items={"00002": [item("Tea")]})
 
     tags = {tag for tag, _ in page.tags}
@@ -217,7 +218,7 @@ def test_a_browser_shows_the_page_without_a_network(
     assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
     charts = "[...document.querySelectorAll('svg')].map(svg => svg.getBoundingClientRect())"
     assert page.evaluate(f"{charts}.every(box => box.width > 200 && box.height > 40)")
-    # The ratio of WCAG 2, which wants 4.5, against the darkest ground, that of a missing picture.
+    # WCAG 2 requires a contrast of 4.5; the darkest background is that of a missing picture.
     ratios = page.evaluate(
         """[...document.body.querySelectorAll("*")].filter(element => element.tagName != "rect")
         .map(element => getComputedStyle(element))

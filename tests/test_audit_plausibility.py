@@ -1,4 +1,4 @@
-"""Audits that flag nearly everything say what that means, and only those do."""
+"""The warning of audits that flag nearly everything, and of no others."""
 
 import pandas as pd
 import pytest
@@ -13,7 +13,7 @@ def counts(mixture: dict[int, int]) -> list[int]:
 
 
 def table(seen: dict[int, int], expected: dict[int, int], alarms: int) -> pd.DataFrame:
-    """That of an audit, with a bin that could not be judged at its end."""
+    """The table of an audit, whose last bin could not be judged."""
     rows = pd.DataFrame({"seen": counts(seen), "expected": counts(expected)}, dtype="Int64")
     rows["alarm"] = ["yes"] * alarms + ["no"] * (len(rows) - alarms)
     rows.loc[len(rows)] = [None, 3, ""]
@@ -33,7 +33,7 @@ VALIDATION = pd.DataFrame({"actual": counts(EVEN), "predicted": counts({1: 42, 2
         # Too few to know.
         (2, 2, 0.05, False),
         (3, 8, 0.05, False),
-        # As many as are allowed, or as wrong records explain.
+        # No more than are allowed, or than wrong records explain.
         (5, 100, 0.05, False),
         (15, 100, 0.05, False),
         (1400, 10_000, 0.05, False),
@@ -42,7 +42,7 @@ VALIDATION = pd.DataFrame({"actual": counts(EVEN), "predicted": counts({1: 42, 2
         (0, 50, 0.0, False),
     ],
 )
-def test_many_alarms_are_more_than_chance_and_wrong_records_explain(
+def test_alarms_are_too_many_if_chance_and_wrong_records_cannot_explain_them(
     alarms: int, judged: int, false_alarm: float, many: bool
 ) -> None:
     assert too_many(alarms, judged, false_alarm) is many
@@ -51,15 +51,15 @@ def test_many_alarms_are_more_than_chance_and_wrong_records_explain(
 @pytest.mark.parametrize(
     ("seen", "expected", "likelier"),
     [
-        # The models see what they see in validation, whatever the records say.
+        # The models see the same counts as in validation, whatever the records say.
         (EVEN, EVEN, RECORDS),
         (EVEN, {1: 10, 2: 10, 3: 100}, RECORDS),
         ({1: 44, 2: 32, 3: 44}, EVEN, RECORDS),
-        # They see one count nearly everywhere, or one never.
+        # The models see one count nearly everywhere, or never see one.
         ({1: 5, 2: 110, 3: 5}, EVEN, PHOTOGRAPHS),
         ({1: 60, 3: 60}, EVEN, PHOTOGRAPHS),
         ({2: 30}, {1: 10, 2: 10, 3: 10}, PHOTOGRAPHS),
-        # There are more bins of one count, and their records say so.
+        # One count is more frequent, also in the records.
         ({1: 100, 2: 10, 3: 10}, {1: 100, 2: 10, 3: 10}, ""),
         ({3: 120}, {3: 120}, ""),
         # Too few to tell.
@@ -77,5 +77,5 @@ def test_the_warning_says_which_reason_is_likelier(
     assert warning == EITHER + likelier + ADVICE
 
 
-def test_alarms_that_say_something_are_without_warning() -> None:
+def test_plausible_alarms_have_no_warning() -> None:
     assert warn(table({2: 120}, EVEN, 12), 0.05, VALIDATION) == ""

@@ -1,4 +1,4 @@
-"""Changes of images, against torchvision's."""
+"""Augmentation of images, compared with torchvision."""
 
 import torch
 from torch import Tensor

@@ -32,13 +32,13 @@ DENIED = b"""<?xml version="1.0" encoding="UTF-8"?>
 
 @pytest.fixture
 def short_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the half minute in which a server may come back."""
+    """Do not wait half a minute for a server to come back."""
     monkeypatch.setattr(reading, "DEADLINE", 0.5)
 
 
 @pytest.fixture
 def denying_server() -> Iterator[str]:
-    """A server that answers every request as S3 does where there is no access."""
+    """A server that denies every request, as S3 does without access."""
 
     class Denial(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -85,7 +85,7 @@ def test_listings_around_one_page_are_complete(s3: S3, count: int) -> None:
 def test_a_listing_in_ranges_has_every_key_once(make_bucket: MakeBucket) -> None:
     ids = [f"{number:05d}" for number in range(1, 1100)]
     ids += [str(number) for number in range(1, 200)]
-    # More than a page between two cuts, and the cuts themselves.
+    # More than a page of keys between two cuts, and the cuts themselves.
     ids += [str(number) for number in range(100_000, 101_050)]
     ids += ["535234", "99999", "9999999", "00", "abc", "-1", "~"]
     keys = {f"metadata/{bin_id}.json" for bin_id in ids} | {"metadata/10", "metadata/53"}
@@ -101,7 +101,7 @@ def test_a_listing_has_sizes_and_in_s3_the_md5(make_bucket: MakeBucket) -> None:
     assert row == {"key": KEY, "size": len(CONTENT), "etag": etag}
 
 
-def test_the_stamp_tells_that_an_object_changed(make_bucket: MakeBucket) -> None:
+def test_a_changed_object_has_another_stamp(make_bucket: MakeBucket) -> None:
     source = make_bucket({KEY: CONTENT})
     stamps = {listed(source, "metadata/")[0]["stamp"] for _ in range(2)}
     obstore.put(open_bucket(source), KEY, CONTENT.replace(b"3", b"4"))
@@ -156,7 +156,7 @@ def test_an_object_that_changed_is_an_object_error(s3: S3) -> None:
 
 
 class Answer:
-    """What obstore.get_async gives."""
+    """An answer of obstore.get_async."""
 
     def __init__(self, data: bytes, etag: str) -> None:
         self.data, self.meta = data, {"e_tag": f'"{etag}"', "size": len(data)}
@@ -166,7 +166,7 @@ class Answer:
 
 
 def answer(monkeypatch: pytest.MonkeyPatch, contents: Iterable[bytes], etag: str) -> None:
-    """Have obstore give these, one after another."""
+    """Let obstore return these contents, one after another."""
     remaining = iter(contents)
 
     async def get_async(*_: object) -> Answer:
@@ -175,7 +175,7 @@ def answer(monkeypatch: pytest.MonkeyPatch, contents: Iterable[bytes], etag: str
     monkeypatch.setattr(obstore, "get_async", get_async)
 
 
-def test_a_retry_is_counted_though_another_shard_ends_meanwhile(
+def test_a_retry_is_counted_even_if_another_shard_ends_meanwhile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reader = Reader(S3Store("bins"))
@@ -194,10 +194,10 @@ def test_a_retry_is_counted_though_another_shard_ends_meanwhile(
 
 
 @pytest.mark.parametrize("damaged", [CONTENT[:-1], CONTENT.replace(b"3", b"4")])
-def test_content_that_is_damaged_on_the_way_is_read_once_more(
+def test_content_damaged_on_the_way_is_read_once_more(
     monkeypatch: pytest.MonkeyPatch, damaged: bytes
 ) -> None:
-    # No server of ours damages what it sends.
+    # Our server cannot be made to damage its answers.
     answer(monkeypatch, [damaged, CONTENT], MD5)
     assert read(S3Store("bins"), KEY, len(CONTENT), MD5) == CONTENT
 
@@ -208,8 +208,8 @@ def test_content_that_stays_damaged_is_an_object_error(monkeypatch: pytest.Monke
         read(S3Store("bins"), KEY, len(CONTENT), MD5)
 
 
-def test_an_etag_that_is_no_md5_is_only_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Of an upload in parts.
+def test_an_etag_that_is_not_an_md5_is_only_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The etag of an upload in parts.
     etag = f"{MD5}-2"
     answer(monkeypatch, [CONTENT], etag)
     assert read(S3Store("bins"), KEY, len(CONTENT), etag) == CONTENT
@@ -249,16 +249,14 @@ def test_a_bucket_that_refuses_credentials_names_them(
 
 
 @pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy"])
-def test_these_clients_reach_loopback_past_a_proxy_of_the_users(
+def test_clients_reach_loopback_without_the_users_proxy(
     monkeypatch: pytest.MonkeyPatch, s3: S3, name: str
 ) -> None:
     monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
     assert [row["key"] for row in listed(s3.make_bucket({KEY: CONTENT}), "metadata/")] == [KEY]
 
 
-def test_an_endpoint_of_the_environment_is_not_followed(
-    monkeypatch: pytest.MonkeyPatch, s3: S3
-) -> None:
+def test_an_endpoint_in_the_environment_is_ignored(monkeypatch: pytest.MonkeyPatch, s3: S3) -> None:
     source = s3.make_bucket({KEY: CONTENT})
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     assert [row["key"] for row in listed(source, "metadata/")] == [KEY]

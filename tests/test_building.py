@@ -27,18 +27,18 @@ NO_LIMIT = RejectLimit("fetch.max_rejects", 1.0)
 
 
 class StopError(Exception):
-    """What breaks the work in these tests."""
+    """Raised to interrupt the work."""
 
 
 def shards_of(total: int, size: int) -> list[Shard]:
     numbers = [range(start, min(start + size, total)) for start in range(0, total, size)]
-    return [Shard(shard_name(place), len(some), some) for place, some in enumerate(numbers)]
+    return [Shard(shard_name(position), len(some), some) for position, some in enumerate(numbers)]
 
 
 def build(
     folder: Path, shards: list[Shard], work: Work, limit: RejectLimit = NO_LIMIT
 ) -> tuple[list[list[str]], list[Reject]]:
-    """The ids in each shard, and the rejects."""
+    """Build the shards. Returns the ids in each, and the rejects."""
 
     async def make(shard: Shard, advance: Callable[[int], object]) -> BuiltShard:
         results = [work(number) for number in shard.source]
@@ -83,7 +83,7 @@ def test_a_shard_of_rejects_alone_is_empty(tmp_path: Path) -> None:
     assert len(rejects) == 4
 
 
-def test_finished_shards_are_not_made_again(tmp_path: Path) -> None:
+def test_finished_shards_are_not_built_again(tmp_path: Path) -> None:
     with pytest.raises(StopError):
         build(tmp_path, shards_of(12, 3), partial(fail_at, 7))
     worked: list[int] = []
@@ -93,13 +93,13 @@ def test_finished_shards_are_not_made_again(tmp_path: Path) -> None:
         return reject_multiples(3, number)
 
     ids, rejects = build(tmp_path, shards_of(12, 3), work)
-    # The shard after the one that failed may have been under way.
+    # The shard after the failed one may already have been started.
     assert sorted(worked) in (list(range(6, 9)), list(range(6, 12)))
     assert ids == [["1", "2"], ["4", "5"], ["7", "8"], ["10", "11"]]
     assert [reject.id for reject in rejects] == ["0", "3", "6", "9"]
 
 
-def test_a_half_written_shard_is_made_again(tmp_path: Path) -> None:
+def test_a_half_written_shard_is_built_again(tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / f".{shard_name(0)}.partial").write_bytes(b"PAR1 half")
     ids, _ = build(tmp_path, shards_of(2, 2), keep)
@@ -149,7 +149,7 @@ def test_after_too_many_rejects_only_their_shards_are_tried_again(tmp_path: Path
         (1.0, 100, False),
     ],
 )
-def test_as_many_rejects_as_the_limit_says_are_allowed(
+def test_rejects_up_to_the_limit_are_allowed(
     tmp_path: Path, share: float, rejected: int, stops: bool
 ) -> None:
     def work(number: int) -> Row | Reject:
@@ -167,7 +167,7 @@ def test_a_stricter_limit_holds_for_finished_shards_too(tmp_path: Path) -> None:
 
 
 def sizes_table(sizes: list[int]) -> pa.Table:
-    return pa.table({"id": [str(place) for place in range(len(sizes))], "size": sizes})
+    return pa.table({"id": [str(position) for position in range(len(sizes))], "size": sizes})
 
 
 def test_a_shard_ends_before_its_photographs_are_too_many_for_memory(
@@ -178,10 +178,10 @@ def test_a_shard_ends_before_its_photographs_are_too_many_for_memory(
     held = [shard.source["size"].to_pylist() for shard in shards]
     assert held == [[10, 90], [10], [500], [10, 10, 10], [10]]
     assert [shard.rows for shard in shards] == [2, 1, 1, 3, 1]
-    assert [shard.name for shard in shards] == [shard_name(place) for place in range(5)]
+    assert [shard.name for shard in shards] == [shard_name(position) for position in range(5)]
 
 
-def test_without_sizes_a_shard_has_the_rows_it_should() -> None:
+def test_without_sizes_a_shard_has_the_wanted_rows() -> None:
     shards = plan_shards(sizes_table([10**12] * 5), 2)
     assert [shard.rows for shard in shards] == [2, 2, 1]
     assert plan_shards(sizes_table([]), 2) == []

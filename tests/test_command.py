@@ -34,7 +34,7 @@ def on_a_full_disk(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def end_of(
     monkeypatch: pytest.MonkeyPatch, main: Callable[..., str], *words: str, **arguments: str
 ) -> Any:
-    """What run_stage leaves the process with when `words` follow the command."""
+    """The exit code or message of run_stage with these command-line arguments."""
     monkeypatch.setattr(sys, "argv", ["stage", *words])
     with pytest.raises(SystemExit) as caught:
         run_stage("fetch", main, **arguments)
@@ -80,7 +80,7 @@ def system(number: int, file: str | None = None) -> OSError:
         (MemoryError("Unable to allocate 4. TiB"), "4. TiB: free some memory, or use a machine"),
         (MemoryError(), "Cannot allocate memory: free some memory, or use a machine with more"),
         (system(errno.ENOTDIR, "data/a"), "'data/a': check this file and its folder, and run"),
-        # A full disk, whoever says so: the system, pyarrow, safetensors, a library that wraps it.
+        # A full disk, as reported by the system, pyarrow, safetensors, or a library that wraps it.
         (system(errno.ENOSPC, "data/a/b"), f"no room for data/a/b: the disk of {{here}} {FULL}"),
         (system(errno.EDQUOT, "data/a/b"), f"no room for data/a/b: the disk of {{here}} {FULL}"),
         (OSError(errno.ENOSPC, "Error writing bytes"), "no room for more: the disk of {here}"),
@@ -88,7 +88,7 @@ def system(number: int, file: str | None = None) -> OSError:
         (RuntimeError("write failed"), f"no room for model.pt: the disk of {{here}} {FULL}"),
     ],
 )
-def test_what_the_user_or_the_machine_can_fix_is_one_line(
+def test_an_error_that_a_user_can_fix_is_one_line(
     monkeypatch: pytest.MonkeyPatch, workspace: Path, error: Exception, line: str
 ) -> None:
     cause = system(errno.ENOSPC, "model.pt") if isinstance(error, RuntimeError) else None
@@ -116,7 +116,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, error: Excep
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "expected"),
     [
         (KeyboardInterrupt(), 130, "fetch: interrupted\n"),
         (
@@ -131,10 +131,10 @@ def test_a_signal_ends_with_its_own_code(
     capsys: pytest.CaptureFixture[str],
     error: BaseException,
     code: int,
-    said: str,
+    expected: str,
 ) -> None:
     assert end_of(monkeypatch, raising(error)) == code
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == expected
 
 
 @pytest.mark.parametrize("words", [[], ["vit", "resnet34"], ["--fast", "vit"]])
@@ -210,7 +210,7 @@ def test_only_the_cores_given_to_the_process_are_usable() -> None:
         (system(errno.EIO, "model"), errno.EIO),
         (system(errno.ENOSPC, "model"), errno.ENOSPC),
         (MemoryError(), errno.ENOMEM),
-        # As torch, pyarrow and safetensors say it.
+        # The wording of torch, pyarrow and safetensors.
         (RuntimeError("unable to open file <m>: Too many open files (24)"), errno.EMFILE),
         (RuntimeError("Error code 12 (Cannot allocate memory)"), errno.ENOMEM),
         (pa.ArrowMemoryError("malloc of size 64 failed"), errno.ENOMEM),
@@ -221,7 +221,7 @@ def test_only_the_cores_given_to_the_process_are_usable() -> None:
     ],
     ids=repr,
 )
-def test_an_error_of_the_machine_is_told_from_one_of_its_input(
+def test_an_error_of_the_machine_is_distinguished_from_one_of_the_input(
     error: Exception, number: int | None
 ) -> None:
     wrapped = ValueError("cannot be loaded")

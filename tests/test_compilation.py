@@ -1,4 +1,4 @@
-"""torch.compile where a machine cannot do it: one line, and training continues where it may."""
+"""torch.compile on a machine that cannot compile: one line, and training continues if it may."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ def failing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("error", FAILURES, ids=repr)
-def test_auto_trains_without_and_says_why(
+def test_auto_trains_without_compiling_and_says_why(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing(error, monkeypatch)
@@ -58,7 +58,7 @@ def test_true_stops_with_one_line_that_says_what_to_install(
 
 
 @pytest.mark.parametrize(("device", "wanted"), [(GPU, False), (CPU, False), (CPU, "auto")])
-def test_nothing_is_tried_where_compiling_is_not_wanted(
+def test_nothing_is_compiled_unless_wanted(
     device: torch.device, wanted: bool | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing(AssertionError("tried"), monkeypatch)
@@ -67,7 +67,7 @@ def test_nothing_is_tried_where_compiling_is_not_wanted(
 
 
 @pytest.mark.slow
-def test_a_machine_without_a_compiler_is_told_so_by_torch_itself() -> None:
+def test_torch_itself_reports_a_missing_compiler() -> None:
     code = """
 import torch
 from stages.training.compilation import compiling_problem

@@ -1,4 +1,4 @@
-"""The demo's parts around the pipeline, which test_pipeline.py runs."""
+"""The demo's parts except for the pipeline, which test_pipeline.py runs."""
 
 import shutil
 import subprocess
@@ -20,7 +20,7 @@ from tools.s3 import CLIENT_ENVIRONMENT, answers, free_port
 
 @pytest.fixture
 def small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The demo in a folder of its own, with a few bins."""
+    """The demo in a temporary folder, with few bins."""
     folder = tmp_path / "demo"
     monkeypatch.setattr(demo, "ROOT", tmp_path)
     monkeypatch.setattr(demo, "DEMO", folder)
@@ -32,7 +32,7 @@ def small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_the_server_goes_on_until_it_is_cleaned_up(small_demo: Path) -> None:
+def test_the_server_runs_until_it_is_cleaned_up(small_demo: Path) -> None:
     endpoint = demo.serve_buckets()
     port = urlsplit(endpoint).port or 0
     try:
@@ -49,7 +49,7 @@ def test_make_demo_clean_stops_the_server_without_the_environment(small_demo: Pa
     server = psutil.Process(int(demo.PID.read_text()))
     shutil.copy(REPOSITORY / "Makefile", small_demo.parent)
     try:
-        for _ in range(2):  # the second time there is nothing to do
+        for _ in range(2):  # the second run finds nothing to do
             subprocess.run(["make", "demo-clean"], cwd=small_demo.parent, check=True)
             assert not small_demo.exists()
         server.wait(10)
@@ -58,7 +58,7 @@ def test_make_demo_clean_stops_the_server_without_the_environment(small_demo: Pa
             server.kill()
 
 
-def test_make_demo_clean_leaves_another_process_with_the_servers_number(tmp_path: Path) -> None:
+def test_make_demo_clean_spares_another_process_with_the_servers_number(tmp_path: Path) -> None:
     other = subprocess.Popen(["sleep", "60"])
     try:
         (tmp_path / "demo").mkdir()
@@ -73,10 +73,10 @@ def test_make_demo_clean_leaves_another_process_with_the_servers_number(tmp_path
 
 
 @pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy"])
-def test_a_proxy_of_the_users_is_not_asked_for_loopback(
+def test_the_users_proxy_is_not_used_for_loopback(
     small_demo: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    # A proxy that does not answer, and a list of the user's own that does not name loopback.
+    # A proxy that does not answer, and the user's list of exceptions, which lacks loopback.
     users = {name: f"http://127.0.0.1:{free_port()}"}
     users |= {"NO_PROXY": "example.org", "no_proxy": "example.org"}
     for key, value in (users | CLIENT_ENVIRONMENT).items():

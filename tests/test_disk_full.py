@@ -1,4 +1,4 @@
-"""Stages on a disk that is too small, and then on one with room: one line, and nothing is lost."""
+"""Stages on a disk that is too small, and then on a larger one: one line, and nothing is lost."""
 
 import os
 import re
@@ -21,8 +21,8 @@ from tools.s3 import serving
 pytestmark = pytest.mark.slow
 PLENTY = 2**29
 NO_ROOM = r"no room for (?P<what>.+): the disk of /\S+ has [\d.]+ \w+ free; free .+, and run again"
-#: What runs in this order, and the exit codes of its errors and of its end: with the counts of
-#: other bins, the audit has alarms.
+#: The commands in their order, with the exit codes for errors and for success. The audit succeeds
+#: with alarms.
 COMMANDS: Mapping[str, tuple[int, int]] = {
     **dict.fromkeys(["stages.index", "stages.subset", "stages.fetch"], (1, 0)),
     **dict.fromkeys(["stages.resize", "stages.split", "stages.pretrained vit"], (1, 0)),
@@ -38,10 +38,10 @@ class Disk:
     folder: Path
 
     def leave(self, room: int) -> None:
-        """Resize it so that so many bytes are free, in pages."""
+        """Resize the disk so that about `room` bytes are free."""
         code = 1
         while code:
-            # While a process writes there, what is used may have become more.
+            # A process that writes there may meanwhile have used more.
             status = os.statvfs(self.folder)
             used = (status.f_blocks - status.f_bfree) * status.f_frsize
             code = mount(
@@ -82,7 +82,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Modules:
 def undisturbed(
     python: Modules, proxy: FaultProxy, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A folder in which all have run, with as much room as they want."""
+    """A folder in which all commands have run with enough room."""
     folder = tmp_path_factory.mktemp("undisturbed")
     yaml.dump(changed_params(KNOBS | {"bucket.endpoint": proxy.url}), folder / "params.yaml")
     for command, (_, ends) in COMMANDS.items():
@@ -93,7 +93,7 @@ def undisturbed(
 
 
 def copy_inputs(undisturbed: Path, disk: Disk, command: str) -> tuple[Path, int]:
-    """The undisturbed folder on the disk, without the command's outputs; the bytes of these."""
+    """Copy the folder to the disk without the command's outputs. Also returns their size."""
     folder = disk.folder / "workspace"
     shutil.copytree(undisturbed, folder)
     module, _, argument = command.partition(" ")
@@ -110,7 +110,7 @@ def size_of(folder: Path) -> int:
 
 
 def outputs(folder: Path) -> dict[str, bytes]:
-    """Without what waits in .cache for the next run."""
+    """All files, without those in .cache for the next run."""
     files = written(folder)
     return {path: data for path, data in files.items() if not path.startswith(".cache/")}
 
@@ -118,20 +118,20 @@ def outputs(folder: Path) -> dict[str, bytes]:
 def check_failure(
     ended: tuple[int, str], command: str, folder: Path, whole: dict[str, bytes]
 ) -> str:
-    """It ended as on a full disk; what there was no room for."""
+    """Check that the command reported a full disk. Returns what there was no room for."""
     code, printed = ended
     assert code == COMMANDS[command][0], printed
     name = "audit" if "audit" in command else command.removeprefix("stages.")
-    said = re.fullmatch(f"{name}: error: {NO_ROOM}", printed.splitlines()[-1])
-    assert said, printed
+    match = re.fullmatch(f"{name}: error: {NO_ROOM}", printed.splitlines()[-1])
+    assert match, printed
     assert "Traceback" not in printed
-    # What there is, is whole, and nothing lies beside it.
+    # All outputs that exist are complete, and there are no other files.
     assert outputs(folder).items() <= whole.items()
-    return said["what"]
+    return match["what"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_full_disk_is_one_line_and_the_next_run_ends_with_the_same_bytes(
+def test_a_full_disk_is_reported_in_one_line_and_the_next_run_ends_with_the_same_bytes(
     python: Modules, undisturbed: Path, disk: Disk, command: str
 ) -> None:
     folder, needed = copy_inputs(undisturbed, disk, command)
@@ -155,7 +155,7 @@ def test_fetch_asks_for_room_first_and_reads_no_photograph_twice(
     assert what.startswith("the photographs to fetch (about ")
     assert not proxy.take_requests()
 
-    # For the photographs, but not for what Parquet and pages add.
+    # Room for the photographs, but not for the overhead of Parquet and of disk pages.
     disk.leave(needed)
     what = check_failure(python.run(folder, "stages.fetch"), "stages.fetch", folder, whole)
     assert what.endswith(".parquet")
@@ -170,7 +170,7 @@ def test_fetch_asks_for_room_first_and_reads_no_photograph_twice(
     assert differences(whole, outputs(folder)) == []
 
 
-def test_a_training_whose_checkpoint_finds_no_room_continues_from_the_one_before(
+def test_a_training_without_room_for_a_checkpoint_continues_from_the_previous_one(
     python: Modules, undisturbed: Path, disk: Disk
 ) -> None:
     folder, _ = copy_inputs(undisturbed, disk, "stages.train vit")
@@ -189,7 +189,7 @@ def test_a_training_whose_checkpoint_finds_no_room_continues_from_the_one_before
     assert differences(whole, outputs(folder)) == []
 
 
-def test_dvc_whose_cache_finds_no_room_continues_without_fetching_again(
+def test_dvc_without_room_for_its_cache_continues_without_fetching_again(
     project: Project, disk: Disk, tmp_path: Path
 ) -> None:
     clone = project.copy(tmp_path / "clone")

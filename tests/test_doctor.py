@@ -1,4 +1,4 @@
-"""What doctor says of a machine and a repository in which one thing after another is broken."""
+"""The doctor's findings about a machine and a repository with one fault after another."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ Said = Callable[[str], str]
 
 @pytest.fixture(autouse=True)
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current directory: a clone with everything committed, on a machine without settings."""
+    """The current directory: a clone with everything committed, without user settings."""
     folder = tmp_path / "repository"
     for name in (".dvc/config", ".dvc/.gitignore", ".gitignore", "params.yaml", "requirements.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def git(*command: str) -> None:
 
 @pytest.fixture
 def said(capsys: pytest.CaptureFixture[str]) -> Said:
-    """What is printed of one check, in one line."""
+    """Runs one check, and returns its output in one line."""
 
     def say(name: str) -> str:
         doctor.is_problem(name, (doctor.FIRST_CHECKS | doctor.CHECKS)[name])
@@ -72,7 +72,7 @@ def set_remote(**settings: str) -> None:
     Path(".dvc/config.local").write_text("\n".join(lines) + "\n")
 
 
-def test_an_old_python(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_python_is_a_problem(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
     assert said("Python").startswith("ok Python 3.")
     monkeypatch.setattr(sys, "version_info", (3, 9, 1))
     assert said("Python").startswith("problem Python 3.9.1; 3.11 or newer is needed -> make setup")
@@ -87,12 +87,12 @@ def test_an_old_python(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
         ("no-such-package==1.0\n", "problem packages 1 are missing: no-such-package -> make setup"),
     ],
 )
-def test_packages_are_missing_or_others(said: Said, lock: str, expected: str) -> None:
+def test_missing_and_different_packages_are_named(said: Said, lock: str, expected: str) -> None:
     Path("requirements.txt").write_text(f"pytest=={pytest.__version__}\n{lock}")
     assert said("packages").startswith(expected)
 
 
-def test_a_user_without_a_name(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_name_is_a_problem(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(_number: int) -> None:
         raise KeyError("getpwuid(): uid not found")
 
@@ -105,7 +105,9 @@ def test_a_user_without_a_name(said: Said, monkeypatch: pytest.MonkeyPatch) -> N
     assert said("user") == "ok user somebody"
 
 
-def test_the_state_of_git(said: Said, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_problem_with_git_has_a_fix(
+    said: Said, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert said("git").startswith("ok git")
     Path("stages").mkdir()
     Path("stages/new.py").touch()
@@ -121,7 +123,7 @@ def test_the_state_of_git(said: Said, repository: Path, monkeypatch: pytest.Monk
     assert said("git").startswith("problem git git is not installed")
 
 
-def test_params_that_are_not_valid(said: Said) -> None:
+def test_invalid_params_are_named(said: Said) -> None:
     assert said("params.yaml").startswith("ok")
     write_params({"resize.fit": "crop"})
     assert "resize.fit" in said("params.yaml")
@@ -132,7 +134,9 @@ class Gpu(NamedTuple):
     total_memory: int = 150_000_000_000
 
 
-def test_gpus(said: Said, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_gpus_are_listed_or_a_driver_is_recommended(
+    said: Said, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert said("GPU").startswith("warning GPU none")
@@ -147,7 +151,7 @@ def test_gpus(said: Said, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 
 class FakeS3(BaseHTTPRequestHandler):
-    """S3 with the objects that Amazon's console makes for folders, which takes no object."""
+    """A read-only S3 server with the empty objects that Amazon's console makes for folders."""
 
     def do_GET(self) -> None:
         keys = {"metadata/": 0, "metadata/1.json": 2, "bin-images/": 0, "bin-images/1.jpg": 1}
@@ -188,14 +192,16 @@ def fake_s3() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An S3 server with the bucket storage, which wants KEYS."""
+    """An S3 server with the bucket storage, which requires KEYS."""
     buckets = tmp_path_factory.mktemp("guarded") / "s3"
     (buckets / "storage").mkdir(parents=True)
     with serving(buckets, "--auth-key", ",".join(KEYS.values())) as url:
         yield url
 
 
-def test_a_bucket_of_photographs(said: Said, s3: S3, tmp_path: Path, fake_s3: str) -> None:
+def test_a_bucket_of_photographs_can_be_read(
+    said: Said, s3: S3, tmp_path: Path, fake_s3: str
+) -> None:
     bucket = s3.make_bucket(PHOTOGRAPHS)
     with_markers = bucket.model_copy(update={"endpoint": fake_s3})
     for one in (bucket, with_markers, folder_bucket(tmp_path / "bucket", PHOTOGRAPHS)):
@@ -204,7 +210,7 @@ def test_a_bucket_of_photographs(said: Said, s3: S3, tmp_path: Path, fake_s3: st
         assert said("bucket") == expected
 
 
-def test_a_bucket_that_cannot_be_used(said: Said, s3: S3) -> None:
+def test_a_bucket_that_cannot_be_used_is_a_problem(said: Said, s3: S3) -> None:
     bucket = s3.make_bucket({"metadata/00001.json": b"{}"})
     for change, expected in (
         ({}, "has nothing in bin-images/ -> set bucket.url"),
@@ -228,13 +234,15 @@ def test_a_remote_takes_an_object_and_keeps_nothing(said: Said, s3: S3, tmp_path
     assert not [path for path in (tmp_path / "remote").rglob("*") if path.is_file()]
 
 
-def test_a_remote_that_is_not_set(said: Said) -> None:
+def test_a_remote_that_is_not_set_comes_with_the_command_for_it(said: Said) -> None:
     assert "-> dvc remote modify --local storage url s3://" in said("DVC remote")
     Path(".dvc/config").write_text("")
     assert "-> dvc remote add" in said("DVC remote")
 
 
-def test_a_remote_that_cannot_be_used(said: Said, s3: S3, guarded: str, fake_s3: str) -> None:
+def test_a_remote_that_cannot_be_used_is_named_without_secrets(
+    said: Said, s3: S3, guarded: str, fake_s3: str
+) -> None:
     nowhere = f"http://127.0.0.1:{free_port()}"
     with_user = s3.url.replace("//", "//somebody:secret-of-mine@")
     for url, endpoint, keys, expected in (
@@ -253,19 +261,19 @@ def test_a_remote_that_cannot_be_used(said: Said, s3: S3, guarded: str, fake_s3:
         assert not [value for value in [*KEYS.values(), "wrong"] if value in text]
 
 
-def test_links_and_copies(said: Said) -> None:
+def test_links_are_fine_and_copies_are_a_warning(said: Said) -> None:
     assert said("DVC cache").startswith("ok DVC cache hardlinks")
     Path(".dvc/config.local").write_text("[cache]\ntype = copy\n")
     assert said("DVC cache").startswith("warning DVC cache copies, so data takes its space twice")
 
 
-def test_a_cache_of_another_user(
+def test_a_cache_of_another_user_is_a_problem(
     said: Said, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_arguments: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", f"{repository}/.dvc/cache/a/b")
 
-    # As root, who runs the tests of the CI, nothing is refused.
+    # Root, as which the CI runs the tests, is never refused.
     monkeypatch.setattr("dvc_objects.fs.generic.test_links", refuse)
     owner, user = repository.owner(), os.getuid()
     folder = f"{repository}/.dvc"
@@ -273,11 +281,13 @@ def test_a_cache_of_another_user(
     assert f"-> sudo chown -R {user} {folder}" in said("DVC cache")
 
 
-def test_the_disk(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_free_space_is_compared_with_the_params(
+    said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_params({"subset.bins": 100_000, **ONE_EACH, "resize.size": 112})
     usage = shutil.disk_usage(".")._replace(free=8_500_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _folder: usage)
-    # 60 kB and twice a quarter of 12 kB each, and 2 GB.
+    # 60 kB and twice a quarter of 12 kB per photograph, and 2 GB.
     assert said("disk").startswith("problem disk 8.5 GB free, 8.6 GB needed -> free some")
     Path("data").mkdir()
     with Path("data/raw").open("wb") as file:
@@ -285,7 +295,7 @@ def test_the_disk(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
     assert said("disk") == "ok disk 8.5 GB free, 0.6 GB needed"
 
 
-def test_unfinished_work(said: Said) -> None:
+def test_unfinished_work_is_listed(said: Said) -> None:
     assert said("unfinished") == "ok unfinished none"
     Path(".cache/fetch-1234").mkdir(parents=True)
     with Path(".cache/fetch-1234/00000.parquet").open("wb") as file:
@@ -308,7 +318,7 @@ def run_doctor(*options: str) -> tuple[int, list[str]]:
 
 
 @pytest.mark.slow
-def test_all_of_it(s3: S3) -> None:
+def test_the_exit_code_says_whether_there_are_problems(s3: S3) -> None:
     write_params(bucket_params(s3.make_bucket(PHOTOGRAPHS)) | FEW_BINS)
     set_remote(url=s3.make_bucket({"a": b"b"}).url, endpointurl=s3.url, **KEYS)
     code, lines = run_doctor()
@@ -320,7 +330,7 @@ def test_all_of_it(s3: S3) -> None:
     assert (code, lines[-1]) == (1, "2 problems"), lines
 
 
-def test_a_python_without_packages() -> None:
+def test_a_python_without_packages_is_told_to_install_them() -> None:
     code, lines = run_doctor("-S")
     assert code == 1
     assert lines[1].startswith("problem  packages     not checked, since packaging is not")

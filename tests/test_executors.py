@@ -1,4 +1,4 @@
-"""Fetch and resize on a real Ray cluster of this machine, with two worker processes."""
+"""Fetch and resize on a real Ray cluster on this machine, with two worker processes."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ RAY = Path(sys.executable).with_name("ray")
 
 @contextmanager
 def ray_cluster(folder: Path, cores: int) -> Iterator[str]:
-    """A cluster with so many worker processes; its address. Its files are in `folder`."""
+    """Run a cluster with `cores` worker processes and its files in `folder`. Yields its address."""
     port = free_port()
     address = f"127.0.0.1:{port}"
     command = [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
@@ -47,14 +47,14 @@ def ray_cluster(folder: Path, cores: int) -> Iterator[str]:
                 break
         yield address
     finally:
-        # It ends the processes that it started.
+        # Ray then ends the processes that it started.
         head.terminate()
         head.communicate(timeout=60)
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    # Not pytest's folder: Ray's sockets lie in it, and their paths may have 107 characters.
+    # Not pytest's folder: the paths of Ray's sockets may have only 107 characters.
     with (
         TemporaryDirectory(prefix="ray-") as folder,
         ray_cluster(Path(folder), cores=2) as address,
@@ -78,7 +78,7 @@ def run_stages(source: params.Bucket, name: str) -> list[str]:
 
 
 @pytest.mark.usefixtures("workspace", "cluster")
-def test_a_cluster_makes_the_bytes_that_this_process_makes(
+def test_a_cluster_writes_the_same_bytes_as_this_process(
     s3: S3, synthetic: list[SyntheticBin]
 ) -> None:
     source = s3.make_bucket(objects_of(synthetic))
@@ -90,13 +90,13 @@ def test_a_cluster_makes_the_bytes_that_this_process_makes(
         behind = source.model_copy(update={"endpoint": proxy.url})
         fetched, resized = run_stages(behind, "ray")
     assert outputs() == here
-    # What the workers tried again is counted here.
+    # Retries of the workers are counted in this process.
     assert fetched.startswith(said_here[0] + "; retried ")
     assert resized == said_here[1]
 
 
 @pytest.mark.usefixtures("workspace", "cluster")
-def test_what_a_worker_refuses_is_said_here(s3: S3, synthetic: list[SyntheticBin]) -> None:
+def test_an_error_of_a_worker_is_reported_here(s3: S3, synthetic: list[SyntheticBin]) -> None:
     prepare(s3.make_bucket(objects_of(synthetic)), synthetic, shard_bins=25)
     gone = s3.locate("nowhere")
     write_params({**bucket_params(gone), "run.executor": "ray", "fetch.shard_bins": 25})

@@ -1,4 +1,4 @@
-"""Reading the bucket while S3, the network or this machine does what it does on bad days."""
+"""Reading the bucket while S3, the network or this machine fails in its usual ways."""
 
 import errno
 import json
@@ -50,10 +50,10 @@ from tests.test_fetch import expected, fetched, prepare
 from tools.s3 import free_port, serving
 from tools.synthetic import SyntheticBin
 
-# Those that another attempt may get past. What a store refuses, it is believed to.
+# Faults that another attempt may overcome. Refusals are final.
 PASSING: list[Fault] = [fault for fault in Fault if fault not in {Fault.NOT_FOUND, Fault.DENIED}]
 OF_LISTINGS: list[Fault] = [fault for fault in PASSING if fault is not Fault.CHANGED]
-# What is read once more, and no more often.
+# Faults after which an object is read only once more.
 DAMAGES = {Fault.SHORT, Fault.GARBLED, Fault.CHANGED}
 OUTAGES = [
     (index, Fault.SLOW_DOWN, "everything"),
@@ -87,7 +87,7 @@ KINDS = {
 
 @pytest.fixture(scope="session")
 def bins(s3: S3, synthetic: list[SyntheticBin]) -> params.Bucket:
-    """The synthetic bins, undisturbed."""
+    """A bucket of synthetic bins, without faults."""
     return s3.make_bucket(objects_of(synthetic))
 
 
@@ -99,7 +99,7 @@ def proxy(s3: S3) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All waits are a tenth, or shorter."""
+    """Shorten all waits to a tenth or less."""
     monkeypatch.setattr(bucket, "STALL_TIMEOUT", 0.5)
     monkeypatch.setattr(reading, "DEADLINE", 3.5)
     monkeypatch.setattr(reading, "PROBE_SECONDS", 0.5)
@@ -108,7 +108,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def soon_given_up(impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001
-    """What fails always fails after a second."""
+    """Give up after a second."""
     monkeypatch.setattr(reading, "DEADLINE", 1.0)
 
 
@@ -119,7 +119,7 @@ def behind(proxy: FaultProxy, source: params.Bucket) -> params.Bucket:
 def run_stages(
     source: params.Bucket, synthetic: list[SyntheticBin], plan: Plan, proxy: FaultProxy
 ) -> str:
-    """Index and fetch through the proxy; what both say at their end."""
+    """Index and fetch through the proxy. Returns the last lines of both."""
     prepare(source, synthetic, shard_bins=50)
     write_params({**bucket_params(behind(proxy, source)), "fetch.shard_bins": 50})
     proxy.plan = plan
@@ -139,7 +139,7 @@ def undisturbed(
     synthetic: list[SyntheticBin],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[str, dict[str, bytes]]:
-    """What index and fetch say, and the files they write, without faults."""
+    """The last lines and the outputs of index and fetch without faults."""
     with pytest.MonkeyPatch.context() as patch, fault_proxy(s3.url) as proxy:
         patch.chdir(tmp_path_factory.mktemp("undisturbed"))
         return run_stages(bins, synthetic, no_faults, proxy), outputs()
@@ -160,14 +160,14 @@ def test_one_fault_of_any_kind_in_ten_requests_changes_no_byte(
         fault = plan(request)
         return None if fault in DAMAGES and request.number > 1 else fault
 
-    said = run_stages(bins, synthetic, damage_once, proxy)
+    text = run_stages(bins, synthetic, damage_once, proxy)
     assert outputs() == undisturbed[1]
-    assert re.sub("; retried .*", "", said) == undisturbed[0]
-    # A late answer is no failure, and after a reset the HTTP client may ask again by itself.
+    assert re.sub("; retried .*", "", text) == undisturbed[0]
+    # A late answer is not a failure, and the HTTP client itself may retry after a reset.
     uncounted = proxy.injected[Fault.LATENCY] + proxy.injected[Fault.RESET]
     failures = proxy.injected.total() - uncounted
-    assert sum(map(int, re.findall(r"; retried (\d+): ", said))) >= failures > 5
-    assert SECRET not in said
+    assert sum(map(int, re.findall(r"; retried (\d+): ", text))) >= failures > 5
+    assert SECRET not in text
 
 
 @pytest.mark.usefixtures("workspace", "impatient")
@@ -181,17 +181,17 @@ def test_one_such_fault_in_ten_requests_changes_no_byte(
 ) -> None:
     plan = at_random([fault], 0.1, seed=0)
     if fault in DAMAGES:
-        said = run_stages(bins, synthetic, lambda it: plan(it) if it.number == 1 else None, proxy)
+        text = run_stages(bins, synthetic, lambda it: plan(it) if it.number == 1 else None, proxy)
     else:
-        said = run_stages(bins, synthetic, plan, proxy)
+        text = run_stages(bins, synthetic, plan, proxy)
     assert outputs() == undisturbed[1]
     assert proxy.injected[fault] > 10
-    assert KINDS.get(fault, "") in said
+    assert KINDS.get(fault, "") in text
 
 
 @pytest.fixture(scope="module")
 def long_listing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[params.Bucket]:
-    """2,500 keys that no range divides, so that a listing goes on from page to page."""
+    """2,500 keys that no range divides, so that a listing continues from page to page."""
     folder = tmp_path_factory.mktemp("listing") / "buckets"
     (folder / "bins/metadata").mkdir(parents=True)
     for number in range(2500):
@@ -202,14 +202,14 @@ def long_listing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[params.Bu
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("fault", OF_LISTINGS, ids=lambda fault: fault.name.lower())
-def test_a_listing_that_breaks_off_goes_on_after_its_last_key(
+def test_an_interrupted_listing_resumes_after_its_last_key(
     long_listing: params.Bucket, fault: Fault
 ) -> None:
     whole = list_objects(open_bucket(long_listing), "metadata/")
     assert len(whole) == 2500
     retried = Counter[str]()
     with fault_proxy(str(long_listing.endpoint)) as proxy:
-        # Every page after the first fails once, or each token is expired by its next use.
+        # Every page after the first fails once, or each token has expired by its next use.
         proxy.plan = lambda request: (
             fault
             if request.continues or (request.number in {1, 4} and fault is not Fault.EXPIRED)
@@ -223,7 +223,7 @@ def test_a_listing_that_breaks_off_goes_on_after_its_last_key(
 
 @pytest.mark.usefixtures("workspace", "soon_given_up")
 @pytest.mark.parametrize("fault", REASONS, ids=lambda fault: fault.name.lower())
-def test_a_permanent_fault_of_one_photograph_costs_that_one_only(
+def test_a_permanent_fault_of_one_photograph_costs_only_that_one(
     bins: params.Bucket, synthetic: list[SyntheticBin], proxy: FaultProxy, fault: Fault
 ) -> None:
     prepare(behind(proxy, bins), synthetic, shard_bins=50, max_rejects=0.01)
@@ -234,14 +234,14 @@ def test_a_permanent_fault_of_one_photograph_costs_that_one_only(
     assert reject.id == "00007"
     assert re.fullmatch(REASONS[fault], reject.reason)
     assert sum(fetched(), []) == expected([one for one in synthetic if one.id != "00007"])  # noqa: RUF017
-    # A stalled answer takes most of the time that there is.
+    # A stalled answer takes most of the available time.
     asked = proxy.take_requests()["00007.jpg"]
     assert asked == 1 if fault in {Fault.NOT_FOUND, Fault.DENIED} else 2 <= asked <= 40
 
 
 @pytest.mark.usefixtures("workspace", "soon_given_up")
 @pytest.mark.parametrize("fault", [Fault.SLOW_DOWN, Fault.GARBLED])
-def test_a_permanent_fault_of_one_record_costs_that_one_only(
+def test_a_permanent_fault_of_one_record_costs_only_that_one(
     bins: params.Bucket, proxy: FaultProxy, fault: Fault
 ) -> None:
     write_params({**bucket_params(behind(proxy, bins)), "index.max_rejects": 0.01})
@@ -254,7 +254,7 @@ def test_a_permanent_fault_of_one_record_costs_that_one_only(
 
 
 @pytest.mark.usefixtures("workspace", "soon_given_up")
-def test_an_only_object_that_fails_is_no_outage(
+def test_the_failure_of_an_only_object_is_not_an_outage(
     bins: params.Bucket, synthetic: list[SyntheticBin], proxy: FaultProxy
 ) -> None:
     prepare(behind(proxy, bins), synthetic[:1], max_rejects=1.0)
@@ -283,7 +283,7 @@ def test_after_an_outage_the_next_run_reads_only_what_is_missing(
     monkeypatch.setattr(index, "PART_RECORDS", 10)
     monkeypatch.setattr(index, "PARTS_AT_ONCE", 1)
     monkeypatch.setattr(fetch, "SHARDS_AT_ONCE", 1)
-    # Though every object might be rejected, an outage rejects none.
+    # Although every object may be rejected, an outage rejects none.
     prepare(behind(proxy, bins), synthetic, shard_bins=10, max_rejects=1.0)
     stage.main()
     undisturbed = outputs()
@@ -301,7 +301,7 @@ def test_after_an_outage_the_next_run_reads_only_what_is_missing(
     stage.main()
     missing = proxy.take_requests()
     assert outputs() == undisturbed
-    # At least five shards were whole, in the order of the ids.
+    # At least five shards, in the order of the ids, had been finished.
     names = sorted(Path(key).name for key in listed_keys(stage, bins))
     assert sorted(missing) == names[-len(missing) :]
     assert len(missing) in {61, 71}
@@ -327,7 +327,7 @@ def test_a_server_that_is_gone_is_named(
 
 
 def test_an_outage_is_known_within_a_minute() -> None:
-    # The last attempt, the probe, and what other readers have under way.
+    # The last attempt, the probe, and the requests of other readers.
     stalled = 3 * bucket.STALL_TIMEOUT
     assert reading.DEADLINE + reading.PROBE_SECONDS + stalled < 60
 
@@ -352,7 +352,7 @@ def test_a_store_that_begins_to_refuse_stops_the_stage(
     prepare(behind(proxy, bins), synthetic, shard_bins=20, max_rejects=1.0)
     refused = set(sorted(one.id for one in synthetic)[-4:])
     for _ in range(2 if resumed else 1):
-        # By the time the last four are asked for, all others are refused too.
+        # When the last four objects are requested, all others are refused too.
         begun: list[bool] = []
 
         def plan(request: object, begun: list[bool] = begun) -> Fault | None:
@@ -393,7 +393,7 @@ def test_a_folder_that_is_moved_away_stops_the_stage(
 
 
 def fail_once_with(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have obstore fail with an error of this machine, as it words them, at the tenth object."""
+    """Let obstore fail with an error of this machine, in its own words, at the tenth object."""
     get, calls = obstore.get_async, Counter[str]()
 
     async def get_async(store: object, key: str) -> object:
@@ -429,7 +429,7 @@ def test_an_error_of_this_machine_stops_the_stage(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("workspace")
-def test_few_open_files_lose_no_bin(abid: Path) -> None:
+def test_a_low_limit_of_open_files_loses_no_bin(abid: Path) -> None:
     """macOS allows 256 open files by default; `ulimit -n` sets the hard limit too."""
     source = params.Bucket(
         url=(abid / "resized-10k").resolve().as_uri(),
@@ -440,7 +440,7 @@ def test_few_open_files_lose_no_bin(abid: Path) -> None:
     sizes = {"subset.bins": 6620, "split.train": 5362, "split.validation": 596, "split.test": 662}
     write_params({**bucket_params(source), **sizes})
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    for stage, said in {
+    for stage, text in {
         "index": "index: 10000 bins; 0 records left out",
         "subset": "subset: 6620 bins sampled",
         "fetch": "fetch: 6620 photographs; 0 could not be fetched",
@@ -449,10 +449,10 @@ def test_few_open_files_lose_no_bin(abid: Path) -> None:
         done = subprocess.run(
             ["bash", "-c", command], env=environment, capture_output=True, text=True, check=False
         )
-        assert (done.returncode, done.stdout[: len(said)]) == (0, said), done.stderr
+        assert (done.returncode, done.stdout[: len(text)]) == (0, text), done.stderr
 
 
-# What a server makes of the keys that it should list: (those after start-after, start-after).
+# How servers list keys, given all keys and the one to start after.
 Listing = Callable[[list[str], str], list[str]]
 
 
@@ -481,7 +481,7 @@ def test_every_server_lists_each_object_once(listing: Listing) -> None:
     assert len(requests) < 300
 
 
-def test_a_listing_without_an_end_is_named() -> None:
+def test_an_endless_listing_is_named() -> None:
     keys = [f"metadata/{number:05d}.json" for number in range(2500)]
     with (
         listing_server(keys, ignoring_it, endless=True) as (source, requests),
@@ -496,7 +496,7 @@ def test_a_listing_without_an_end_is_named() -> None:
 def listing_server(
     keys: list[str], listing: Listing, *, endless: bool = False
 ) -> Iterator[tuple[params.Bucket, list[str]]]:
-    """A bucket on a server that lists so, and the requests it gets."""
+    """A bucket on a server with this listing, and the requests that it receives."""
     requests: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -526,7 +526,7 @@ def listing_server(
             pass
 
     class Server(ThreadingHTTPServer):
-        # All ranges at once wait here, instead of being refused.
+        # All ranges are requested at once, and wait here instead of being refused.
         request_queue_size = 128
 
     with Server(("127.0.0.1", 0), Handler) as server:

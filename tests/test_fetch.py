@@ -28,7 +28,7 @@ UNFETCHED = Path("data/unfetched.csv")
 
 
 class StopError(Exception):
-    """What breaks the work in these tests."""
+    """Raised to interrupt the work."""
 
 
 def prepare(
@@ -37,7 +37,7 @@ def prepare(
     shard_bins: int = 1000,
     max_rejects: float = 0.0,
 ) -> None:
-    """Write params.yaml and the subset: all of these bins, as the bucket lists them."""
+    """Write params.yaml, and a subset of all these bins as the bucket lists them."""
     photographs = list_objects(open_bucket(bucket), "bin-images/").drop_columns("stamp")
     listed = {Path(row["key"]).stem: row for row in photographs.to_pylist()}
     rows = [
@@ -98,7 +98,7 @@ def test_too_many_vanished_photographs_stop_the_stage(
 
 
 @pytest.mark.usefixtures("workspace")
-def test_the_next_run_goes_on_where_one_failed(
+def test_the_next_run_resumes_where_one_failed(
     tmp_path: Path, synthetic: list[SyntheticBin], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket = folder_bucket(tmp_path / "bucket", objects_of(synthetic[:40]))
@@ -144,7 +144,7 @@ def test_a_photograph_that_changed_in_a_folder_since_a_failed_run_is_read_again(
 
 
 @pytest.mark.usefixtures("workspace")
-def test_the_next_run_goes_on_though_an_undrawn_photograph_changed(
+def test_the_next_run_resumes_even_if_an_unsampled_photograph_changed(
     tmp_path: Path, synthetic: list[SyntheticBin]
 ) -> None:
     bucket = folder_bucket(tmp_path / "bucket", objects_of(synthetic[:4]))

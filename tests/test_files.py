@@ -1,4 +1,4 @@
-"""Files that are whole or absent, digests, and space that is asked for."""
+"""Files that are complete or absent, digests, and checks of free space."""
 
 import errno
 import os
@@ -52,7 +52,7 @@ def test_a_hard_link_into_the_cache_keeps_its_bytes(tmp_path: Path) -> None:
 
 
 def refuse_flush(descriptor: int) -> None:
-    """As some disks do, which take what is written before they have room for it."""
+    """Fail as on some disks, which accept data before they have room for it."""
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -70,7 +70,7 @@ def test_a_disk_that_is_full_only_at_the_end_leaves_the_old_file(
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> Events:
-    """Each flush, and each renaming by both names, in the order in which they happen."""
+    """A list of all flushes, and of both names in each renaming, in their order."""
     happened: Events = []
 
     def recorded_fsync(descriptor: int) -> None:
@@ -91,10 +91,10 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Events:
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="this system has no /proc")
 @pytest.mark.parametrize("what", ["file", "folder"])
-def test_after_a_power_loss_what_has_its_name_is_whole(
+def test_after_a_power_loss_a_file_with_its_final_name_is_whole(
     tmp_path: Path, events: Events, what: str
 ) -> None:
-    """All of it was flushed before it got its name, and then the name was."""
+    """The contents are flushed before the file gets its name, and then its folder is flushed."""
     whole = tmp_path / "out"
     if what == "file":
         write_text(whole, "text")
@@ -103,11 +103,11 @@ def test_after_a_power_loss_what_has_its_name_is_whole(
             (tmp_path / "work").mkdir(exist_ok=True)
             (tmp_path / "work" / name).write_text("written by a library that doesn't flush")
         publish_folder(tmp_path / "work", whole)
-    place = events.index(("to", whole))
-    _, temporary = events[place - 1]
+    position = events.index(("to", whole))
+    _, temporary = events[position - 1]
     parts = {temporary / path.relative_to(whole) for path in [whole, *whole.rglob("*")]}
-    assert parts <= {path for event, path in events[:place] if event == "flush"}
-    assert ("flush", tmp_path) in events[place:]
+    assert parts <= {path for event, path in events[:position] if event == "flush"}
+    assert ("flush", tmp_path) in events[position:]
 
 
 def test_tables_have_the_same_readable_bytes_everywhere(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_tables_have_the_same_readable_bytes_everywhere(tmp_path: Path) -> None:
     assert written == b"id,share,bins\n00100,0.333333,7\n100,1.23457e+06,1000000000\n"
 
 
-def test_digests_tell_apart_what_differs(tmp_path: Path) -> None:
+def test_digests_of_different_values_differ(tmp_path: Path) -> None:
     parts: list[tuple[object, ...]] = [(), ("a",), ("a", "b"), ("ab",), (1,), ("1",), (("a",),)]
     assert len({digest(*some) for some in parts}) == len(parts)
     folders = [{"a": "1", "b": "2"}, {"a": "1", "b": "3"}, {"a": "1", "c": "2"}, {"a": "1"}]
@@ -131,11 +131,11 @@ def test_digests_tell_apart_what_differs(tmp_path: Path) -> None:
         found.add(digest_files(files))
     assert len(found) == len(folders)
     write_text(tmp_path / "file", "abc")
-    # As sha256sum prints it.
+    # The output of sha256sum.
     assert sha256_file(tmp_path / "file").startswith("ba7816bf8f01cfea414140de5dae2223")
 
 
-def test_space_that_is_missing_is_named_with_figures(
+def test_missing_space_is_reported_with_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 0, 3_000_000_000))
@@ -151,5 +151,5 @@ def test_space_that_is_missing_is_named_with_figures(
 @pytest.mark.parametrize(
     ("count", "text"), [(999, "999 bytes"), (1000, "1.0 kB"), (343_000_000, "343.0 MB")]
 )
-def test_bytes_are_counted_as_people_do(count: int, text: str) -> None:
+def test_sizes_are_written_in_the_usual_units(count: int, text: str) -> None:
     assert readable(count) == text

@@ -1,6 +1,6 @@
-"""Damaged photographs and records: soon and in little memory, each is a result or a clear error.
+"""Damaged photographs and records: each gives a result or a clear error, soon and in little memory.
 
-The cases are the same each time. For more of them, and different ones each time:
+The cases are the same in each run. For more cases, which differ in each run:
 
     FUZZ_CASES=100000 python -m pytest tests/test_fuzz.py
 """
@@ -45,14 +45,14 @@ from tests.test_records import record_of, row_of
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning:PIL")]
 
 CASES = int(os.environ.get("FUZZ_CASES", "0"))
-#: Enough for the largest picture that isn't a bomb, 89 million pixels.
+#: Enough for the largest allowed picture, of 89 million pixels.
 MOST_MEMORY = 1536 * 2**20
-#: Of CPU time, which other processes do not take from.
+#: In CPU time, which does not depend on other processes.
 MOST_SECONDS = 20
 
 
 def cases(number: int) -> settings:
-    """Settings of a test with so many cases, or FUZZ_CASES."""
+    """Settings of a test with `number` cases, or FUZZ_CASES."""
     return settings(
         max_examples=CASES or number,
         derandomize=not CASES,
@@ -65,7 +65,7 @@ def cases(number: int) -> settings:
 
 @pytest.fixture(autouse=True)
 def _little_memory() -> Iterator[None]:
-    """The system gives this process MOST_MEMORY more than it has now, and no more."""
+    """Limit this process to MOST_MEMORY more than it has now."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     now = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (now + MOST_MEMORY, hard))
@@ -78,7 +78,7 @@ Refusal = TypeVar("Refusal", bound=Exception)
 
 
 def result_or_refusal(work: Callable[[], Result], kind: type[Refusal]) -> Result | Refusal:
-    """What `work` returns, or raises of that kind, within MOST_SECONDS."""
+    """The result of `work`, or its error of this kind, within MOST_SECONDS."""
     start = time.process_time()
     result: Result | Refusal
     try:
@@ -97,7 +97,7 @@ def damaged(files: Sequence[bytes], words: Sequence[bytes]) -> st.SearchStrategy
 
 
 def damage(file: bytes, words: Sequence[bytes], chance: random.Random) -> bytes:
-    """The file with up to five changes, some of them to words of its language."""
+    """The file with up to five changes, some of which insert words of its format."""
     data = bytearray(file)
     for _ in range(chance.randint(1, 5)):
         start = chance.randint(0, len(data))
@@ -130,9 +130,9 @@ def reorder(jpeg: bytes, chance: random.Random) -> bytes:
 def segments(jpeg: bytes) -> list[bytes]:
     """A JPEG cut in front of its markers."""
     starts = [
-        place
-        for place in range(len(jpeg) - 1)
-        if jpeg[place] == 0xFF and jpeg[place + 1] not in {0x00, 0xFF}
+        position
+        for position in range(len(jpeg) - 1)
+        if jpeg[position] == 0xFF and jpeg[position + 1] not in {0x00, 0xFF}
     ]
     return [jpeg[start:stop] for start, stop in zip(starts, [*starts[1:], None], strict=True)]
 
@@ -187,19 +187,19 @@ def test_a_damaged_photograph_is_a_picture_or_an_image_error(
     seen = pixels_of_pillow(data)
     if seen is not None:
         assert seen.shape == pixels.shape
-        # But for the rounding of CMYK.
+        # Except for the rounding of CMYK.
         assert difference(seen, pixels).max() <= 2
 
 
 def pixels_of_pillow(data: bytes) -> Pixels | None:
-    """None where Pillow refuses them, or shows 16 bits wrongly."""
+    """Pillow's pixels, or None if it refuses them or shows 16 bits wrongly."""
     with suppress(Exception), Image.open(io.BytesIO(data)) as image:
         return None if image.mode == "I;16" else pillow_pixels(data)
     return None
 
 
 def png_of_zeros(width: int, height: int) -> bytes:
-    """A transparent picture whose file is a thousandth of its pixels."""
+    """A transparent picture, whose file has a thousandth of the size of its pixels."""
     packer = zlib.compressobj()
     line = bytes(1 + 4 * width)
     lines = b"".join(packer.compress(line) for _ in range(height)) + packer.flush()
@@ -232,7 +232,7 @@ def test_a_damaged_record_is_a_row_of_the_index_or_a_record_error(data: bytes) -
 
 
 class Pairs(list[tuple[str, Any]]):
-    """An object of JSON, which may have a key several times."""
+    """A JSON object, in which a key may be repeated."""
 
 
 KEYS = st.sampled_from(
@@ -294,7 +294,7 @@ def check_record(data: bytes) -> None:
 
 
 def quantities(data: bytes) -> set[str]:
-    """All that a record says to be its quantity."""
+    """All values that a record gives as its quantity."""
     pairs = json.loads(data, object_pairs_hook=Pairs)
     values = [value for key, value in pairs if key == "EXPECTED_QUANTITY"]
     return {repr(tuple(value) if isinstance(value, Pairs) else value) for value in values}

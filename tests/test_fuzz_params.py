@@ -1,4 +1,4 @@
-"""Any value for any key of params.yaml: taken, or refused on one plain line that names the key."""
+"""Any value for any key of params.yaml: accepted, or refused in one plain line with the key."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -21,21 +21,21 @@ ODD = [
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(ODD)
 
 
-def keys_of(values: Mapping[str, Any], place: str = "") -> Iterator[str]:
+def keys_of(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in values.items():
-        yield f"{place}{key}"
+        yield f"{prefix}{key}"
         if isinstance(value, dict) and key != "config":
-            yield from keys_of(value, f"{place}{key}.")
+            yield from keys_of(value, f"{prefix}{key}.")
 
 
 def check(key: str, value: Any) -> None:
     try:
         loaded: Any = load_changed({key: value}).model_dump()
     except UserError as error:
-        said = str(error)
-        assert all(part in said for part in key.split("."))
-        assert said.isprintable()
-        assert SECRET not in said
+        text = str(error)
+        assert all(part in text for part in key.split("."))
+        assert text.isprintable()
+        assert SECRET not in text
         return
     for name in key.split("."):
         loaded = loaded[name]
@@ -43,12 +43,12 @@ def check(key: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("key", list(keys_of(FILE)))
-def test_an_odd_value_is_taken_or_refused_by_its_name(key: str) -> None:
+def test_an_odd_value_is_accepted_or_refused_with_its_key(key: str) -> None:
     for value in ODD:
         check(key, value)
 
 
 @settings(max_examples=2000, deadline=None)
 @given(st.sampled_from(list(keys_of(FILE))), SCALARS | st.lists(SCALARS, max_size=4))
-def test_any_value_is_taken_or_refused_by_its_name(key: str, value: Any) -> None:
+def test_any_value_is_accepted_or_refused_with_its_key(key: str, value: Any) -> None:
     check(key, value)

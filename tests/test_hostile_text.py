@@ -1,4 +1,4 @@
-"""Text of strangers in pages, tables and terminals: it is shown, and nothing of it is obeyed."""
+"""Hostile text in pages, tables and terminals: it is shown, but never executed."""
 
 import json
 import re
@@ -24,9 +24,9 @@ from tests.test_plots_page import MODELS, Repository, new_repository, open_plots
 from tests.test_report import Page
 from tools import plots_page
 from tools.audit import __main__ as audit
-from tools.audit.page import spoken_item
+from tools.audit.page import describe_item
 
-# Each tells of itself where it is run.
+# Each leaves a trace if it is executed.
 RUN = "document.documentElement.dataset.run=1"
 PAYLOADS = [
     f"<script>{RUN}</script>",
@@ -59,7 +59,7 @@ def browser() -> Iterator[Browser]:
 def write_model(name: str) -> Path:
     """A trained model, in the current directory."""
     folder = Path("models") / name
-    # So sure that every other bin is an alarm.
+    # So sure that every other count is an alarm.
     sure = np.array([[1.0, 0, 0, 0, 0]])
     form = Resize(size=SIZE, fit="pad", quality=90, max_rejects=0.0)
     save_release(folder, random_classifier(KNOBS), KNOBS, form, ["1"], np.array([1]), sure, epoch=1)
@@ -67,7 +67,7 @@ def write_model(name: str) -> Path:
 
 
 def write_bins(folder: Path) -> None:
-    """A bin for each of PAYLOADS, in its items' names and numbers, and in names of files."""
+    """A bin for each payload, in its items' names and numbers, and in names of files."""
     for inner in ("bin-images", "metadata"):
         (folder / inner).mkdir(parents=True)
     for number, payload in enumerate(PAYLOADS):
@@ -96,11 +96,11 @@ def run_audit(*words: str) -> int:
 
 @pytest.fixture
 def audited(workspace: Path, capsys: pytest.CaptureFixture[str]) -> Page:
-    """The page of an audit of hostile bins by a hostile model, in a hostile folder."""
-    place = workspace / "<script>x<" / PAYLOADS[1]
-    write_bins(place)
+    """The page of an audit of hostile bins in a hostile folder, by a hostile model."""
+    folder = workspace / "<script>x<" / PAYLOADS[1]
+    write_bins(folder)
     model = write_model("<svg onload='x'>")
-    code = run_audit(str(place), "--model", str(model), "--false-alarm", "0")
+    code = run_audit(str(folder), "--model", str(model), "--false-alarm", "0")
     assert code == 1
     assert capsys.readouterr().out.isascii()
     return Page(Path("audit/index.html").read_text("utf-8"))
@@ -108,8 +108,8 @@ def audited(workspace: Path, capsys: pytest.CaptureFixture[str]) -> Page:
 
 def test_an_audits_page_shows_what_strangers_wrote(audited: Page) -> None:
     for payload in PAYLOADS:
-        assert spoken_item({"name": payload, "quantity": 2}) in audited.text
-        assert spoken_item({"name": None, "asin": payload, "quantity": 1}) in audited.text
+        assert describe_item({"name": payload, "quantity": 2}) in audited.text
+        assert describe_item({"name": None, "asin": payload, "quantity": 1}) in audited.text
     words = audited.words()
     assert "<script>x<" in words
     assert "<svg onload='x'>" in words
@@ -133,7 +133,7 @@ def test_a_browser_runs_nothing_of_an_audits_page(browser: Browser) -> None:
 
 @pytest.mark.usefixtures("audited")
 def test_no_cell_of_an_audits_table_is_a_formula() -> None:
-    """Only an id, which strangers choose, may begin with a minus, and it has no bracket."""
+    """Only an id may begin with a minus, and an id has no bracket."""
     table = pd.read_csv("audit/audit.csv", dtype=str, keep_default_na=False)
 
     assert len(table) == len(PAYLOADS) + 1
@@ -196,7 +196,7 @@ def test_a_browser_runs_nothing_of_a_page_of_plots(plotted: Path, browser: Brows
 
 @pytest.fixture
 def terminal(capsys: pytest.CaptureFixture[str]) -> Iterator[list[str]]:
-    """Collects what is printed; at the end it has no character that a terminal obeys."""
+    """Collects the output, and finally checks that it has no control characters."""
     texts: list[str] = []
     yield texts
     out, err = capsys.readouterr()
@@ -228,24 +228,24 @@ def test_errors_show_control_characters_as_their_escapes() -> None:
 
 @pytest.mark.usefixtures("workspace")
 def test_an_audits_words_are_plain_text(terminal: list[str]) -> None:
-    place = Path("bins") / "photographs"
-    place.mkdir(parents=True)
-    (place / "1.jpg").write_bytes(square(1, 1))
-    odd = place / f"2{ESCAPES}.jpg"
+    folder = Path("bins") / "photographs"
+    folder.mkdir(parents=True)
+    (folder / "1.jpg").write_bytes(square(1, 1))
+    odd = folder / f"2{ESCAPES}.jpg"
     odd.touch()
     Path("counts.csv").write_text(f"id,expected,{ESCAPES}\n1,1,x\n")
     Path("wrong.csv").write_text(f"id,{ESCAPES}\n1,1\n")
     model = write_model("vit")
 
-    codes = [run_audit(str(place), "--expected", "counts.csv", "--model", str(model))]
+    codes = [run_audit(str(folder), "--expected", "counts.csv", "--model", str(model))]
     odd.unlink()
     codes += [
-        run_audit(str(place), "--expected", "wrong.csv", "--model", str(model)),
+        run_audit(str(folder), "--expected", "wrong.csv", "--model", str(model)),
         run_audit(f"bins/{ESCAPES}", "--expected", "counts.csv", "--model", str(model)),
     ]
     config: dict[str, Any] = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"model_type": ESCAPES}))
-    codes.append(run_audit(str(place), "--expected", "counts.csv", "--model", str(model)))
+    codes.append(run_audit(str(folder), "--expected", "counts.csv", "--model", str(model)))
 
     assert codes == [2, 2, 2, 2]
     assert terminal == []

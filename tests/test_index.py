@@ -35,7 +35,7 @@ ITEM = {
 
 
 class StopError(Exception):
-    """What breaks the work in these tests."""
+    """Raised to interrupt the work."""
 
 
 def with_photographs(records: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -86,7 +86,7 @@ def test_every_record_is_a_row_with_its_photograph(
 
 
 @pytest.mark.usefixtures("workspace")
-def test_an_unpadded_twin_is_a_bin_of_its_own(make_bucket: MakeBucket) -> None:
+def test_an_unpadded_twin_is_a_separate_bin(make_bucket: MakeBucket) -> None:
     twins = {
         "01102": record_json(10, ["B000000001"]),
         "1102": record_json(5, ["B000000002"], image_fname="1102.jpg"),
@@ -138,7 +138,7 @@ def test_a_part_of_the_bucket_is_enough_and_what_is_left_out_is_counted(
         "metadata/README.txt": b"not a record",
     }
     write_params(bucket_params(make_bucket(objects)) | {"index.max_rejects": 0.0})
-    said = index.main()
+    text = index.main()
     assert [row["id"] for row in indexed()] == ["00007", "00012"]
     left_out = {
         "records without a photograph": 28,
@@ -146,7 +146,7 @@ def test_a_part_of_the_bucket_is_enough_and_what_is_left_out_is_counted(
         "files whose names are not ids": 3,
     }
     assert counts()["left_out"] == left_out
-    assert "; left out: 28 records without a photograph, 1 photographs without a record," in said
+    assert "; left out: 28 records without a photograph, 1 photographs without a record," in text
 
 
 @pytest.mark.usefixtures("workspace")
@@ -203,7 +203,7 @@ def test_a_record_that_vanished_after_the_listing_is_left_out(
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
+    ("keys", "text"),
     [
         (["bin-images/00001.jpg"], r"has no metadata/<id>\.json: check bucket\.url"),
         (["metadata/00001.json"], r"has no bin-images/<id>\.jpg: check bucket\.url"),
@@ -211,10 +211,10 @@ def test_a_record_that_vanished_after_the_listing_is_left_out(
     ],
 )
 def test_a_bucket_without_bins_is_named(
-    workspace: Path, tmp_path: Path, keys: list[str], said: str
+    workspace: Path, tmp_path: Path, keys: list[str], text: str
 ) -> None:
     bucket = folder_bucket(tmp_path / "bucket", dict.fromkeys(keys, b"{}"))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=text):
         run_index(bucket)
     assert not (workspace / "data").exists()
 
@@ -246,7 +246,7 @@ def test_finished_parts_of_a_killed_run_are_not_read_again(
 
 
 @pytest.mark.parametrize("quantity", [12, 2], ids=["another size", "the same size"])
-def test_parts_are_read_again_where_the_bucket_has_changed(
+def test_parts_are_read_again_if_the_bucket_has_changed(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantity: int
 ) -> None:
     records = {f"{number:05d}": record_json(1) for number in range(1, 5)}

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, JpegImagePlugin
 from stages.imaging.jpeg import ImageError, Pixels, decode, decode_into, encode, resize
 from tests.conftest import REPOSITORY, image_file, jpeg_file, picture
 
-# Whether a test sees Pillow's warnings is pytest's affair; one test below looks without pytest.
+# pytest shows or hides Pillow's warnings; one test below looks without pytest.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 # 24x16 pixels of (10 x, 16 y, 128), with arithmetic coding, which Pillow cannot write.
@@ -30,7 +30,7 @@ ARITHMETIC = base64.b64decode(
 
 
 def pillow_pixels(data: bytes) -> Pixels:
-    """What Pillow makes of the file, upright."""
+    """Pillow's pixels of the file, upright."""
     with Image.open(io.BytesIO(data)) as image:
         pixels: Pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     return pixels
@@ -41,16 +41,16 @@ def painted(mode: str = "RGB", width: int = 61, height: int = 43) -> Image.Image
 
 
 def with_jpeg_size(data: bytes, width: int, height: int) -> bytes:
-    """The file, its header saying another size."""
-    place = data.index(b"\xff\xc0") + 5
-    return data[:place] + struct.pack(">HH", height, width) + data[place + 4 :]
+    """The file with another size in its header."""
+    position = data.index(b"\xff\xc0") + 5
+    return data[:position] + struct.pack(">HH", height, width) + data[position + 4 :]
 
 
 def with_segment(data: bytes, marker: int, content: bytes, before: bytes = b"\xff\xdb") -> bytes:
-    """The JPEG with one more segment, in front of the first with the marker `before`."""
-    place = data.index(before)
+    """The JPEG with one more segment before the first segment with the marker `before`."""
+    position = data.index(before)
     segment = struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
-    return data[:place] + segment + data[place:]
+    return data[:position] + segment + data[position:]
 
 
 def exif_with(orientation: int) -> bytes:
@@ -59,7 +59,7 @@ def exif_with(orientation: int) -> bytes:
     return exif.tobytes()
 
 
-# As bytes: to save AVIF takes the orientation out of an object.
+# Bytes, since saving AVIF removes the orientation from an Exif object.
 ROTATED = exif_with(6)
 
 
@@ -115,14 +115,14 @@ def test_pixels_are_those_of_pillow(mode: str, file_format: str, options: dict[s
     assert pixels.dtype == np.uint8
     assert pixels.flags.c_contiguous
     np.testing.assert_array_equal(pixels, pillow_pixels(data))
-    pixels[0, 0] = 0  # it may be written to
+    pixels[0, 0] = 0  # it is writable
 
 
 @pytest.mark.parametrize("adobe_transform", [0, 2], ids=["CMYK", "YCCK"])
-def test_pixels_of_cmyk_are_those_of_pillow_but_for_rounding(adobe_transform: int) -> None:
+def test_pixels_of_cmyk_are_those_of_pillow_except_for_rounding(adobe_transform: int) -> None:
     data = image_file(painted("CMYK"), quality=95, subsampling=0)
-    place = data.index(b"Adobe") + 11
-    data = data[:place] + bytes([adobe_transform]) + data[place + 1 :]
+    position = data.index(b"Adobe") + 11
+    data = data[:position] + bytes([adobe_transform]) + data[position + 1 :]
 
     assert difference(decode(data), pillow_pixels(data)).max() <= 1
     if adobe_transform == 0:
@@ -130,7 +130,7 @@ def test_pixels_of_cmyk_are_those_of_pillow_but_for_rounding(adobe_transform: in
 
 
 @pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "MPO"])
-def test_of_an_animation_the_first_picture_is_decoded(file_format: str) -> None:
+def test_the_first_picture_of_an_animation_is_decoded(file_format: str) -> None:
     data = animation(file_format)
 
     np.testing.assert_array_equal(decode(data), pillow_pixels(data))
@@ -153,7 +153,7 @@ def test_arithmetic_coding_is_decoded() -> None:
     assert difference(decode(ARITHMETIC), expected).mean() < 8
 
 
-#: Photographs that say which way up they are.
+#: Photographs with an orientation.
 TURNED = {
     f"EXIF {orientation}": image_file(painted(), exif=exif_with(orientation))
     for orientation in range(1, 9)
@@ -259,7 +259,7 @@ def test_a_whole_picture_may_lack_its_end_mark(data: bytes, cut: int) -> None:
 def one_scan_of_several() -> bytes:
     data = image_file(painted(), progressive=True)
     second = data.index(b"\xff\xda", data.index(b"\xff\xda") + 2)
-    # The tables of the second scan stand before it.
+    # The tables of the second scan come before it.
     return data[: data.rindex(b"\xff\xc4", 0, second)]
 
 
@@ -403,7 +403,7 @@ def test_pillows_warnings_are_not_seen_and_change_nothing(tmp_path: Path) -> Non
     ],
     ids=["pixels", "EXIF", "turning"],
 )
-def test_a_shortage_of_memory_is_no_fault_of_the_photograph(
+def test_a_shortage_of_memory_is_not_blamed_on_the_photograph(
     data: bytes, failing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -417,7 +417,7 @@ def test_a_shortage_of_memory_is_no_fault_of_the_photograph(
 
 @pytest.mark.parametrize("fit", ["squeeze", "pad"])
 @pytest.mark.parametrize("size", [(500, 420), (10, 7), (1, 5000), (5000, 1), (1, 1), (2, 65_500)])
-def test_every_shape_becomes_the_square(size: tuple[int, int], fit: str) -> None:
+def test_every_shape_becomes_a_square(size: tuple[int, int], fit: str) -> None:
     resized = resize(picture(*size), 64, fit)
 
     assert resized.shape == (64, 64, 3)

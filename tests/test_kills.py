@@ -1,4 +1,4 @@
-"""Kills at random moments, of stages and of DVC; `python -m tests.kills` has many more of them."""
+"""Stages and DVC killed at random moments; `python -m tests.kills` does that many more times."""
 
 import random
 import time
@@ -32,7 +32,7 @@ def bench(proxy: FaultProxy, tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_killed_stage_ends_with_the_bytes_of_one_that_was_not(bench: Bench, stage: str) -> None:
+def test_a_killed_stage_ends_with_the_bytes_of_an_undisturbed_one(bench: Bench, stage: str) -> None:
     tally = kill_stages(bench, stage, times=2, seed=SEED)
     print(HEADER, tally.row(), sep="\n")
     assert tally.problems == []
@@ -41,57 +41,57 @@ def test_a_killed_stage_ends_with_the_bytes_of_one_that_was_not(bench: Bench, st
 
 @pytest.fixture(scope="module")
 def lab(proxy: FaultProxy, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    """Of the stages up to fetch."""
+    """A lab for the stages up to fetch."""
     proxy.plan = no_faults
     return Lab(tmp_path_factory.mktemp("kills") / "lab", proxy, "fetch")
 
 
-def test_dvc_killed_with_its_stage_and_without_ends_with_the_bytes_of_a_run_that_was_not(
+def test_dvc_killed_with_or_without_its_stage_ends_with_the_bytes_of_an_undisturbed_run(
     lab: Lab,
 ) -> None:
-    place = lab.fresh()
+    clone = lab.fresh()
     chance = random.Random(SEED)
     for how in (kill_group, kill_alone):
-        run = place.start()
+        run = clone.start()
         after = chance.uniform(0.2, 0.5) * lab.seconds
         print(f"{how.__name__} after {after:.2f} s (seed {SEED})")
         time.sleep(after)
         assert run.kill(how)
-        assert place.repeated() == []
-    place.finish()
-    assert place.repeated() == []
-    assert lab.problems(place) == []
+        assert clone.repeated() == []
+    clone.finish()
+    assert clone.repeated() == []
+    assert lab.problems(clone) == []
 
 
 def test_dvc_killed_before_it_has_the_photographs_does_not_fetch_them_again(lab: Lab) -> None:
-    place = lab.fresh()
-    run = place.start()
-    wait_for(lambda: list(place.folder.glob(".cache/fetch-*/.finished")))
+    clone = lab.fresh()
+    run = clone.start()
+    wait_for(lambda: list(clone.folder.glob(".cache/fetch-*/.finished")))
     assert run.kill(kill_group)
-    assert "\n  fetch:\n" not in place.lock
+    assert "\n  fetch:\n" not in clone.lock
     lab.proxy.take_requests()
-    place.finish()
+    clone.finish()
     assert lab.proxy.take_requests() == {}
-    assert lab.problems(place) == []
+    assert lab.problems(clone) == []
 
 
-def test_what_a_kill_can_cut_of_dvcs_own_files_has_a_remedy(lab: Lab) -> None:
-    """DVC writes these files in place, or first makes the folder; a kill may come in between."""
-    place = lab.first
-    lock, rwlock = place.folder / "dvc.lock", place.folder / ".dvc/tmp/rwlock"
+def test_files_of_dvc_that_a_kill_can_damage_have_a_remedy(lab: Lab) -> None:
+    """DVC writes some files in place, or creates their folders first; a kill may come between."""
+    clone = lab.first
+    lock, rwlock = clone.folder / "dvc.lock", clone.folder / ".dvc/tmp/rwlock"
     whole = lock.read_bytes()
     lock.write_bytes(b"")
     rwlock.write_text('{"write": {')
-    (noted,) = (path for path in runs(place.folder) if "stages.subset" in path.read_text("utf-8"))
+    (noted,) = (path for path in runs(clone.folder) if "stages.subset" in path.read_text("utf-8"))
     noted.unlink()
     lab.proxy.take_requests()
-    assert sorted(place.finish()) == sorted(set(REMEDIES.values()))
-    assert "Running stage 'subset'" in place.said
+    assert sorted(clone.finish()) == sorted(set(REMEDIES.values()))
+    assert "Running stage 'subset'" in clone.printed
     assert lab.proxy.take_requests() == {}
     assert lock.read_bytes() == whole
-    assert lab.problems(place) == []
+    assert lab.problems(clone) == []
 
 
 def runs(folder: Path) -> list[Path]:
-    """What DVC has noted of them, a file each."""
+    """The files of DVC's run cache, one for each run."""
     return [path for path in folder.glob(".dvc/cache/runs/*/*/*") if path.is_file()]

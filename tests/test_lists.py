@@ -1,4 +1,4 @@
-"""Lists of bins in lists/: exactly their bins and sets, or one line about what is wrong in them."""
+"""Lists of bins in lists/: exactly their bins and sets, or one line that names the problem."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def index(workspace: Path) -> None:
 
 
 def run_subset(text: str | bytes) -> list[str]:
-    """The ids of the subset that the list gives."""
+    """Run the subset stage with this list. Returns the subset's ids."""
     write_list(text)
     write_params({"subset.ids": "mine.csv", "subset.bins": 1, "subset.quantities": [1, 2]})
     assert "bins of lists/mine.csv" in subset.main()
@@ -90,7 +90,9 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("text", "problem"), WRONG)
-def test_a_file_that_is_no_list_is_one_line_in_both_stages(text: str | bytes, problem: str) -> None:
+def test_a_file_that_is_not_a_list_is_reported_in_one_line_by_both_stages(
+    text: str | bytes, problem: str
+) -> None:
     for run in (run_subset, run_split):
         with pytest.raises(UserError) as caught:
             run(text)
@@ -119,7 +121,7 @@ def test_bins_that_the_subset_cannot_have_are_named(text: str, problem: str) -> 
     assert str(caught.value) == problem
 
 
-def test_a_list_that_is_missing_says_where_it_goes_and_how_it_gets_into_queued_runs() -> None:
+def test_the_error_about_a_missing_list_says_where_to_put_it_and_how_queued_runs_get_it() -> None:
     write_params({"subset.ids": "mine.csv"})
     with pytest.raises(UserError) as caught:
         subset.main()
@@ -142,7 +144,7 @@ def listing(sets: dict[str, str]) -> str:
     return "\n".join(["id,set", *(f"{bin_id},{name}" for bin_id, name in sets.items())])
 
 
-def test_the_split_is_the_files_and_siblings_in_two_sets_are_counted() -> None:
+def test_the_split_is_that_of_the_file_and_siblings_in_two_sets_are_counted() -> None:
     assert run_split(listing(ALL_SETS)) == ALL_SETS
     # 00002 is a sibling of 00001.
     assert json.loads(Path("data/split.json").read_text()) == {
@@ -188,7 +190,7 @@ def test_a_listed_bin_that_is_unusable_is_in_no_set() -> None:
     ],
     ids=str,
 )
-def test_sets_that_cannot_be_are_named(changes: dict[str, str], problem: str) -> None:
+def test_impossible_sets_are_named(changes: dict[str, str], problem: str) -> None:
     with pytest.raises(UserError) as caught:
         run_split(listing(ALL_SETS | changes))
     assert str(caught.value).startswith("lists/mine.csv ")

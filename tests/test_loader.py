@@ -25,7 +25,7 @@ from tests.builders import (
 
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory: pytest.TempPathFactory) -> Bins:
-    """Eleven bins, each with other pixels."""
+    """Eleven bins, each with different pixels."""
     return make_bins(tmp_path_factory.mktemp("noisy"), [1] * 11, noise)
 
 
@@ -53,7 +53,7 @@ def test_batches_hold_the_given_rows_with_the_pixels_that_pillow_decodes(
     noisy: Bins, batches: list[NDArray[np.int64]], threads: int
 ) -> None:
     taken = []
-    # Compared while each batch is the current one: later its buffer is another's.
+    # Compared at once, because the buffer of a batch is used again later.
     for batch in load_batches(noisy, batches, threads=threads):
         taken.append(batch.rows)
         assert batch.images.shape == (len(batch.rows), 3, SIZE, SIZE)
@@ -113,7 +113,7 @@ def test_an_image_that_cannot_be_decoded_is_an_error_and_not_a_batch(tmp_path: P
         next(batches)
 
 
-def test_a_row_that_there_is_not_is_an_index_error(noisy: Bins) -> None:
+def test_a_row_that_does_not_exist_is_an_index_error(noisy: Bins) -> None:
     with pytest.raises(IndexError):
         noisy.images[11]
 
@@ -128,7 +128,7 @@ def test_each_set_has_its_own_bins_in_the_order_of_the_shards(
     rows = bin_rows([1, 2, 3, 4, 5, 1, 2], noise)
     write_resized(tmp_path / "resized", rows, shard_bins=3)
     sets = {row["id"]: "test" if row["quantity"] == 2 else "train" for row in rows[:-2]}
-    # The split's own order does not matter, nor do bins that no set has.
+    # Neither the order of the split nor bins without a set matter.
     write_split(tmp_path / "split.csv", dict(reversed(sets.items())))
 
     test, train = load_bins(
@@ -139,19 +139,19 @@ def test_each_set_has_its_own_bins_in_the_order_of_the_shards(
     assert train.quantities.tolist() == [1, 3, 4, 5]
     assert train.quantities.dtype == np.int64
     assert (len(train), len(train.images), train.size) == (4, 4, SIZE)
-    # Still readable, though the file has lost its name.
+    # Still readable, although the file has been unlinked.
     assert photographs(test) == [rows[1]["image"]]
     assert photographs(train) == [rows[number]["image"] for number in (0, 2, 3, 4)]
     assert list(workspace.glob(".cache/*")) == []
 
 
-def test_the_photographs_lie_once_in_one_file_and_are_read_where_they_lie(tmp_path: Path) -> None:
+def test_the_photographs_are_stored_once_and_read_without_copies(tmp_path: Path) -> None:
     bins = make_bins(tmp_path, [1, 2, 3], noise)
     path = tmp_path / "work" / loader.IMAGES
     packed = path.read_bytes()
 
     assert packed == b"".join(photographs(bins))
-    # Overwritten in the file, as the Bins hold no copies.
+    # Bins see a change of the file, because they hold no copies.
     with path.open("r+b") as file:
         file.write(bytes(len(packed)))
     assert b"".join(photographs(bins)) == bytes(len(packed))
@@ -175,7 +175,7 @@ def test_a_padded_id_and_its_bare_twin_are_two_bins(tmp_path: Path) -> None:
     ("ids", "set_name", "size", "message"),
     [
         (["1", "2", "7", "9"], "train", SIZE, r"lacks 2 bins of .*split\.csv, like [79]"),
-        # Not blamed on the split.
+        # The split is not blamed.
         (["7", "9"], "train", SIZE, "lacks 2 bins"),
         (["1", "2"], "test", SIZE, r"no bin in the set test: check split\.test"),
         (
@@ -188,7 +188,7 @@ def test_a_padded_id_and_its_bare_twin_are_two_bins(tmp_path: Path) -> None:
     ],
     ids=["some missing", "all missing", "empty set", "another size"],
 )
-def test_what_does_not_fit_together_is_said(
+def test_inputs_that_do_not_fit_together_are_reported(
     ids: list[str], set_name: str, size: int, message: str, tmp_path: Path
 ) -> None:
     rows = [row | {"id": row["id"].lstrip("0")} for row in bin_rows([1, 2])]

@@ -1,4 +1,4 @@
-"""The losses, against plain loops and torch's own."""
+"""The losses, compared with plain loops and with torch's own."""
 
 import math
 
@@ -52,7 +52,7 @@ def test_the_ordinal_loss_is_a_plain_loop_over_labels(label_smoothing: float) ->
 @pytest.mark.parametrize(
     ("name", "costs"), [("ordinal", [1, 0, 1, 2, 3]), ("cross_entropy", [200, 0, 200, 200, 200])]
 )
-def test_only_the_ordinal_loss_knows_how_far_off_a_mistake_is(
+def test_only_the_ordinal_loss_depends_on_the_size_of_a_mistake(
     name: str, costs: list[float]
 ) -> None:
     losses = [

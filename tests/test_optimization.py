@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate, against transformers' own."""
+"""The optimizer and its learning rate, compared with transformers."""
 
 from collections.abc import Callable
 
@@ -72,7 +72,7 @@ def test_weights_decay_and_biases_and_normalizations_do_not(name: str, kind: typ
     }
 
 
-def test_what_is_frozen_is_not_the_optimizers() -> None:
+def test_frozen_parameters_are_not_optimized() -> None:
     network = small_network()
     network[0].requires_grad_(requires_grad=False)
 
@@ -85,7 +85,7 @@ def test_what_is_frozen_is_not_the_optimizers() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.01])
-def test_a_learning_rate_that_is_set_is_that_of_the_next_step(rate: float) -> None:
+def test_a_new_learning_rate_applies_to_the_next_step(rate: float) -> None:
     network = nn.Linear(3, 2, bias=False)
     before = network.weight.detach().clone()
     optimizer = make_optimizer(network, KNOBS.model_copy(update={"weight_decay": 0.0}))

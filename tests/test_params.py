@@ -35,9 +35,9 @@ def load_text(folder: Path, text: str) -> Params:
 
 
 def load_changed(changes: Mapping[str, Any]) -> Params:
-    """A file like the repository's with changes by dotted key; ABSENT removes one.
+    """The repository's params with changes by dotted key; ABSENT removes a key.
 
-    Without the file itself, which YAML takes a tenth of a second to read.
+    No file is written, since YAML takes a tenth of a second to read one.
     """
     values = copy.deepcopy(FILE)
     for key, value in changes.items():
@@ -78,7 +78,7 @@ def test_every_notation_of_a_number_is_a_float(tmp_path: Path, number: str) -> N
 
 INT, FLOAT, BOOL = "be a whole number, not", "be a number, not", "be true or false, not"
 REFUSED = [
-    # Another type: nothing is converted.
+    # The wrong type: nothing is converted.
     *[(key, "5", INT) for key in ("subset.bins", "split.seed", f"{VIT}.epochs")],
     *[(key, True, INT) for key in ("subset.bins", f"{VIT}.warmup_steps")],
     *[(key, 5.5, INT) for key in ("fetch.shard_bins", "evaluate.batch_size")],
@@ -91,7 +91,7 @@ REFUSED = [
     (f"{VIT}.pretrained", None, "should be true or false, not null"),
     ("resize.size", True, "should be a whole number, not true"),
     ("bucket.region", datetime.date(2001, 1, 1), "should be text, not 2001-01-01"),
-    # Out of what it may be.
+    # Outside the allowed values.
     *[(key, 0, "should be 1 or more, not 0") for key in ("subset.bins", f"{VIT}.batch_size")],
     *[(key, -1, "should be 0 or more, not -1") for key in ("split.seed", f"{VIT}.warmup_steps")],
     *[
@@ -119,7 +119,7 @@ REFUSED = [
     ("subset.quantities", [3, 1, 3], "has 3 more than once"),
     (f"{VIT}.mean", [0.5, 0.5], "should have 3 values, for red, green and blue, not 2"),
     (f"{VIT}.std", [0.5] * 4, "should have 3 values, for red, green and blue, not 4"),
-    # Names and places.
+    # Names and locations.
     *[("bucket.url", url, "should be like s3://bucket") for url in ("", "bins", "S3://b", "s3://")],
     ("bucket.url", "https://bins.s3.amazonaws.com", "should be like s3://bucket"),
     ("bucket.url", "file://folder", "should be like s3://bucket"),
@@ -129,7 +129,7 @@ REFUSED = [
     *[(f"{VIT}.name", name, "should be like resnet34") for name in ("", "../x", "a b", "a/b/c")],
     (f"{VIT}.revision", "..", "should be like IMAGENET1K_V1"),
     *[(f"train.{name}", 1, "should be like vit") for name in ("Big Model", "/up", "-dash")],
-    # What a network's config.json can't hold.
+    # Values that a network's config.json cannot hold.
     *[
         (f"{RESNET}.config", {"a": value}, problem)
         for value, problem in (
@@ -146,22 +146,22 @@ REFUSED = [
         for name in ("", "mine.txt", "lists/mine.csv", "../mine.csv", "/mine.csv", ".csv")
     ],
     ("subset.ids", 3, "should be text, not 3"),
-    # Keys too many, and missing.
+    # Superfluous and missing keys.
     *[(f"{block}colour", 1, "there is no such key") for block in ("", "bucket.", f"{VIT}.")],
     *[(key, ABSENT, "is missing") for key in ("bucket", "subset.seed", f"{RESNET}.optimizer")],
 ]
 
 
 @pytest.mark.parametrize(("key", "value", "problem"), REFUSED)
-def test_what_a_key_cannot_be_is_refused_by_its_name(key: str, value: Any, problem: str) -> None:
-    said = problem_of({key: value})
-    assert re.search(rf"(^|; ){re.escape(key)}\b.*{re.escape(problem)}", said), said
+def test_an_impossible_value_is_refused_with_its_key(key: str, value: Any, problem: str) -> None:
+    text = problem_of({key: value})
+    assert re.search(rf"(^|; ){re.escape(key)}\b.*{re.escape(problem)}", text), text
 
 
-def test_a_wrong_element_is_named_by_its_place() -> None:
-    said = problem_of({f"{RESNET}.std": [0.5, 58.4, 0.0]})
-    assert f"{RESNET}.std.1: " in said
-    assert f"{RESNET}.std.2: " in said
+def test_a_wrong_element_is_named_by_its_position() -> None:
+    text = problem_of({f"{RESNET}.std": [0.5, 58.4, 0.0]})
+    assert f"{RESNET}.std.1: " in text
+    assert f"{RESNET}.std.2: " in text
 
 
 @pytest.mark.parametrize(
@@ -194,10 +194,10 @@ def test_values_that_do_not_go_together_are_named(key: str, value: Any, problem:
 def test_a_key_that_dvcs_run_cache_drops_is_refused(
     name: str, nested: Callable[[str], dict[str, Any]]
 ) -> None:
-    """treeverse/dvc#10296: another value would bring back the model trained with the old one."""
-    said = problem_of({f"{VIT}.config": {"model_type": "vit", **nested(name)}})
-    assert said.startswith(f"{VIT}.config: has the key {name}, which DVC ignores")
-    assert said.endswith("remove this key")
+    """Another value would restore the model trained with the old one (treeverse/dvc#10296)."""
+    text = problem_of({f"{VIT}.config": {"model_type": "vit", **nested(name)}})
+    assert text.startswith(f"{VIT}.config: has the key {name}, which DVC ignores")
+    assert text.endswith("remove this key")
 
 
 def test_no_block_that_dvc_yaml_lists_as_a_whole_has_such_a_key(published: Params) -> None:
@@ -218,14 +218,14 @@ def test_no_block_that_dvc_yaml_lists_as_a_whole_has_such_a_key(published: Param
     ],
     ids=["ids", "file"],
 )
-def test_a_list_is_as_long_as_it_is(changes: dict[str, Any]) -> None:
+def test_a_list_decides_the_number_of_bins(changes: dict[str, Any]) -> None:
     loaded = load_changed(changes)
     assert "mine.csv" in {loaded.subset.ids, loaded.split.file}
 
 
 def test_all_faults_are_named_at_once() -> None:
-    said = problem_of({"subset.bins": 0, "resize.fit": "crop", "split.colour": 1})
-    assert [part.split(":")[0] for part in said.split("; ")] == [
+    text = problem_of({"subset.bins": 0, "resize.fit": "crop", "split.colour": 1})
+    assert [part.split(":")[0] for part in text.split("; ")] == [
         *("subset.bins", "resize.fit", "split.colour")
     ]
 
@@ -243,7 +243,7 @@ def test_all_faults_are_named_at_once() -> None:
         ("train.my-net_2", FILE["train"]["vit"]),
     ],
 )
-def test_what_is_possible_is_taken(key: str, value: Any) -> None:
+def test_possible_values_are_accepted(key: str, value: Any) -> None:
     loaded: Any = load_changed({key: value}).model_dump()
     for name in key.split("."):
         loaded = loaded[name]
@@ -283,7 +283,7 @@ def test_a_missing_file_tells_where_to_run(tmp_path: Path) -> None:
         load_params(tmp_path / "params.yaml")
 
 
-def test_an_unknown_model_is_named_with_those_there_are(published: Params) -> None:
+def test_an_unknown_model_is_named_with_the_known_ones(published: Params) -> None:
     with pytest.raises(UserError, match=r"no train\.gpt; it has resnet34, vit"):
         published.model("gpt")
 
@@ -308,9 +308,9 @@ SECRETS = [
     ],
 )
 def test_a_password_is_not_repeated(key: str, put: Callable[[str], Any], secret: str) -> None:
-    said = problem_of({key: put(secret)})
-    assert said.startswith(f"{key}: ")
-    assert SECRET not in said
+    text = problem_of({key: put(secret)})
+    assert text.startswith(f"{key}: ")
+    assert SECRET not in text
 
 
 @pytest.mark.parametrize("secret", SECRETS)

@@ -1,4 +1,4 @@
-"""dvc.yaml against the code and params.yaml, and what a run of the whole pipeline leaves."""
+"""dvc.yaml compared with the code and params.yaml, and the results of the whole pipeline."""
 
 import ast
 import json
@@ -31,7 +31,7 @@ RUNTIME = CODE / "runtime"
 
 
 def imports_of(source: Path) -> set[Path]:
-    """The files below stages/ that this one imports anywhere, also within its functions."""
+    """The files below stages/ that this file imports, also inside functions."""
     modules: list[str] = []
     for node in ast.walk(ast.parse(source.read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -46,7 +46,7 @@ def imports_of(source: Path) -> set[Path]:
 
 
 def imported_files(source: Path) -> set[Path]:
-    """The file itself, what it imports, and what those import."""
+    """The file itself, and all files that it imports directly or indirectly."""
     found: set[Path] = set()
     new = {source}
     while new:
@@ -77,7 +77,7 @@ def test_packages_import_in_one_direction() -> None:
         packages = {file.parent for file in imports_of(source)} - {source.parent}
         imported.setdefault(source.parent, set()).update(packages)
     assert imported[RUNTIME] == set()
-    order = list(TopologicalSorter(imported).static_order())  # raises where there is a circle
+    order = list(TopologicalSorter(imported).static_order())  # raises if there is a cycle
     assert CODE not in order, "a package imports a stage"
 
 
@@ -90,8 +90,8 @@ def test_every_stage_describes_itself_and_its_knobs_exist(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_no_knob_is_called_what_dvcs_run_cache_ignores(name: str) -> None:
-    """It drops every key `size` or `nfiles` within a value from what it compares (dvc#10296)."""
+def test_no_knob_has_a_name_that_dvcs_run_cache_ignores(name: str) -> None:
+    """It ignores every key `size` or `nfiles` inside a value when it compares (dvc#10296)."""
     for model in MODELS:
         for key in STAGES[name].get("params", []):
             value = params_value(key.replace("${key}", model))
@@ -114,14 +114,14 @@ def nested_keys(value: Any) -> Iterator[str]:
             yield from nested_keys(part)
 
 
-def test_the_report_depends_on_all_that_is_made_in_the_reports_of_each_model() -> None:
-    made = [
+def test_the_report_depends_on_all_reports_of_each_model() -> None:
+    paths = [
         path if isinstance(path, str) else next(iter(path))
         for name in ("train", "evaluate")
         for kind in ("outs", "metrics", "plots")
         for path in STAGES[name].get(kind, [])
     ]
-    templates = sorted(path for path in made if path.startswith("reports/"))
+    templates = sorted(path for path in paths if path.startswith("reports/"))
     assert [dep for dep in STAGES["report"]["deps"] if dep.startswith("reports/")] == [
         path.replace("${key}", model) for model in MODELS for path in templates
     ]
@@ -139,8 +139,8 @@ FROM_PRETRAINED = "pretrained train evaluate report"
 FROM_TRAIN = "train evaluate report"
 FROM_EVALUATE = "evaluate report"
 NOTHING = ""
-# The stages that DVC runs when a key of params.yaml changes: those that depend on it and those
-# after them, as long as what they read changes. A knob of one model runs that model only.
+# The stages that DVC runs if a key of params.yaml changes: those that depend on it, and later ones
+# if their inputs change. A knob of one model runs only that model.
 RUNS = {
     "bucket": FROM_INDEX,
     "index": FROM_INDEX,
@@ -155,7 +155,7 @@ RUNS = {
     "train.MODEL.pretrained": FROM_PRETRAINED,
     "run": NOTHING,
     "run.deterministic": FROM_TRAIN,
-    # Its batch_size too, which is for speed only: nothing tells DVC so.
+    # Also for batch_size, which only affects speed, as DVC cannot know.
     "evaluate": FROM_EVALUATE,
 }
 
@@ -171,7 +171,7 @@ def settings() -> Iterator[tuple[str, str]]:
 
 
 class Graph:
-    """The stages as DVC understands dvc.yaml."""
+    """The graph of stages, as DVC reads dvc.yaml."""
 
     def __init__(self, graph: Any) -> None:
         self.after = {stage.addressing: later_stages(graph, stage) for stage in graph}
@@ -243,7 +243,7 @@ def test_a_project_has_the_working_tree_without_outputs_and_settings(tmp_path: P
 
 
 def test_a_clone_that_converts_line_endings_has_the_same_bytes(tmp_path: Path) -> None:
-    """DVC compares them, of the code too, and would run every stage again."""
+    """Otherwise DVC, which compares the bytes of code too, would run every stage again."""
     source, clone = tmp_path / "source", tmp_path / "clone"
     copy_working_tree(ROOT, source)
     identity = ["-c", "user.name=Test", "-c", "user.email=test@localhost"]
@@ -288,7 +288,7 @@ def test_transformers_loads_the_vit_by_its_folder(project: Project) -> None:
     network = transformers.AutoModelForImageClassification.from_pretrained(
         project.folder / "models/vit"
     )
-    assert network.config.id2label == {place: str(place + 1) for place in range(5)}
+    assert network.config.id2label == {position: str(position + 1) for position in range(5)}
 
 
 def test_nothing_is_left_to_do_and_nothing_unfinished_is_left(project: Project) -> None:
@@ -304,7 +304,7 @@ def test_nothing_is_left_to_do_and_nothing_unfinished_is_left(project: Project) 
     }
 
 
-def test_data_takes_its_space_once(project: Project) -> None:
+def test_data_takes_space_only_once(project: Project) -> None:
     cached = {path.stat().st_ino for path in (project.folder / ".dvc/cache").rglob("*")}
     for path in ("data/resized/00000.parquet", "data/split.csv", "models/vit/model.safetensors"):
         assert (project.folder / path).stat().st_ino in cached

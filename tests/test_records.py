@@ -27,7 +27,7 @@ REAL_ITEM = {
 
 
 def record_of(**changes: Any) -> bytes:
-    """A real record of one item, with some of the item's details changed."""
+    """A real record with one item, some of whose details are changed."""
     contents = {"B000A8C5QE": REAL_ITEM | changes}
     return json.dumps({"BIN_FCSKU_DATA": contents, "EXPECTED_QUANTITY": 2}).encode()
 
@@ -110,7 +110,7 @@ def test_a_measure_of_any_size_is_a_float(value: str) -> None:
 
 
 @pytest.mark.parametrize("contents", [None, [], "B1", 3, {"B1": None, "B2": "two"}])
-def test_contents_of_another_shape_are_no_items(contents: Any) -> None:
+def test_contents_of_another_shape_have_no_items(contents: Any) -> None:
     data = json.dumps({"BIN_FCSKU_DATA": contents, "EXPECTED_QUANTITY": 1}).encode()
     assert parse_record(data) == {"quantity": 1, "items": [], "image_fname": None}
 
@@ -122,7 +122,7 @@ def test_contents_of_another_shape_are_no_items(contents: Any) -> None:
         *("2147483648", "-2147483649", "9223372036854775808", "99999999999999999999"),
     ],
 )
-def test_a_quantity_that_is_no_count_is_refused(quantity: str) -> None:
+def test_a_quantity_that_is_not_a_count_is_refused(quantity: str) -> None:
     data = f'{{"BIN_FCSKU_DATA": {{}}, "EXPECTED_QUANTITY": {quantity}}}'
     with pytest.raises(RecordError, match="no integer EXPECTED_QUANTITY"):
         parse_record(data.encode())
@@ -167,7 +167,7 @@ def test_a_missing_quantity_is_refused() -> None:
     ],
     ids=lambda data: repr(data[:40]),
 )
-def test_what_is_not_json_of_a_record_is_refused(data: bytes) -> None:
+def test_data_that_is_not_a_json_record_is_refused(data: bytes) -> None:
     with pytest.raises(RecordError, match="not JSON"):
         parse_record(data)
 
@@ -211,13 +211,13 @@ def test_a_record_with_two_contents_is_refused() -> None:
     ],
     ids=repr,
 )
-def test_what_only_looks_like_two_quantities_is_read(data: bytes) -> None:
+def test_records_that_only_seem_to_have_two_quantities_are_read(data: bytes) -> None:
     assert parse_record(data)["quantity"] == 3
 
 
 @pytest.fixture(params=[1_000, 100_000])
 def recursion_limit(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Python's own, and one like those that libraries set: torch's compiler raises it for good."""
+    """Python's default, and a higher one, as torch's compiler sets it permanently."""
     before = sys.getrecursionlimit()
     sys.setrecursionlimit(request.param)
     yield
@@ -225,13 +225,13 @@ def recursion_limit(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def deep_record(levels: int, more: str = "") -> bytes:
-    """One that is nested so deeply, the object itself included. Its string nests nothing."""
+    """A record with this many nested levels, including itself. Brackets in strings do not count."""
     arrays = "[" * (levels - 1) + "]" * (levels - 1)
     return f'{{"EXPECTED_QUANTITY": 1, "x": {arrays}, "y": "\\"{"[" * 200}"{more}}}'.encode()
 
 
 @pytest.mark.usefixtures("recursion_limit")
-def test_a_repeated_quantity_in_a_deep_record_is_no_crash() -> None:
+def test_a_repeated_quantity_in_a_deep_record_does_not_crash() -> None:
     again = ', "EXPECTED_QUANTITY": 1'
     assert parse_record(deep_record(1000))["quantity"] == 1
     assert parse_record(deep_record(100, again))["quantity"] == 1
@@ -269,11 +269,11 @@ def test_ids_of_the_bucket_are_bin_ids(text: str) -> None:
     ],
     ids=ascii,
 )
-def test_what_is_unsafe_in_a_file_name_is_no_bin_id(text: str) -> None:
+def test_text_that_is_unsafe_in_a_file_name_is_not_a_bin_id(text: str) -> None:
     assert not is_bin_id(text)
 
 
-def test_twins_that_are_one_number_stay_several_ids() -> None:
+def test_twins_with_the_same_number_stay_different_ids() -> None:
     twins = ["1", "01", "00001", "000001", "-1"]
     assert all(map(is_bin_id, twins))
     rows = [row_of(record_of()) | {"id": twin} for twin in twins]

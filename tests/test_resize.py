@@ -27,13 +27,13 @@ QUARANTINE = Path("data/quarantine.csv")
 
 
 class StopError(Exception):
-    """What breaks the work in these tests."""
+    """Raised to interrupt the work."""
 
 
 def prepare(
     shards: Sequence[Mapping[str, bytes]], unfetched: Sequence[Reject] = (), **settings: Any
 ) -> None:
-    """Write params.yaml and the outputs of fetch."""
+    """Write params.yaml and the outputs of the fetch stage."""
     write_params(
         {"resize.size": 32, "resize.max_rejects": 0.0}
         | {f"resize.{key}": value for key, value in settings.items()}
@@ -53,8 +53,8 @@ def resized() -> list[list[dict[str, Any]]]:
 
 
 def photographs(*ids: str) -> dict[str, bytes]:
-    """A photograph of another size for each id."""
-    return {bin_id: jpeg_file(40 + 5 * place, 60) for place, bin_id in enumerate(ids)}
+    """A photograph for each id, each of a different size."""
+    return {bin_id: jpeg_file(40 + 5 * position, 60) for position, bin_id in enumerate(ids)}
 
 
 @pytest.mark.usefixtures("workspace")
@@ -143,7 +143,7 @@ def test_every_run_writes_the_same_bytes() -> None:
 
 
 @pytest.mark.usefixtures("workspace")
-def test_the_next_run_goes_on_where_one_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_run_resumes_where_one_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     prepare([photographs("00001", "00002"), photographs("00003"), photographs("00004")])
     encode = jpeg.encode
     calls = 0

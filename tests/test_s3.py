@@ -1,4 +1,4 @@
-"""The local S3 server as `make s3` runs it: for a person, in the foreground."""
+"""The local S3 server as `make s3` runs it, in the foreground."""
 
 import os
 import shlex
@@ -57,7 +57,7 @@ def test_it_serves_two_buckets_until_it_is_stopped(tmp_path: Path, number: signa
         )
         store = open_bucket(bucket)
         obstore.put(store, "metadata/1.json", b"{}")
-        # One that is copied into the folder, after the bucket has been listed.
+        # A file that is copied into the folder after the bucket has been listed.
         assert len(obstore.list(store).collect()) == 1
         (folder / "bins/metadata/2.json").write_bytes(b"{}")
         wait_until(lambda: len(obstore.list(store).collect()) == 2)
@@ -70,21 +70,21 @@ def test_it_serves_two_buckets_until_it_is_stopped(tmp_path: Path, number: signa
     assert (folder / "bins/metadata/1.json").exists()
 
 
-def test_a_port_that_is_taken_is_said(tmp_path: Path) -> None:
+def test_a_port_in_use_is_reported(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with run_by_hand(tmp_path / "s3", port) as process:
             text, _ = process.communicate(timeout=20)
     assert process.returncode == 1
-    assert text == f"s3: error: port {port} is taken; try another: make s3 PORT=<port>\n"
+    assert text == f"s3: error: port {port} is in use; try another: make s3 PORT=<port>\n"
     assert not (tmp_path / "s3").exists()
 
 
-def test_a_server_that_dies_ends_it(tmp_path: Path) -> None:
+def test_it_ends_if_its_server_dies(tmp_path: Path) -> None:
     folder, port = tmp_path / "s3", free_port()
     with run_by_hand(folder, port) as process:
         assert process.stdout is not None
-        # What it prints once its server answers: before that, it fails to start.
+        # Printed once the server answers; before that, the command would fail to start.
         process.stdout.readline()
         psutil.Process(int((folder / ".server.pid").read_text())).kill()
         text, _ = process.communicate(timeout=20)

@@ -1,4 +1,4 @@
-"""Credentials are in no output, log, lock, report or traceback, whatever a server answers."""
+"""No output, log, lock, report or traceback has credentials, whatever a server answers."""
 
 import os
 import subprocess
@@ -24,14 +24,14 @@ FAULTS = [Fault.DENIED, Fault.INTERNAL_ERROR, Fault.RESET, Fault.GARBLED, Fault.
 
 @dataclass
 class Private:
-    """A project on a bucket that wants the marked credentials, behind a proxy with faults."""
+    """A project whose bucket requires the marked credentials, behind a proxy with faults."""
 
     project: Project
     proxy: FaultProxy
     printed: dict[str, str] = field(default_factory=dict)
 
     def run(self, *command: str, **environment: str) -> int:
-        """The exit code; what it prints is kept."""
+        """Run a command and keep its output. Returns the exit code."""
         done = subprocess.run(
             command,
             cwd=self.project.folder,
@@ -77,7 +77,7 @@ def private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Private]:
 
 @pytest.fixture(scope="module")
 def used(private: Private) -> Private:
-    """Everything that talks to a server has run, well and not well."""
+    """Every command that talks to a server has run, with success and with failure."""
     proxy, python = private.proxy, sys.executable
     proxy.plan = at_random(FAULTS, 0.1, seed=1)
     assert private.run("dvc", "repro", "-v", "fetch") == 0, private.last
@@ -105,21 +105,18 @@ def used(private: Private) -> Private:
     return private
 
 
-def test_nothing_that_is_printed_has_a_credential(used: Private) -> None:
+def test_no_output_has_a_credential(used: Private) -> None:
     assert len(used.printed) == 7
     for command, text in used.printed.items():
         for mark in [*MARKS, WRONG]:
             assert mark not in text, f"{command} prints {mark}"
 
 
-def test_no_file_has_a_credential_but_the_one_they_were_put_in(used: Private) -> None:
+def test_no_file_but_the_configuration_has_a_credential(used: Private) -> None:
     folder = used.project.folder
-    places = [folder, Path(used.project.environment["HOME"])]
+    folders = [folder, Path(used.project.environment["HOME"])]
     files = [
-        Path(parent, name)
-        for place in places
-        for parent, _, names in os.walk(place)
-        for name in names
+        Path(parent, name) for top in folders for parent, _, names in os.walk(top) for name in names
     ]
     with_marks = [
         path.relative_to(folder.parent).as_posix()

@@ -115,7 +115,7 @@ def test_a_damaged_file_is_named_in_one_line(
         KeyError("a bug"),
     ],
 )
-def test_what_is_no_damage_is_raised_as_it_is(tmp_path: Path, error: Exception) -> None:
+def test_other_errors_are_raised_unchanged(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(type(error)) as caught, whole_parquet(tmp_path / "00001.parquet"):
         raise error
     assert caught.value is error

@@ -8,8 +8,8 @@ from stages.sampling.siblings import padded_number, sibling_groups
 
 
 def groups_of(contents: Mapping[str, Sequence[str | None]]) -> dict[str, str]:
-    """The group of each id, from the ASINs of each."""
-    items = [(place, asin) for place, asins in enumerate(contents.values()) for asin in asins]
+    """The group of each id, found from the ASINs of each bin."""
+    items = [(position, asin) for position, asins in enumerate(contents.values()) for asin in asins]
     table = pd.DataFrame(items, columns=["bin", "asin"])
     return dict(zip(contents, sibling_groups(list(contents), table), strict=True))
 
@@ -52,33 +52,33 @@ def test_siblings_of_siblings_are_one_group() -> None:
     assert set(groups.values()) == {"00001"}
 
 
-def test_a_hole_in_the_ids_parts_the_groups() -> None:
+def test_a_gap_in_the_ids_separates_groups() -> None:
     groups = groups_of({"00001": ["A"], "00002": ["A"], "00004": ["A"], "00005": ["A"]})
     assert groups == {"00001": "00001", "00002": "00001", "00004": "00004", "00005": "00004"}
 
 
-def test_an_empty_bin_parts_the_groups() -> None:
+def test_an_empty_bin_separates_groups() -> None:
     groups = groups_of({"00001": ["A"], "00002": [], "00003": ["A"]})
     assert set(groups.values()) == {"00001", "00002", "00003"}
 
 
-def test_unpadded_bins_are_groups_of_their_own() -> None:
+def test_each_unpadded_bin_is_its_own_group() -> None:
     contents = {bin_id: ["A"] for bin_id in ["1", "00001", "2", "00002", "10", "11"]}
     groups = groups_of(contents)
     assert groups == {id_: id_ for id_ in contents} | {"00002": "00001"}
 
 
-def test_the_sequence_goes_on_at_six_digits() -> None:
+def test_the_sequence_continues_at_six_digits() -> None:
     assert set(groups_of({"99999": ["A"], "100000": ["A"]}).values()) == {"99999"}
 
 
-def test_an_asin_held_twice_or_unknown_is_no_link() -> None:
+def test_an_asin_held_twice_or_unknown_does_not_link_bins() -> None:
     groups = groups_of({"00001": ["A", "A", None], "00002": [None], "00003": ["B", "B"]})
     assert set(groups.values()) == {"00001", "00002", "00003"}
 
 
 @pytest.mark.parametrize("contents", [{}, {"00001": []}, {"00001": [], "1": [], "00002": []}])
-def test_bins_without_items_are_groups_of_their_own(contents: dict[str, list[str]]) -> None:
+def test_each_bin_without_items_is_its_own_group(contents: dict[str, list[str]]) -> None:
     assert groups_of(contents) == {bin_id: bin_id for bin_id in contents}
 
 

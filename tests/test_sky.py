@@ -1,4 +1,4 @@
-"""SkyPilot's tasks: SkyPilot accepts them, and what they run works as on their machines."""
+"""The tasks for SkyPilot: it accepts them, and their scripts work as on its machines."""
 
 import base64
 import json
@@ -26,7 +26,7 @@ from tools.s3 import free_port
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")
 
 TASKS = ["sky.yaml", "sky-nodes.yaml"]
-TOKEN = "a-secret-token"  # noqa: S105 - of the server below
+TOKEN = "a-secret-token"  # noqa: S105 - for the server below
 #: Where `make check-sky` installs SkyPilot, which has too many dependencies for the project's lock.
 SKY = ROOT / ".venv-sky/bin/python"
 needs_sky = pytest.mark.skipif(not SKY.exists(), reason="SkyPilot isn't installed: make check-sky")
@@ -55,7 +55,7 @@ class QuietHandler(WSGIRequestHandler):
 
 @contextmanager
 def git_server(repository: Path) -> Iterator[str]:
-    """Serves a repository over HTTP to whoever has the token; gives its URL."""
+    """Serve a repository over HTTP to clients with the token. Yields its URL."""
     repositories: dict[str, BackendRepo] = {"/": Repo(str(repository))}
     application = make_wsgi_chain(DictBackend(repositories))
     expected = base64.b64encode(f"git:{TOKEN}".encode()).decode()
@@ -78,7 +78,7 @@ def git_server(repository: Path) -> Iterator[str]:
 
 
 class Machine(Clone):
-    """A working tree as SkyPilot copies it: without DVC's local settings and a git identity."""
+    """A working tree as SkyPilot copies it, without local DVC settings and git identity."""
 
     def __init__(self, project: Clone, folder: Path, endpoint: str, url: str) -> None:
         project.run("git", "clone", "--quiet", str(project.folder), str(folder))
@@ -113,7 +113,7 @@ class Machine(Clone):
         )
 
 
-# It doesn't need SkyPilot, but two minutes.
+# Needs no SkyPilot, but two minutes.
 @pytest.mark.slow
 @needs_sky
 def test_two_machines_train_a_model_and_share_the_experiment(
@@ -128,7 +128,7 @@ def test_two_machines_train_a_model_and_share_the_experiment(
         running = []
         for rank in range(2):
             machine = Machine(project, tmp_path / f"machine-{rank}", endpoint, url)
-            # Not committed, as when somebody tries a value.
+            # Not committed, as if somebody tried a value.
             set_learning_rate(machine)
             running.append(machine.start(script, SKYPILOT_NODE_RANK=str(rank), **both))
         outputs = [process.communicate()[0] for process in running]
@@ -188,7 +188,7 @@ def test_a_task_declares_everything_it_uses_and_holds_no_secret(name: str) -> No
 @pytest.mark.slow
 @needs_sky
 @pytest.mark.parametrize(("name", "nodes", "gpus"), [("sky.yaml", 1, 1), ("sky-nodes.yaml", 2, 4)])
-def test_skypilot_takes_a_task(name: str, nodes: int, gpus: int, tmp_path: Path) -> None:
+def test_skypilot_accepts_a_task(name: str, nodes: int, gpus: int, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     copy_working_tree(ROOT, tree)
     subprocess.run(["git", "init", "--quiet"], cwd=tree, check=True)

@@ -74,13 +74,13 @@ def test_another_seed_samples_other_bins(index: pa.Table) -> None:
     assert sampled[0] != sampled[1] != sampled[2] != sampled[0]
 
 
-def test_more_bins_hold_the_fewer(index: pa.Table) -> None:
+def test_a_larger_sample_contains_the_smaller_one(index: pa.Table) -> None:
     grouped = with_groups(index, QUANTITIES)
     few, many = (set(sample(grouped, settings(bins))["id"].to_pylist()) for bins in (50, 150))
     assert few < many
 
 
-def test_a_bin_that_is_gone_moves_at_most_one_other(index: pa.Table) -> None:
+def test_a_vanished_bin_changes_at_most_one_other(index: pa.Table) -> None:
     grouped = with_groups(index, QUANTITIES)
     sampled = set(sample(grouped, settings(100))["id"].to_pylist())
     for gone in range(0, len(grouped), 40):
@@ -89,7 +89,7 @@ def test_a_bin_that_is_gone_moves_at_most_one_other(index: pa.Table) -> None:
         assert len(sampled - again) <= 1
 
 
-def test_a_random_sample_is_not_a_run_of_the_listing(index: pa.Table) -> None:
+def test_the_sample_is_not_a_run_of_the_listing(index: pa.Table) -> None:
     sampled = [
         int(bin_id)
         for bin_id in sample(with_groups(index, QUANTITIES), settings(100))["id"].to_pylist()
@@ -115,7 +115,7 @@ def test_too_few_bins_are_counted_in_the_error(index: pa.Table) -> None:
 @pytest.mark.parametrize(
     ("contents", "groups"),
     [
-        # 00002 has too many items to be sampled, and yet links the two.
+        # 00002 has too many items to be sampled, but still links the two.
         (
             {"00001": (2, ["A"]), "00002": (9, ["A", "B"]), "00003": (3, ["B"])},
             {"00001": "00001", "00003": "00001"},
@@ -225,7 +225,7 @@ def test_the_stage_writes_the_same_bytes_in_every_run(workspace: Path, index: pa
 def test_real_siblings_share_their_group_and_no_others(
     abid_index: pa.Table, abid_records: dict[str, bytes]
 ) -> None:
-    # Union of the pairs found the plain way, without pandas.
+    # A union of the pairs, found in a plain way without pandas.
     expected = {bin_id: bin_id for bin_id in abid_records}
     for one, two in sorted(sibling_pairs(abid_records)):
         expected[two] = expected[one]

@@ -20,7 +20,9 @@ def test_the_seed_decides_every_byte() -> None:
     assert list(synthetic_bins(5, seed=3)) != list(synthetic_bins(5, seed=4))
 
 
-def test_more_bins_begin_with_the_fewer(synthetic: list[SyntheticBin]) -> None:
+def test_a_larger_bucket_begins_with_the_bins_of_a_smaller_one(
+    synthetic: list[SyntheticBin],
+) -> None:
     assert list(islice(synthetic_bins(500, seed=0), 7)) == synthetic[:7]
 
 
@@ -31,8 +33,8 @@ def test_ids_are_padded_and_every_hundredth_has_an_unpadded_twin(
     assert [one.id for one in synthetic] == [*padded[:100], "100", *padded[100:]]
 
 
-def test_no_id_comes_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Without the pictures, which take a minute.
+def test_ids_are_unique(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without rendering, which takes a minute.
     monkeypatch.setattr(
         synthetic, "_render", lambda bin_id, items, _: SyntheticBin(bin_id, len(items), b"", b"")
     )
@@ -40,7 +42,7 @@ def test_no_id_comes_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(set(ids)) == len(ids)
 
 
-def test_records_say_what_was_drawn(synthetic: list[SyntheticBin]) -> None:
+def test_records_have_the_rendered_quantities(synthetic: list[SyntheticBin]) -> None:
     for one in synthetic:
         record = parse_record(one.record)
         assert record["quantity"] == one.quantity
@@ -48,7 +50,7 @@ def test_records_say_what_was_drawn(synthetic: list[SyntheticBin]) -> None:
         assert record["image_fname"] == (f"{one.id}.jpg" if len(one.id) < 5 else None)
 
 
-def test_items_look_like_the_bucket_s(synthetic: list[SyntheticBin]) -> None:
+def test_items_have_the_form_of_the_buckets(synthetic: list[SyntheticBin]) -> None:
     for one in synthetic:
         for asin, item in json.loads(one.record)["BIN_FCSKU_DATA"].items():
             assert item["asin"] == asin
@@ -59,7 +61,7 @@ def test_items_look_like_the_bucket_s(synthetic: list[SyntheticBin]) -> None:
             }
 
 
-def test_every_class_is_drawn(synthetic: list[SyntheticBin]) -> None:
+def test_every_class_is_rendered(synthetic: list[SyntheticBin]) -> None:
     assert {1, 2, 3, 4, 5} <= {one.quantity for one in synthetic}
 
 

@@ -1,4 +1,4 @@
-"""The bucket of true size for benchmarks, in small."""
+"""A small version of the benchmarks' bucket of true size."""
 
 import asyncio
 import hashlib
@@ -44,7 +44,7 @@ from tools.s3 import answers, free_port
 
 pytestmark = pytest.mark.slow
 
-# With 11 un-padded ids, of which 10 and 11 come before 2 in S3's order.
+# Includes 11 un-padded ids: in S3's order, 10 and 11 come before 2.
 BINS = 5000
 LATENCY_MS = 60
 COMMAND = [sys.executable, "-m", "benchmarks.true_bucket"]
@@ -57,7 +57,7 @@ def bins() -> TrueBins:
 
 @pytest.fixture(scope="module")
 def bucket(bins: TrueBins) -> Bucket:
-    """In this process, for what needs no connection."""
+    """The bucket in this process, for tests without a connection."""
     return Bucket(bins)
 
 
@@ -75,17 +75,17 @@ def slow_url() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def real(abid: Path) -> TrueBins:
-    """The whole bucket, with real bins at hand."""
+    """The whole bucket, based on real bins."""
     return make_bins(abid=abid)
 
 
 @pytest.fixture(scope="module")
-def drawn_instead(tmp_path_factory: pytest.TempPathFactory) -> TrueBins:
-    """The whole bucket, without any."""
+def synthetic_instead(tmp_path_factory: pytest.TempPathFactory) -> TrueBins:
+    """The whole bucket, based on synthetic bins."""
     return make_bins(abid=tmp_path_factory.mktemp("without") / "abid")
 
 
-@pytest.fixture(params=["real", "drawn_instead"])
+@pytest.fixture(params=["real", "synthetic_instead"])
 def whole(request: pytest.FixtureRequest) -> TrueBins:
     bins: TrueBins = request.getfixturevalue(request.param)
     return bins
@@ -120,7 +120,7 @@ def get(key: str, *headers: str) -> bytes:
 
 
 def read_bodies(connection: socket.socket, count: int) -> list[bytes]:
-    """The bodies of so many answers that come one after another."""
+    """The bodies of the next `count` answers."""
     bodies = []
     with connection.makefile("rb") as stream:
         for _ in range(count):
@@ -133,7 +133,7 @@ def read_bodies(connection: socket.socket, count: int) -> list[bytes]:
 
 def read_to_the_end(connection: socket.socket) -> bytes:
     answer = b""
-    # That comes where a server closes with something unread.
+    # This happens if a server closes a connection with unread data.
     with suppress(ConnectionResetError):
         while data := connection.recv(65_536):
             answer += data
@@ -157,7 +157,7 @@ def list_page(bucket: Bucket, **query: str | int) -> str:
 
 
 def list_pages(bucket: Bucket, **query: str | int) -> Iterator[list[str]]:
-    """Keys and common prefixes, as pages have them."""
+    """The keys and common prefixes of each page."""
     token: dict[str, str] = {}
     while True:
         page = list_page(bucket, **query, **token)
@@ -172,7 +172,7 @@ def list_pages(bucket: Bucket, **query: str | int) -> Iterator[list[str]]:
 
 
 def rolled_up(keys: Sequence[str], prefix: str, delimiter: str, start_after: str) -> list[str]:
-    """The listing in words: what a listing of all keys is, by the definition of S3's."""
+    """The listing of these keys according to S3's documentation."""
     wanted = [key for key in keys if key.startswith(prefix) and key > start_after]
     if delimiter:
         rests = [key.removeprefix(prefix).partition(delimiter) for key in wanted]
@@ -180,7 +180,7 @@ def rolled_up(keys: Sequence[str], prefix: str, delimiter: str, start_after: str
     return list(dict.fromkeys(wanted))
 
 
-def test_every_object_listed_is_the_object_got(url: str, bins: TrueBins) -> None:
+def test_every_listed_object_is_the_one_that_can_be_read(url: str, bins: TrueBins) -> None:
     store = open_bucket(at(url))
     listing = list_objects(store, "metadata/").to_pylist()
     listing += list_objects(store, "bin-images/").to_pylist()[::50]
@@ -191,7 +191,7 @@ def test_every_object_listed_is_the_object_got(url: str, bins: TrueBins) -> None
     assert records == [key for key in keys_of(bins) if key.startswith("metadata/")]
 
 
-def test_an_id_is_the_same_bytes_in_other_processes_and_in_smaller_buckets(
+def test_an_id_has_the_same_bytes_in_other_processes_and_in_smaller_buckets(
     url: str, bins: TrueBins
 ) -> None:
     smaller = make_bins(BINS // 2)
@@ -227,7 +227,7 @@ def test_unpadded_twins_are_other_bins(whole: TrueBins) -> None:
 
 def test_quantities_are_distributed_as_published(whole: TrueBins) -> None:
     counts = np.bincount(whole.quantities[:PADDED].clip(max=6))
-    # Drawn bins have their own instead.
+    # Synthetic bins have their own quantities.
     sampled = len(whole.own_records) if len(whole.own_records) < 1000 else 0
     assert np.abs(counts - QUANTITY_COUNTS).sum() <= 2 * sampled
     twins = np.bincount(whole.quantities[PADDED:].clip(max=6)) / UNPADDED
@@ -252,7 +252,7 @@ def test_records_have_the_quantities(whole: TrueBins) -> None:
 
 def test_the_labels_are_the_quantities_of_their_ids(abid: Path, bins: TrueBins) -> None:
     labels = json.loads((abid / "labels/counting_val.json").read_bytes())
-    assert all(bins.quantities[place] == quantity for place, quantity in labels)
+    assert all(bins.quantities[position] == quantity for position, quantity in labels)
 
 
 def test_siblings_are_as_many_as_in_the_real_bucket(whole: TrueBins) -> None:
@@ -278,7 +278,7 @@ def test_records_and_photographs_are_as_large_as_real_ones(whole: TrueBins) -> N
             image.load()
 
 
-def test_bins_that_are_at_hand_are_served_as_they_are(abid: Path, real: TrueBins) -> None:
+def test_bins_at_hand_are_served_unchanged(abid: Path, real: TrueBins) -> None:
     for path in (abid / "originals-1k/metadata").glob("*.json"):
         row = real.rows[path.stem]
         assert real.record(row) == path.read_bytes()
@@ -332,13 +332,13 @@ def test_the_first_stages_run_on_it(url: str) -> None:
     assert sum(map(len, shards)) == wanted
 
 
-def test_an_answer_comes_late_and_keeps_no_other_waiting(slow_url: str) -> None:
+def test_an_answer_is_late_but_does_not_delay_others(slow_url: str) -> None:
     path = f"/{BUCKET}/metadata/00001.json"
     start = time.monotonic()
     for _ in range(3):
         assert ask(slow_url, path)[0] == 200
     one_after_another = time.monotonic() - start
-    # Timers of some event loops are a millisecond early.
+    # The timers of some event loops are a millisecond early.
     assert one_after_another >= 3 * (LATENCY_MS - 1) / 1000
     start = time.monotonic()
     with connect(slow_url) as connection:
@@ -348,7 +348,7 @@ def test_an_answer_comes_late_and_keeps_no_other_waiting(slow_url: str) -> None:
 
 
 @pytest.mark.parametrize("latency", [False, True])
-def test_requests_that_come_at_once_are_answered_in_their_order(
+def test_requests_that_arrive_together_are_answered_in_their_order(
     url: str, slow_url: str, bins: TrueBins, latency: bool
 ) -> None:
     ids = [f"{1 + number % 10:05d}" for number in range(200)]
@@ -360,7 +360,7 @@ def test_requests_that_come_at_once_are_answered_in_their_order(
 
 
 def test_a_request_may_come_in_pieces(url: str, bins: TrueBins) -> None:
-    # A request, and half of the next one in the same piece as its end.
+    # The end of a request comes in one piece with half of the next one.
     requests = get("metadata/00002.json") + get("metadata/00003.json")
     pieces = [bytes([byte]) for byte in requests[:30]] + [requests[30:-40], requests[-40:]]
     with connect(url) as connection:
@@ -383,7 +383,7 @@ def test_a_request_may_come_in_pieces(url: str, bins: TrueBins) -> None:
         ("-999999", None, None),
     ],
 )
-def test_a_range_is_that_part(
+def test_a_range_is_that_part_of_the_object(
     url: str, bins: TrueBins, wanted: str, start: int | None, stop: int | None
 ) -> None:
     photograph = bins.photograph(bins.rows["00010"])
@@ -395,7 +395,9 @@ def test_a_range_is_that_part(
 
 
 @pytest.mark.parametrize("wanted", ["-", "9-5", "0-1,5-6", "x"])
-def test_what_is_no_single_range_is_the_whole(url: str, bins: TrueBins, wanted: str) -> None:
+def test_anything_but_a_single_range_gives_the_whole_object(
+    url: str, bins: TrueBins, wanted: str
+) -> None:
     answer = ask(url, f"/{BUCKET}/metadata/00010.json", Range=f"bytes={wanted}")
     assert (answer[0], answer[2]) == (200, bins.record(bins.rows["00010"]))
 
@@ -430,7 +432,7 @@ def test_head_has_the_headers_of_get(url: str) -> None:
         ("DELETE", f"/{BUCKET}/metadata/00001.json", "", 405, "MethodNotAllowed"),
     ],
 )
-def test_what_it_does_not_give_is_refused_as_s3_does(
+def test_unsupported_requests_are_refused_as_s3_does(
     url: str, method: str, path: str, range_: str, status: int, code: str
 ) -> None:
     answer = ask(url, path, method, **({"Range": range_} if range_ else {}))
@@ -474,7 +476,7 @@ def test_a_server_counts_its_requests_and_ends_with_the_block() -> None:
         sizes.append(len(ask(url, f"/{BUCKET}/metadata/00004.json")[2]))
         ask(url, f"/{BUCKET}/bin-images/00001.jpg", "HEAD")
         with connect(url) as connection:
-            # What comes after the head of another method is its body.
+            # Data after the head of another method belongs to its body.
             connection.sendall(b"PUT /x HTTP/1.1\r\n\r\n" + get("metadata/00001.json"))
             sizes.append(len(read_to_the_end(connection).partition(b"\r\n\r\n")[2]))
         counts = json.loads(ask(url, "/-/counts")[2])
@@ -511,16 +513,16 @@ def test_it_answers_on_loopback_only_and_prints_its_counts_at_the_end() -> None:
     assert text.splitlines()[-1].startswith("0 GETs, 0 HEADs, 1 lists, 0 refused; ")
 
 
-def test_a_port_that_is_taken_is_said() -> None:
+def test_a_port_in_use_is_reported() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with run_by_hand("--port", str(port)) as process:
             text, _ = process.communicate(timeout=20)
     assert process.returncode == 1
-    assert text == f"true_bucket: error: port {port} is taken; try another --port\n"
+    assert text == f"true_bucket: error: port {port} is in use; try another --port\n"
 
 
 def test_a_server_that_does_not_start_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RuntimeError, match="did not start"), serving_true_bucket(0):
         pass
-    assert "--bins is from 1 to 535234" in capfd.readouterr().err
+    assert "--bins must be from 1 to 535234" in capfd.readouterr().err

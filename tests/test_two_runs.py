@@ -1,4 +1,4 @@
-"""Two runs at once: who waits for whom; the outputs are right and the cache is whole."""
+"""Two runs at once: one waits for the other, the outputs are right and the cache is intact."""
 
 import shutil
 import socket
@@ -21,42 +21,42 @@ EXPERIMENT = ["dvc", "exp", "run", "--temp", "--set-param", f"resize.quality={QU
 
 
 def copy_of(project: Project, folder: Path) -> Clone:
-    """The project, with the photographs that its run has fetched, and nothing in DVC's cache."""
+    """A copy of the project with its fetched photographs, but with an empty DVC cache."""
     shutil.copytree(project.folder, folder, ignore=shutil.ignore_patterns("cache"), symlinks=True)
     return Clone(folder, project.environment)
 
 
-def change_quality(place: Clone) -> None:
-    """So that resize has to run."""
-    params = yaml.load(place.folder / "params.yaml")
+def change_quality(clone: Clone) -> None:
+    """Change a param, so that resize has to run."""
+    params = yaml.load(clone.folder / "params.yaml")
     params["resize"]["quality"] = QUALITY
-    yaml.dump(params, place.folder / "params.yaml")
+    yaml.dump(params, clone.folder / "params.yaml")
 
 
 @pytest.fixture
-def place(project: Project, tmp_path: Path) -> Clone:
-    return copy_of(project, tmp_path / "place")
+def clone(project: Project, tmp_path: Path) -> Clone:
+    return copy_of(project, tmp_path / "clone")
 
 
 @pytest.fixture(scope="module")
 def resized(project: Project, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What one run makes alone."""
-    place = copy_of(project, tmp_path_factory.mktemp("alone") / "place")
-    change_quality(place)
-    place.run(*REPRO)
-    return outputs(place)
+    """The outputs of a single run."""
+    clone = copy_of(project, tmp_path_factory.mktemp("alone") / "clone")
+    change_quality(clone)
+    clone.run(*REPRO)
+    return outputs(clone)
 
 
-def outputs(place: Clone) -> dict[str, bytes]:
-    folder = place.folder / "data/resized"
+def outputs(clone: Clone) -> dict[str, bytes]:
+    folder = clone.folder / "data/resized"
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @contextmanager
-def held_up(place: Clone, lock: str) -> Iterator[int]:
-    """Wait until the stage has this lock, and stop it while the block runs; its process."""
-    wait_for(lambda: "process" in "".join(text_of(path) for path in place.folder.glob(lock)))
-    (path,) = place.folder.glob(lock)
+def held_up(clone: Clone, lock: str) -> Iterator[int]:
+    """Wait until a stage has this lock, and suspend it during the block. Yields its process id."""
+    wait_for(lambda: "process" in "".join(text_of(path) for path in clone.folder.glob(lock)))
+    (path,) = clone.folder.glob(lock)
     pid = int(path.read_text("utf-8").split()[1])
     stage = psutil.Process(pid)
     stage.suspend()
@@ -71,65 +71,65 @@ def text_of(path: Path) -> str:
 
 
 def waits(run: Run, stage: int, which: str) -> bool:
-    """Whether the run's stage has said that it waits for the process `stage`, and since when."""
+    """Whether the run's stage has printed that it waits for the process `stage`, and since when."""
     holder = f"process {stage} on {socket.gethostname()}, since 2"
-    return f"resize: waiting for another run {which}: {holder}" in run.said
+    return f"resize: waiting for another run {which}: {holder}" in run.printed
 
 
 def test_dvc_refuses_a_second_run_and_names_the_first(
-    place: Clone, resized: dict[str, bytes]
+    clone: Clone, resized: dict[str, bytes]
 ) -> None:
-    change_quality(place)
-    first = Run(place, *REPRO)
-    with held_up(place, ".cache/resize.run.lock"):
-        second = Run(place, *REPRO)
+    change_quality(clone)
+    first = Run(clone, *REPRO)
+    with held_up(clone, ".cache/resize.run.lock"):
+        second = Run(clone, *REPRO)
         assert second.wait() != 0
-    assert "is busy, it is being blocked by:" in second.said
-    assert f"(PID {first.process.pid}): " in second.said
-    assert first.wait() == 0, first.said
-    assert outputs(place) == resized
-    assert damaged_objects(place.folder / ".dvc/cache") == []
+    assert "is busy, it is being blocked by:" in second.printed
+    assert f"(PID {first.process.pid}): " in second.printed
+    assert first.wait() == 0, first.printed
+    assert outputs(clone) == resized
+    assert damaged_objects(clone.folder / ".dvc/cache") == []
 
 
-def test_a_run_beside_a_stage_that_dvc_has_left_behind_waits_for_it(
-    place: Clone, resized: dict[str, bytes]
+def test_a_run_waits_for_a_stage_that_has_outlived_its_dvc(
+    clone: Clone, resized: dict[str, bytes]
 ) -> None:
-    change_quality(place)
-    first = Run(place, *REPRO)
-    with held_up(place, ".cache/resize.run.lock") as orphan:
+    change_quality(clone)
+    first = Run(clone, *REPRO)
+    with held_up(clone, ".cache/resize.run.lock") as orphan:
         first.kill(kill_alone)
-        second = Run(place, *REPRO)
+        second = Run(clone, *REPRO)
         wait_for(lambda: waits(second, orphan, "of this stage") or second.process.poll())
-    assert second.wait() == 0, second.said
+    assert second.wait() == 0, second.printed
     assert waits(second, orphan, "of this stage")
-    assert outputs(place) == resized
-    assert damaged_objects(place.folder / ".dvc/cache") == []
+    assert outputs(clone) == resized
+    assert damaged_objects(clone.folder / ".dvc/cache") == []
 
 
 def test_two_experiments_with_the_same_inputs_do_the_work_once(
-    place: Clone, resized: dict[str, bytes]
+    clone: Clone, resized: dict[str, bytes]
 ) -> None:
-    first = Run(place, *EXPERIMENT, "--name", "first")
-    with held_up(place, ".cache/resize-*.lock") as stage:
-        second = Run(place, *EXPERIMENT, "--name", "second")
+    first = Run(clone, *EXPERIMENT, "--name", "first")
+    with held_up(clone, ".cache/resize-*.lock") as stage:
+        second = Run(clone, *EXPERIMENT, "--name", "second")
         wait_for(lambda: waits(second, stage, "with the same inputs") or second.process.poll())
     for run in (first, second):
-        assert run.wait() == 0, run.said
+        assert run.wait() == 0, run.printed
     assert waits(second, stage, "with the same inputs")
-    assert damaged_objects(place.folder / ".dvc/cache") == []
-    found = [resized_by(place, name) for name in ("first", "second")]
-    change_quality(place)
-    assert "is cached - skipping run" in place.run(*REPRO)
-    assert outputs(place) == resized
-    assert found == 2 * [place.locked()["data/resized"]]
+    assert damaged_objects(clone.folder / ".dvc/cache") == []
+    found = [resized_by(clone, name) for name in ("first", "second")]
+    change_quality(clone)
+    assert "is cached - skipping run" in clone.run(*REPRO)
+    assert outputs(clone) == resized
+    assert found == 2 * [clone.locked()["data/resized"]]
 
 
-def resized_by(place: Clone, experiment: str) -> str:
-    """The MD5 of the experiment's output."""
-    (reference,) = place.run(
+def resized_by(clone: Clone, experiment: str) -> str:
+    """The MD5 of data/resized in the experiment."""
+    (reference,) = clone.run(
         "git", "for-each-ref", "--format=%(refname)", f"refs/exps/**/{experiment}"
     ).split()
-    lock = yaml.load(place.run("git", "show", f"{reference}:dvc.lock"))
+    lock = yaml.load(clone.run("git", "show", f"{reference}:dvc.lock"))
     md5: str = next(
         out["md5"] for out in lock["stages"]["resize"]["outs"] if out["path"] == "data/resized"
     )
@@ -137,14 +137,14 @@ def resized_by(place: Clone, experiment: str) -> str:
 
 
 def test_two_runs_that_start_at_the_same_moment_leave_the_right_outputs(
-    place: Clone, resized: dict[str, bytes]
+    clone: Clone, resized: dict[str, bytes]
 ) -> None:
-    change_quality(place)
-    runs = [Run(place, *REPRO), Run(place, *REPRO)]
+    change_quality(clone)
+    runs = [Run(clone, *REPRO), Run(clone, *REPRO)]
     codes = [run.wait() for run in runs]
     assert 0 in codes
     for run, code in zip(runs, codes, strict=True):
-        refused = "is busy" in run.said or "Unable to acquire lock" in run.said
-        assert refused == (code != 0), run.said
-    assert outputs(place) == resized
-    assert damaged_objects(place.folder / ".dvc/cache") == []
+        refused = "is busy" in run.printed or "Unable to acquire lock" in run.printed
+        assert refused == (code != 0), run.printed
+    assert outputs(clone) == resized
+    assert damaged_objects(clone.folder / ".dvc/cache") == []

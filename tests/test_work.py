@@ -1,4 +1,4 @@
-"""Work that a killed run leaves to the next one, and what becomes of it."""
+"""The work that a killed run leaves to the next run."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY
 
 
 class StopError(Exception):
-    """What breaks the work in these tests."""
+    """Raised to interrupt the work."""
 
 
 def break_off(stage: str, key: str) -> Path:
@@ -40,13 +40,13 @@ def left() -> list[str]:
 
 @pytest.fixture
 def dvc(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As DVC runs a stage."""
+    """Set the environment in which DVC runs a stage."""
     monkeypatch.setenv("DVC_STAGE", "fetch")
     monkeypatch.setenv("DVC_ROOT", str(workspace))
 
 
 @pytest.mark.usefixtures("workspace")
-def test_work_survives_a_failure_and_goes_when_a_run_ends_well() -> None:
+def test_work_survives_a_failure_and_is_removed_when_a_run_succeeds() -> None:
     folder = break_off("fetch", "key")
     (folder / ".half.partial").write_text("half")
     with resumable("fetch", "key") as again:
@@ -68,10 +68,10 @@ def test_work_on_other_inputs_starts_afresh_and_leaves_what_is_unfinished(
 
 @pytest.mark.usefixtures("workspace")
 @pytest.mark.parametrize(("package", "afresh"), [("formats", True), ("runtime", False)])
-def test_other_code_starts_afresh_unless_it_decides_no_output(
+def test_changed_code_starts_afresh_if_it_decides_an_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, afresh: bool
 ) -> None:
-    """Also code that is imported only after the work has begun."""
+    """This includes code that is imported only after the work has begun."""
     imported, module = (tmp_path / package / f"{name}.py" for name in ("imported", "later"))
     module.parent.mkdir()
     for path in (imported, module):
@@ -84,7 +84,7 @@ def test_other_code_starts_afresh_unless_it_decides_no_output(
 
 
 def write_lock(folder: Path, seconds: float) -> None:
-    """dvc.lock, so many seconds after the work in the folder was finished."""
+    """Write dvc.lock, `seconds` after the work in the folder was finished."""
     Path("dvc.lock").touch()
     finished = (folder / FINISHED).stat().st_mtime
     os.utime("dvc.lock", (finished + seconds, finished + seconds))
@@ -93,13 +93,13 @@ def write_lock(folder: Path, seconds: float) -> None:
 @pytest.mark.usefixtures("dvc")
 def test_finished_work_waits_until_dvc_has_its_outputs() -> None:
     folder = finish("fetch", "key")
-    # DVC was killed, after it had written dvc.lock for the stage before.
+    # DVC was killed after it had written dvc.lock for the previous stage.
     write_lock(folder, seconds=-1)
     with exclusive_run("fetch"), resumable("fetch", "key") as again:
         assert again == folder
         assert (again / "part").read_text() == "done"
     assert left() == [folder.name]
-    # The same stage once more, by `dvc repro --force`.
+    # The same stage again, by `dvc repro --force`.
     write_lock(folder, seconds=1)
     with exclusive_run("fetch"), resumable("fetch", "key") as again:
         assert list(again.iterdir()) == []
@@ -139,14 +139,14 @@ with {context} as folder:
 
 
 @pytest.mark.parametrize(
-    ("context", "said"),
+    ("context", "expected"),
     [
         ("resumable('fetch', 'key')", "fetch: waiting for another run with the same inputs"),
         ("exclusive_run('fetch')", "fetch: waiting for another run of this stage"),
     ],
 )
 def test_a_second_run_waits_and_says_for_whom_but_not_for_a_killed_one(
-    workspace: Path, context: str, said: str
+    workspace: Path, context: str, expected: str
 ) -> None:
     def start() -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -164,7 +164,9 @@ def test_a_second_run_waits_and_says_for_whom_but_not_for_a_killed_one(
         lines = {first.stdout.readline(): first, second.stdout.readline(): second}
         (waits,) = lines.keys() - {"begun\n"}
         holder, waiting = lines["begun\n"], lines[waits]
-        assert waits.startswith(f"{said}: process {holder.pid} on {socket.gethostname()}, since 2")
+        assert waits.startswith(
+            f"{expected}: process {holder.pid} on {socket.gethostname()}, since 2"
+        )
         holder.kill()
         assert waiting.communicate("\n", timeout=60)[0] == "begun\n"
         assert waiting.returncode == 0
@@ -180,7 +182,7 @@ def test_the_processes_of_one_training_do_not_wait_for_each_other(
             assert [path.parent for path in workspace.rglob("*.lock")] == [workspace / ".cache"]
 
 
-def test_scratch_is_empty_at_first_and_gone_at_last(workspace: Path) -> None:
+def test_scratch_is_empty_at_first_and_removed_at_the_end(workspace: Path) -> None:
     killed = workspace / ".cache/report.scratch"
     killed.mkdir(parents=True)
     (killed / "left").touch()
@@ -193,7 +195,7 @@ def test_scratch_is_empty_at_first_and_gone_at_last(workspace: Path) -> None:
 
 @pytest.mark.parametrize("before", [[], ["stale"]])
 @pytest.mark.parametrize("links", [True, False])
-def test_a_published_folder_is_the_whole_of_it(
+def test_a_published_folder_has_all_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: list[str], links: bool
 ) -> None:
     done, out = tmp_path / "done", tmp_path / "data/raw"
@@ -207,7 +209,7 @@ def test_a_published_folder_is_the_whole_of_it(
         monkeypatch.setattr("os.link", refuse_link)
     publish_folder(done, out)
     assert {path.name: path.read_text() for path in out.iterdir()} == {"part": "done"}
-    # With links, it is on the disk once.
+    # With links, it takes its space on the disk once.
     assert (out / "part").samefile(done / "part") == links
     assert list(out.parent.iterdir()) == [out]
 

@@ -1,4 +1,4 @@
-"""What README promises of DVC: settings, queues, a third model, sharing, and reading from outside.
+"""The README's promises about DVC: settings, queues, a third model, sharing, outside access.
 
 The tests work in copies and clones of the session's one project, whose pipeline has run.
 """
@@ -32,9 +32,9 @@ MODELS = list(yaml.load(ROOT / "params.yaml")["train"])
 LEARNING_RATE = "train.vit.learning_rate"
 
 
-def change_params(place: Clone, changes: dict[str, Any]) -> None:
+def change_params(clone: Clone, changes: dict[str, Any]) -> None:
     """Edit params.yaml as a user would; `changes` has dotted keys."""
-    path = place.folder / "params.yaml"
+    path = clone.folder / "params.yaml"
     values = yaml.load(path)
     for key, value in changes.items():
         *blocks, last = key.split(".")
@@ -46,9 +46,9 @@ def change_params(place: Clone, changes: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def place(project: Project, tmp_path: Path) -> Clone:
+def clone(project: Project, tmp_path: Path) -> Clone:
     """The project after its first run, for one test."""
-    return project.copy(tmp_path / "place")
+    return project.copy(tmp_path / "clone")
 
 
 def test_another_clone_makes_the_same_bytes(
@@ -59,23 +59,23 @@ def test_another_clone_makes_the_same_bytes(
     assert again.locked() == project.locked()
 
 
-def test_a_knob_of_one_model_runs_that_model_only(place: Clone) -> None:
-    text = place.experiment(f"{LEARNING_RATE}=1e-4")
-    assert place.stages_run(text) == ["train@vit", "evaluate@vit", "report"]
+def test_a_knob_of_one_model_runs_that_model_only(clone: Clone) -> None:
+    text = clone.experiment(f"{LEARNING_RATE}=1e-4")
+    assert clone.stages_run(text) == ["train@vit", "evaluate@vit", "report"]
 
 
-def test_dvc_status_names_the_stages_that_changed_knobs_run(place: Clone) -> None:
-    change_params(place, {"resize.quality": 89, "run.processes": 1, "train.vit.seed": 1})
-    status = json.loads(place.run("dvc", "status", "--json"))
+def test_dvc_status_names_the_stages_that_changed_knobs_run(clone: Clone) -> None:
+    change_params(clone, {"resize.quality": 89, "run.processes": 1, "train.vit.seed": 1})
+    status = json.loads(clone.run("dvc", "status", "--json"))
     trained = {f"train@{model}" for model in MODELS}
     assert status.keys() == {"resize", *trained, "evaluate@vit", "report"}
 
 
-def test_a_wrong_knob_stops_before_any_work(place: Clone) -> None:
+def test_a_wrong_knob_stops_before_any_work(clone: Clone) -> None:
     done = subprocess.run(
         ["dvc", "exp", "run", "--set-param", "resize.fit=crop"],
-        cwd=place.folder,
-        env=place.environment,
+        cwd=clone.folder,
+        env=clone.environment,
         capture_output=True,
         text=True,
         check=False,
@@ -85,40 +85,40 @@ def test_a_wrong_knob_stops_before_any_work(place: Clone) -> None:
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_another_size_resizes_and_so_does_the_one_of_before(place: Clone) -> None:
+def test_another_size_resizes_and_so_does_the_previous_one(clone: Clone) -> None:
     for size in (48, 32):
-        place.run("dvc", "exp", "run", "--set-param", f"resize.size={size}", "resize")
-        images = pd.read_parquet(place.folder / "data/resized")["image"]
+        clone.run("dvc", "exp", "run", "--set-param", f"resize.size={size}", "resize")
+        images = pd.read_parquet(clone.folder / "data/resized")["image"]
         sizes = {Image.open(io.BytesIO(image)).size for image in images}
         assert sizes == {(size, size)}
 
 
-def test_a_third_model_is_a_block_of_params_yaml(place: Clone) -> None:
-    # A copy of a model's block, then what is different in it.
-    place.run("dvc", "exp", "run", "-S", "+train.third=${train.vit}", "pretrained@third")
+def test_a_third_model_is_a_block_of_params_yaml(clone: Clone) -> None:
+    # A copy of a model's block, and then its differences.
+    clone.run("dvc", "exp", "run", "-S", "+train.third=${train.vit}", "pretrained@third")
     words = ["-S", "train.third.learning_rate=1e-3", "train@third", "evaluate@third"]
-    text = place.run("dvc", "exp", "run", *words)
-    assert place.stages_run(text) == ["train@third", "evaluate@third"]
-    assert place.metrics("third")["test_bins"] == 20
-    assert "reports/third/metrics.json" in place.run("dvc", "metrics", "show", "--md")
-    place.run("dvc", "plots", "show", "--out", "plots")
-    page = (place.folder / "plots/index.html").read_text("utf-8")
+    text = clone.run("dvc", "exp", "run", *words)
+    assert clone.stages_run(text) == ["train@third", "evaluate@third"]
+    assert clone.metrics("third")["test_bins"] == 20
+    assert "reports/third/metrics.json" in clone.run("dvc", "metrics", "show", "--md")
+    clone.run("dvc", "plots", "show", "--out", "plots")
+    page = (clone.folder / "plots/index.html").read_text("utf-8")
     for name in ("curves", "confusion", "per_quantity", "reliability", "roc"):
         assert f"vegaEmbed('#reports_third_{name}_csv'" in page
-    assert place.run("git", "diff", "--name-only", "first-run", "--", "dvc.yaml") == ""
+    assert clone.run("git", "diff", "--name-only", "first-run", "--", "dvc.yaml") == ""
 
 
 @pytest.fixture(scope="module")
 def workplace(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Clone:
     """A copy of the project, pushed to the remote."""
-    place = project.copy(tmp_path_factory.mktemp("workflows") / "workplace")
-    place.run("dvc", "push", "--quiet")
-    return place
+    clone = project.copy(tmp_path_factory.mktemp("workflows") / "workplace")
+    clone.run("dvc", "push", "--quiet")
+    return clone
 
 
-def experiments(place: Clone) -> dict[str, dict[str, Any]]:
-    """What `dvc exp show` knows of each experiment of HEAD, by its name."""
-    _, head = json.loads(place.run("dvc", "exp", "show", "--json"))
+def experiments(clone: Clone) -> dict[str, dict[str, Any]]:
+    """The data of `dvc exp show` for each experiment of HEAD, by name."""
+    _, head = json.loads(clone.run("dvc", "exp", "show", "--json"))
     revisions = [experiment["revs"][0] for experiment in head["experiments"] or []]
     return {revision["name"]: revision["data"] for revision in revisions}
 
@@ -130,14 +130,14 @@ def param(data: dict[str, Any], key: str) -> Any:
     return value
 
 
-def queue(place: Clone, name: str, setting: str) -> None:
-    place.run("dvc", "exp", "run", "--queue", "--name", name, "--set-param", setting)
+def queue(clone: Clone, name: str, setting: str) -> None:
+    clone.run("dvc", "exp", "run", "--queue", "--name", name, "--set-param", setting)
 
 
-def test_a_list_of_bins_runs_its_stages_when_it_changes(place: Clone) -> None:
-    subset = pd.read_parquet(place.folder / "data/subset.parquet")
+def test_a_list_of_bins_runs_its_stages_when_it_changes(clone: Clone) -> None:
+    subset = pd.read_parquet(clone.folder / "data/subset.parquet")
     ids = subset["id"].tolist()
-    path = place.folder / "lists/mine.csv"
+    path = clone.folder / "lists/mine.csv"
     settings = ["subset.ids=mine.csv", "split.by=file", "split.file=mine.csv"]
     command = ["dvc", "exp", "run", *(word for one in settings for word in ("-S", one)), "split"]
 
@@ -146,18 +146,18 @@ def test_a_list_of_bins_runs_its_stages_when_it_changes(place: Clone) -> None:
         pd.DataFrame({"id": ids, "set": sets}).to_csv(path, index=False)
 
     write(20)
-    assert "split" in place.stages_run(place.run(*command))
+    assert "split" in clone.stages_run(clone.run(*command))
     write(30)
-    assert place.stages_run(place.run("dvc", "repro", "split"))[-2:] == ["subset", "split"]
+    assert clone.stages_run(clone.run("dvc", "repro", "split"))[-2:] == ["subset", "split"]
 
-    sets = pd.read_csv(place.folder / "data/split.csv", dtype=str)
+    sets = pd.read_csv(clone.folder / "data/split.csv", dtype=str)
     usable = set(sets["id"])
     assert set(sets.loc[sets["set"] == "test", "id"]) == set(ids[:30]) & usable
-    place.run("git", "checkout", "--quiet", "params.yaml")
+    clone.run("git", "checkout", "--quiet", "params.yaml")
     done = subprocess.run(
         [*command, "--temp"],
-        cwd=place.folder,
-        env=place.environment,
+        cwd=clone.folder,
+        env=clone.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -168,12 +168,12 @@ def test_a_list_of_bins_runs_its_stages_when_it_changes(place: Clone) -> None:
     assert "`git add lists/mine.csv` first" in done.stdout
 
 
-def test_sweeps_run_in_the_queue(place: Clone) -> None:
-    queue(place, "rejects", "fetch.max_rejects=choice(0.06,0.07)")
-    queue(place, "minutes", "run.checkpoint_minutes=range(11,13)")
-    text = place.run("dvc", "exp", "run", "--run-all")
-    assert place.stages_run(text) == ["fetch", "fetch"]
-    found = experiments(place)
+def test_sweeps_run_in_the_queue(clone: Clone) -> None:
+    queue(clone, "rejects", "fetch.max_rejects=choice(0.06,0.07)")
+    queue(clone, "minutes", "run.checkpoint_minutes=range(11,13)")
+    text = clone.run("dvc", "exp", "run", "--run-all")
+    assert clone.stages_run(text) == ["fetch", "fetch"]
+    found = experiments(clone)
     values = [param(found[f"rejects-{number}"], "fetch.max_rejects") for number in (1, 2)]
     assert values == [0.06, 0.07]
     values = [param(found[f"minutes-{number}"], "run.checkpoint_minutes") for number in (1, 2)]
@@ -181,7 +181,7 @@ def test_sweeps_run_in_the_queue(place: Clone) -> None:
     assert set(found["rejects-1"]["metrics"]) == {
         f"reports/{model}/metrics.json" for model in MODELS
     }
-    assert place.run("git", "status", "--porcelain") == ""
+    assert clone.run("git", "status", "--porcelain") == ""
 
 
 @pytest.fixture(scope="module")
@@ -208,14 +208,14 @@ def shared(workplace: Clone, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def colleague(shared: Path, workplace: Clone, tmp_path: Path) -> Clone:
-    """A fresh clone, with nothing of what DVC has."""
+    """A fresh clone with an empty DVC cache."""
     return workplace.clone(tmp_path / "colleague", shared)
 
 
-def pulled(place: Clone) -> set[str]:
-    """The outputs of DVC's that are there, but for those in git."""
-    in_git = place.run("git", "ls-files").splitlines()
-    return {path for path in place.locked() if (place.folder / path).exists()} - set(in_git)
+def pulled(clone: Clone) -> set[str]:
+    """The DVC outputs that exist, without those in git."""
+    in_git = clone.run("git", "ls-files").splitlines()
+    return {path for path in clone.locked() if (clone.folder / path).exists()} - set(in_git)
 
 
 def test_a_colleague_pulls_one_model_then_all(colleague: Clone) -> None:
@@ -235,13 +235,13 @@ def test_a_colleague_pulls_one_evaluation_with_its_model(colleague: Clone) -> No
     assert {"models/vit", "reports/vit/tables"} < outs
 
 
-def test_a_colleague_evaluates_anew_with_what_that_takes(colleague: Clone) -> None:
+def test_a_colleague_evaluates_again_with_only_the_needed_data(colleague: Clone) -> None:
     words = ["--pull", "--allow-missing", "--set-param", "evaluate.false_alarm=0.1"]
     text = colleague.run("dvc", "exp", "run", *words)
     assert colleague.stages_run(text) == ["evaluate@resnet34", "evaluate@vit", "report"]
     there = pulled(colleague)
     assert {"data/resized", "models/vit", "reports/vit/curves.csv", "reports/index.html"} < there
-    # 13 GB, and of no use for this.
+    # 13 GB that are not needed for this.
     assert "data/raw" not in there
 
 
@@ -289,7 +289,7 @@ def test_a_shard_is_read_from_outside(shared: Path, workplace: Clone) -> None:
     assert split == (workplace.folder / "data/split.csv").read_text("utf-8")
 
 
-# Two of them meet, so that no worker gets both.
+# The two experiments wait for each other, so that no worker runs both.
 SEE_GPU = """\
 stages:
   see:
@@ -308,19 +308,19 @@ def tiny(tmp_path: Path) -> Clone:
         (tmp_path / name).mkdir()
     more = {"MEETING": str(tmp_path / "meeting"), "PYTHONPATH": str(ROOT)}
     folder = tmp_path / "tiny"
-    place = Clone(folder, fresh_environment(tmp_path / "home") | more)
-    place.run("git", "init", "--quiet")
-    place.identify()
-    place.run("dvc", "init", "--quiet")
+    clone = Clone(folder, fresh_environment(tmp_path / "home") | more)
+    clone.run("git", "init", "--quiet")
+    clone.identify()
+    clone.run("dvc", "init", "--quiet")
     (folder / "dvc.yaml").write_text(SEE_GPU)
     (folder / "params.yaml").write_text("number: 0\n")
-    place.run("git", "add", ".")
-    place.run("git", "commit", "--quiet", "--message", "Everything")
-    return place
+    clone.run("git", "add", ".")
+    clone.run("git", "commit", "--quiet", "--message", "Everything")
+    return clone
 
 
-# The workers end by themselves, when they have seen no more work for ten seconds. `dvc queue stop`
-# would end the next ones too, if these had just ended.
+# The workers end by themselves after ten seconds without work. `dvc queue stop` would also stop the
+# next workers if these had just ended.
 @pytest.mark.parametrize(
     ("start", "gpus"),
     [
@@ -342,7 +342,7 @@ def test_each_of_our_workers_has_its_own_gpu(
     assert sorted((meeting / number).read_text().strip() for number in ("1", "2")) == gpus
 
 
-def test_no_gpu_no_workers(tiny: Clone) -> None:
+def test_without_a_gpu_no_worker_starts(tiny: Clone) -> None:
     tiny.environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
         [sys.executable, "-m", "tools.queue_workers"],
@@ -376,20 +376,20 @@ def test_the_ci_runs_what_the_makefile_has() -> None:
     assert {"check", "test", *local, "lock"} <= made <= set(targets)
 
 
-def run_ci_step(place: Clone, name: str) -> tuple[int, str]:
-    """The exit code of a step of the CI, and what it adds to the summary."""
+def run_ci_step(clone: Clone, name: str) -> tuple[int, str]:
+    """Run a step of the CI. Returns its exit code, and its addition to the summary."""
     (script,) = (step["run"] for step in CI_STEPS if step.get("name") == name)
-    summary = place.folder.with_name(f"{place.folder.name}-summary.md")
+    summary = clone.folder.with_name(f"{clone.folder.name}-summary.md")
     done = subprocess.run(
         ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", script],
-        cwd=place.folder,
-        env=place.environment | {"GITHUB_STEP_SUMMARY": str(summary)},
+        cwd=clone.folder,
+        env=clone.environment | {"GITHUB_STEP_SUMMARY": str(summary)},
         check=False,
     )
     return done.returncode, summary.read_text() if summary.exists() else ""
 
 
-def test_the_ci_finds_a_lock_of_other_params(colleague: Clone) -> None:
+def test_the_ci_detects_a_lock_of_other_params(colleague: Clone) -> None:
     lock_step = "Check that dvc.lock matches the code and params"
     # As the CI has it: without data, and without the settings of anybody.
     (colleague.folder / ".dvc/config.local").unlink()

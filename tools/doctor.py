@@ -1,12 +1,12 @@
-"""Say what would fail on this machine, and how to fix it, one line for each thing that is needed.
+"""Check this machine for everything that the project needs, and say how to fix what is missing.
 
-A problem stops a stage, an experiment, `dvc push` or `dvc pull`; a warning only limits something.
-The exit code is 1 if there is a problem. No secret is printed, and nothing is changed, except that
-a small object is written to the DVC remote and deleted again.
+A problem would stop a stage, an experiment, `dvc push` or `dvc pull`; a warning is only a
+limitation. The exit code is 1 if there is a problem. No secret is printed and nothing is changed,
+except that a small object is written to the DVC remote and deleted again.
 """
 
-# Only the standard library up here, and nothing that an old Python doesn't understand: finding out
-# what is missing or too old is up to the checks. A check returns what is fine, or raises Finding.
+# This file imports only the standard library here, and runs on an old Python, because the checks
+# have to report missing packages and an old Python. A check returns good news, or raises Finding.
 from __future__ import annotations
 
 import argparse
@@ -31,8 +31,8 @@ JPEG_BYTES = 12_000  # at 224 pixels
 MODEL_BYTES = 2 * 10**9  # weights and checkpoints
 
 
-class Finding(Exception):  # noqa: N818 - it may be a mere warning
-    """What a check found, and a command or what else to do about it."""
+class Finding(Exception):  # noqa: N818 - some are only warnings
+    """What a check found, and how to fix it: a command or a sentence."""
 
     def __init__(self, text: str, fix: str = "", state: str = "problem") -> None:
         super().__init__(text)
@@ -42,10 +42,10 @@ class Finding(Exception):  # noqa: N818 - it may be a mere warning
 
 def main() -> None:
     argparse.ArgumentParser(prog="python -m tools.doctor", description=__doc__).parse_args()
-    # What libraries say meanwhile is in the findings, in plainer words.
+    # Libraries' own messages would repeat the findings in less plain words.
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    # Botocore tries five times otherwise.
+    # Botocore would try five times.
     os.environ.setdefault("AWS_MAX_ATTEMPTS", "1")
     try:
         problems = sum(is_problem(name, check) for name, check in FIRST_CHECKS.items())
@@ -59,10 +59,10 @@ def main() -> None:
 
 
 def is_problem(name: str, check: Callable[[], str]) -> bool:
-    """Whether the check finds one; prints what it finds."""
+    """Run a check and print what it finds. Returns whether that is a problem."""
     try:
         found = Finding(check(), state="ok")
-    except Exception as error:  # noqa: BLE001 - whatever is broken, the others are checked
+    except Exception as error:  # noqa: BLE001 - the other checks run all the same
         found = finding_of(error)
     print(f"{found.state:8} {name:12} {found}", flush=True)
     if found.fix:
@@ -83,7 +83,7 @@ def finding_of(error: Exception) -> Finding:
 
 
 def not_ours(path: Path) -> Finding:
-    while not os.path.exists(path):  # noqa: PTH110 - Path.exists raises where it may not look
+    while not os.path.exists(path):  # noqa: PTH110 - Path.exists raises if access is denied
         path = path.parent
     try:
         owner = path.owner()
@@ -121,7 +121,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 def check_python() -> str:
     version = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info < (3, 11):  # noqa: UP036 - whichever Python was found runs this
+    if sys.version_info < (3, 11):  # noqa: UP036 - an old Python may run this file
         fix = "make setup PYTHON=/path/to/python3.11"
         raise Finding(f"{version}; 3.11 or newer is needed", fix)
     return f"{version}, {sys.executable}"
@@ -130,7 +130,7 @@ def check_python() -> str:
 def check_packages() -> str:
     """Compare the installed packages with requirements.txt."""
     wanted = locked_versions(Path("requirements.txt").read_text("utf-8"))
-    # Of two with one name, Python takes the first. torch 2.14.0+cu130 is torch 2.14.0.
+    # Python imports the first of two packages with one name. torch 2.14.0+cu130 is torch 2.14.0.
     found = {
         re.sub("[._]", "-", package.name).lower(): package.version.partition("+")[0]
         for package in reversed(list(importlib.metadata.distributions()))
@@ -143,7 +143,7 @@ def check_packages() -> str:
 
 
 def locked_versions(requirements: str) -> dict[str, str]:
-    """Names and versions of a lock, from the lines that are for this machine."""
+    """The versions by name in a lock file, from the lines that apply to this machine."""
     from packaging.requirements import Requirement
 
     lines = re.findall(r"^\w.*==[^\\\n]*", requirements, re.MULTILINE)
@@ -157,7 +157,7 @@ def locked_versions(requirements: str) -> dict[str, str]:
 def check_user() -> str:
     try:
         return getpass.getuser()
-    # The first up to Python 3.12.
+    # KeyError up to Python 3.12.
     except (KeyError, OSError):
         text = f"user id {os.getuid()} has no name on this machine, and DVC and torch ask for one"
         raise Finding(text, "export USER=<any name>") from None
@@ -172,10 +172,10 @@ def check_git() -> str:
         raise Finding("git refuses this repository, since another user owns it", fix)
     if status.returncode:
         raise Finding("this is not a git repository, and DVC needs one", "clone it with git")
-    # DVC doesn't take a name that git guesses from the machine.
+    # DVC does not accept a name that git guesses from the machine.
     if run("git", "-c", "user.useConfigOnly=true", "var", "GIT_COMMITTER_IDENT").returncode:
         fix = "git config user.name '<name>'; git config user.email '<address>'"
-        raise Finding("git knows no name for you, and `dvc exp run --queue` commits", fix)
+        raise Finding("git does not know your name, and `dvc exp run --queue` commits", fix)
     if new := [line[3:] for line in status.stdout.splitlines() if line.startswith("??")]:
         raise Finding(f"queued experiments will lack {first_three(new)}", "git add", "warning")
     return "a repository without untracked files, and a name for commits"
@@ -202,7 +202,7 @@ def check_gpu() -> str:
 
 
 def check_bucket() -> str:
-    """That of the photographs: both folders are there, and an object of each can be read."""
+    """Check that an object can be read in both folders of the bucket of photographs."""
     import obstore
 
     from stages.collecting.advice import explained
@@ -214,7 +214,7 @@ def check_bucket() -> str:
     with explained(bucket):
         for folder in (RECORDS, PHOTOGRAPHS):
             pages = obstore.list(store, folder)
-            # Without the empty objects that stand for folders in Amazon's console.
+            # Amazon's console marks folders by empty objects, which are skipped.
             key = next((one["path"] for page in pages for one in page if one["size"]), None)
             if key is None:
                 fix = "set bucket.url in params.yaml, or fill the bucket"
@@ -225,7 +225,7 @@ def check_bucket() -> str:
 
 
 def check_remote() -> str:
-    """DVC's remote: a small object can be written, read and deleted."""
+    """Check that a small object can be written to DVC's remote, read and deleted."""
     from dvc.repo import Repo
 
     with Repo(".") as repo:
@@ -233,29 +233,29 @@ def check_remote() -> str:
         settings = repo.config["remote"].get(name)
         if settings is None:
             fix = "dvc remote add --default storage s3://<bucket>/<folder>"
-            raise Finding("DVC has none", fix)
+            raise Finding("DVC has no default remote", fix)
         change = f"dvc remote modify --local {name}"
         if "//your-bucket/" in settings["url"]:
-            text = "not set yet: `dvc push` and `dvc pull` need a bucket of yours"
+            text = "not set yet: `dvc push` and `dvc pull` need a bucket that you own"
             raise Finding(text, f"{change} url s3://<bucket>/<folder>", "warning")
         if settings["url"].startswith("s3://"):
             settings |= {"connect_timeout": REQUEST_SECONDS, "read_timeout": REQUEST_SECONDS}
-        place = " at ".join(filter(None, [settings["url"], settings.get("endpointurl")]))
+        location = " at ".join(filter(None, [settings["url"], settings.get("endpointurl")]))
         try:
             remote = repo.cloud.get_remote(name)
-            # s3fs tries five times if there is no answer, besides botocore.
+            # Without an answer, s3fs tries five times, in addition to botocore's tries.
             remote.fs.fs.retries = 1
             try_remote(remote.fs, remote.path)
-        except Exception as error:  # noqa: BLE001 - each kind of remote has errors of its own
-            fix = f"{change} <key> <value>, of url, endpointurl, region, access_key_id and others"
-            raise Finding(f"{without_user(place)}: {described(error)}", fix) from None
-    return f"{without_user(place)}: an object was written, read and deleted"
+        except Exception as error:  # noqa: BLE001 - each kind of remote raises its own errors
+            fix = f"{change} <key> <value>; keys are url, endpointurl, region, access_key_id, ..."
+            raise Finding(f"{without_user(location)}: {described(error)}", fix) from None
+    return f"{without_user(location)}: an object was written, read and deleted"
 
 
 def try_remote(fs: Any, path: str) -> None:
     folder = fs.join(path, ".doctor")
     probe = fs.join(folder, uuid.uuid4().hex)
-    # First, since writing waits forever for a server that accepts connections and says nothing.
+    # List first: writing waits forever for a server that accepts connections but never answers.
     list(fs.find(folder))
     try:
         fs.makedirs(folder)
@@ -267,7 +267,7 @@ def try_remote(fs: Any, path: str) -> None:
 
 
 def check_cache() -> str:
-    """How DVC puts files of its cache into place."""
+    """Check whether DVC can link files from its cache, or has to copy them."""
     from dvc.repo import Repo
     from dvc_objects.fs.generic import test_links
     from dvc_objects.fs.local import LocalFileSystem
@@ -284,10 +284,10 @@ def check_cache() -> str:
 
 
 def check_disk() -> str:
-    """Free space, against what the params need beyond what is in data/ and models/ already.
+    """Compare the free space with what the params need, less what data/ and models/ hold already.
 
-    That is each photograph as it is, as a JPEG (in proportion to the area), and packed once more
-    for training's processes; and the models.
+    Each photograph is needed three times: as it is, as a resized JPEG (in proportion to its area),
+    and packed for the processes of training. The models come on top.
     """
     from stages.runtime.params import load_params
 
@@ -303,7 +303,7 @@ def check_disk() -> str:
 
 
 def check_unfinished() -> str:
-    """What interrupted runs left for the next one with the same inputs."""
+    """List what interrupted runs have left for the next run with the same inputs."""
     folders = [path for path in sorted(Path(".cache").glob("*")) if path.is_dir()]
     words = [f"{folder}, {gigabytes(size_of(folder))}" for folder in folders]
     return f"{first_three(words)}, for the next run with the same inputs" if words else "none"

@@ -1,7 +1,7 @@
 """Start one worker of DVC's experiment queue for each GPU of this machine.
 
-All workers of `dvc queue start` see all GPUs; each of these sees one, so that as many experiments
-run at once as there are GPUs. They run in the background and end when the queue has been empty for
+Every worker of `dvc queue start` sees all GPUs. Each of these workers sees only one, so that one
+experiment runs on each GPU. They run in the background and end once the queue has been empty for
 some seconds. `dvc queue status`, `dvc queue logs` and `dvc queue stop` work as usual.
 """
 
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument(
         "gpus",
         nargs="*",
-        help="numbers or UUIDs, as in CUDA_VISIBLE_DEVICES; by default all",
+        help="numbers or UUIDs, as in CUDA_VISIBLE_DEVICES (default: all GPUs)",
     )
     gpus = list(dict.fromkeys(parser.parse_args().gpus or visible_gpus()))
     if not gpus:
@@ -39,14 +39,14 @@ def visible_gpus() -> list[str]:
 
 
 def start_worker(gpu: str) -> None:
-    """What `dvc queue start` runs, with a name and a GPU of its own.
+    """Start a worker as `dvc queue start` does, but with its own name, for this GPU only.
 
-    DVC ends a second worker of the same name at once.
+    DVC stops a second worker with the same name at once.
     """
     programs = Path(sys.executable).parent
     environment = os.environ | {
         "CUDA_VISIBLE_DEVICES": gpu,
-        # The worker starts `dvc` by that name.
+        # The worker finds `dvc` on the PATH.
         "PATH": os.pathsep.join([str(programs), os.environ["PATH"]]),
     }
     LOGS.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def start_worker(gpu: str) -> None:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            # It outlives this terminal.
+            # The worker outlives this terminal.
             start_new_session=True,
             env=environment,
         )

@@ -1,6 +1,6 @@
-"""A real S3 server on loopback (rclone's), for the demo, the tests, and for trying DVC by hand.
+"""A real S3 server (rclone's) on loopback, for the demo, for tests, and for trying DVC by hand.
 
-`make s3` runs it with two empty buckets until Ctrl-C, and says how to use them.
+`make s3` runs it with two empty buckets until Ctrl-C, and prints how to use them.
 """
 
 import argparse
@@ -18,12 +18,12 @@ import psutil
 
 START_SECONDS = 20
 RCLONE = Path(sys.executable).with_name("rclone")
-# Its clients need this. DVC reads a file above 50 MB in ranges, and the server answers each with
-# the checksum of the whole object, which botocore then compares with that of the range; so no
-# checksum may be uploaded.
+# The server's clients need these. DVC reads a file above 50 MB in ranges, and the server sends the
+# checksum of the whole object with each range, which makes botocore report damage. So no checksums
+# may be uploaded.
 CLIENT_ENVIRONMENT = {
     "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
-    # A proxy cannot reach this machine's loopback. Some clients read the one name, some the other.
+    # A proxy cannot reach this machine's loopback. Some clients read only one of the two names.
     "NO_PROXY": "127.0.0.1",
     "no_proxy": "127.0.0.1",
 }
@@ -38,12 +38,14 @@ def free_port() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.s3", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("s3"), help="for the data: s3")
-    parser.add_argument("--port", type=int, default=9000, help="of the server: 9000")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("s3"), help="for the data (default: s3)"
+    )
+    parser.add_argument("--port", type=int, default=9000, help="default: 9000")
     arguments = parser.parse_args()
     if answers(arguments.port):
-        sys.exit(f"s3: error: port {arguments.port} is taken; try another: make s3 PORT=<port>")
-    # `kill` and a closed terminal end it as Ctrl-C does.
+        sys.exit(f"s3: error: port {arguments.port} is in use; try another: make s3 PORT=<port>")
+    # `kill` and a closed terminal stop the server as Ctrl-C does.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     try:
@@ -53,7 +55,7 @@ def main() -> None:
 
 
 def serve_until_stopped(folder: Path, port: int) -> None:
-    """Serve the buckets bins and storage in `folder`, until SIGINT. Says how to use them."""
+    """Serve the buckets bins and storage in `folder` until SIGINT, and print how to use them."""
     for bucket in ("bins", "storage"):
         (folder / bucket).mkdir(parents=True, exist_ok=True)
     log, pid_file = folder / ".server.log", folder / ".server.pid"
@@ -75,7 +77,7 @@ def instructions(folder: Path, url: str) -> str:
 An S3 server for this machine is at {url}, with its data in {folder}/:
   {folder}/bins      a bucket for photographs, bin-images/<id>.jpg, and records, metadata/<id>.json
   {folder}/storage   a bucket for what DVC pushes
-It takes any access key and secret key, or none. In another terminal, in the repository:
+It accepts any access key and secret key, or none. In another terminal, in the repository:
 
   export {settings}
   dvc remote modify --local storage url s3://storage
@@ -88,11 +90,11 @@ Ctrl-C stops it, and the data stays."""
 
 
 def start_server(folder: Path, port: int, log: Path, pid_file: Path, *options: str) -> str:
-    """Serve each folder in `folder` as a bucket, until stop_server; the server's URL.
+    """Serve each folder in `folder` as a bucket until stop_server is called. Returns the URL.
 
-    It listens on loopback only, and takes anonymous requests as well as any credentials, unless
-    `options`, more arguments for rclone, change that.
-    Raises RuntimeError with the log's text if it does not answer.
+    The server listens on loopback only. It accepts anonymous requests and any credentials, unless
+    `options` (more arguments for rclone) change that. Raises RuntimeError with the text of the log
+    if it does not answer.
     """
     with log.open("wb") as output:
         server = subprocess.Popen(
@@ -100,7 +102,7 @@ def start_server(folder: Path, port: int, log: Path, pid_file: Path, *options: s
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            # It survives the terminal's Ctrl-C, and doesn't read the user's rclone configuration.
+            # The server survives Ctrl-C here, and ignores the user's rclone configuration.
             start_new_session=True,
             env={"PATH": os.environ["PATH"], "RCLONE_CONFIG": os.devnull},
         )
@@ -115,7 +117,7 @@ def start_server(folder: Path, port: int, log: Path, pid_file: Path, *options: s
 
 
 def stop_server(pid_file: Path) -> None:
-    """Stop the server that start_server started, if it still runs, and wait for its end."""
+    """Stop the server that start_server started, if it still runs, and wait for it to end."""
     if not pid_file.exists():
         return
     with suppress(psutil.NoSuchProcess):
@@ -135,7 +137,7 @@ def answers(port: int) -> bool:
 
 @contextmanager
 def serving(folder: Path, *options: str) -> Iterator[str]:
-    """Serve `folder` while the block runs, and give the server's URL."""
+    """Serve `folder` while the block runs. Yields the server's URL."""
     log, pid_file = folder.with_name("s3.log"), folder.with_name("s3.pid")
     url = start_server(folder, free_port(), log, pid_file, *options)
     try:

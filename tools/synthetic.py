@@ -1,4 +1,4 @@
-"""Bins that are synthetic, not photographed: a bucket in the real layout with known counts."""
+"""Synthetic bins: a bucket in the real layout, with rendered photographs and known counts."""
 
 import io
 import json
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFilter
 
-# The real bucket's share of bins with 0, 1, ... 7 items, those above 7 at 7.
+# The real bucket's percentages of bins with 0, 1, ... 6 items, and with 7 or more.
 QUANTITY_WEIGHTS = [2, 8, 14, 17, 15, 12, 9, 23]
 SIBLING_SHARE = 0.35
 WALLS = [(222, 176, 58), (214, 168, 66), (205, 160, 52)]
@@ -28,7 +28,7 @@ class SyntheticBin(NamedTuple):
 
 @dataclass(frozen=True)
 class Item:
-    """A thing in the bin: its place, as shares of the bin's width and height, and its looks."""
+    """An item in the bin. Its position and size are shares of the bin's width and height."""
 
     asin: str
     x: float
@@ -40,9 +40,9 @@ class Item:
 
 
 def synthetic_bins(count: int, seed: int) -> Iterator[SyntheticBin]:
-    """Bins 00001 to `count`, some of them siblings (the next id, one item more or less).
+    """Bins 00001 to `count`. Some are siblings: consecutive ids that differ by one item.
 
-    Every hundredth has a twin with an un-padded id, which is another bin with another count.
+    Every hundredth id has an un-padded twin, which is an independent bin.
     """
     chance = random.Random(seed)
     items: list[Item] = []
@@ -61,25 +61,25 @@ def _quantity(chance: random.Random) -> int:
 
 
 def _pick_or_stow(items: list[Item], chance: random.Random) -> list[Item]:
-    """The same bin a moment later: at least one item stays, so that the two share an ASIN."""
+    """The same bin a moment later. At least one item stays, so that both records share an ASIN."""
     if len(items) > 1 and chance.random() < 0.5:
         gone = chance.randrange(len(items))
         return items[:gone] + items[gone + 1 :]
-    return [*items, _place(chance, items)]
+    return [*items, _new_item(chance, items)]
 
 
 def _fill(quantity: int, chance: random.Random) -> list[Item]:
     items: list[Item] = []
     for _ in range(quantity):
-        items.append(_place(chance, items))
+        items.append(_new_item(chance, items))
     if len(items) > 1 and chance.random() < 0.2:  # two of one kind
         twin = replace(items[0], x=items[1].x, y=items[1].y)
         items[1] = twin
     return items
 
 
-def _place(chance: random.Random, others: list[Item]) -> Item:
-    """An item at whichever of a few random places hides the others least."""
+def _new_item(chance: random.Random, others: list[Item]) -> Item:
+    """An item at the one of twelve random positions where it hides the others least."""
     width, height = chance.uniform(0.17, 0.24), chance.uniform(0.24, 0.34)
     item = Item(
         asin=f"B{chance.randrange(10**9):09d}",
@@ -90,16 +90,16 @@ def _place(chance: random.Random, others: list[Item]) -> Item:
         color=chance.choice(PAPER),
         shape=chance.choice(["box", "book", "bottle"]),
     )
-    places = [
+    positions = [
         (chance.uniform(0.08, 0.92 - width), chance.uniform(0.1, 0.9 - height)) for _ in range(12)
     ]
-    x, y = min(places, key=lambda place: sum(_overlap(place, item, other) for other in others))
+    x, y = min(positions, key=lambda at: sum(_overlap(at, item, other) for other in others))
     return replace(item, x=x, y=y)
 
 
-def _overlap(place: tuple[float, float], item: Item, other: Item) -> float:
-    across = min(place[0] + item.width, other.x + other.width) - max(place[0], other.x)
-    down = min(place[1] + item.height, other.y + other.height) - max(place[1], other.y)
+def _overlap(at: tuple[float, float], item: Item, other: Item) -> float:
+    across = min(at[0] + item.width, other.x + other.width) - max(at[0], other.x)
+    down = min(at[1] + item.height, other.y + other.height) - max(at[1], other.y)
     return max(0.0, across) * max(0.0, down)
 
 
@@ -164,7 +164,7 @@ def _draw_item(draw: ImageDraw.ImageDraw, item: Item, width: int, height: int) -
 
 
 def _tape(width: int, height: int, chance: random.Random) -> Image.Image:
-    """The elastic bands and tape that keep items in the pod: translucent strips across."""
+    """Translucent strips, like the elastic bands and the tape that hold items in a pod."""
     layer = Image.new("RGBA", (width, height), (0, 0, 0, 0))
     draw = ImageDraw.Draw(layer)
     for _ in range(chance.randint(1, 3)):

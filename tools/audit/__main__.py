@@ -21,7 +21,7 @@ where expected counts come from without --expected:
   Parquet files                their column `quantity`
 
 CSV files may be comma-, semicolon- or tab-separated, as Excel and databases save them. Ids that
-lost their leading zeros in a spreadsheet are matched where only one photograph fits.
+lost their leading zeros in a spreadsheet are matched if only one photograph fits.
 
 examples:
   python -m tools.audit photographs --expected counts.csv
@@ -106,9 +106,16 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="BINS",
         help="show at most this many flagged bins on the page; default: 200",
     )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        dest="with_trained",
+        help="audit also the bins that the models were trained on, according to data/split.csv;"
+        " fewer of their wrong records are found, since the models have learned them",
+    )
     s3 = parser.add_argument_group("S3")
     s3.add_argument("--endpoint", metavar="URL", help="the address of an S3-compatible server")
-    s3.add_argument("--region", default="us-east-1", help="of the bucket; default: us-east-1")
+    s3.add_argument("--region", default="us-east-1", help="the bucket's region; default: us-east-1")
     s3.add_argument(
         "--signed",
         action="store_true",

@@ -32,10 +32,10 @@ class Listed(NamedTuple):
 
 
 class Matched(NamedTuple):
-    """`Listed.rows` by the ids of the photographs.
+    """`Listed.rows`, but with the ids of the photographs.
 
-    `padded` is how many ids got back leading zeros that they had lost. `unclear` has the bins that
-    several rows could mean, or whose row could mean several bins, and says which these are.
+    `padded` is the number of ids whose lost leading zeros were restored. `unclear` explains, by id,
+    why a bin was not matched: several rows could mean it, or its row could mean several bins.
     """
 
     rows: dict[str, int | None]
@@ -85,7 +85,7 @@ def decode_utf(data: bytes) -> tuple[str, str]:
 
 
 def find_columns(text: str) -> tuple[str, int, int]:
-    """The separator with which the first row names the columns, and the places of id and count."""
+    """The separator, found from the first row, and the positions of the id and count columns."""
     found = []
     for separator in _SEPARATORS:
         with suppress(csv.Error, StopIteration):
@@ -100,20 +100,19 @@ def find_columns(text: str) -> tuple[str, int, int]:
             " (or quantity)"
         )
     ((separator, names),) = found
-    ids = [place for place, name in enumerate(names) if name == "id"]
-    counts = [place for place, name in enumerate(names) if name in COUNT_NAMES]
+    ids = [position for position, name in enumerate(names) if name == "id"]
+    counts = [position for position, name in enumerate(names) if name in COUNT_NAMES]
     if len(ids) > 1:
         raise CountsError("two columns are called id: keep one")
     if len(counts) > 1:
         raise CountsError(
-            f"two columns could be the count, {' and '.join(names[place] for place in counts[:2])}:"
-            " keep one"
+            f"two columns could be the count, {names[counts[0]]} and {names[counts[1]]}: keep one"
         )
     return separator, ids[0], counts[0]
 
 
 def split(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """The rows that are not empty, each with its line."""
+    """The rows that are not empty, each with its line number."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     for cells in reader:
         if any(map(str.strip, cells)):
@@ -121,7 +120,7 @@ def split(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def read_rows(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """The rows below the header, each as wide as that and with its line."""
+    """The rows below the header, filled up to its width, each with its line number."""
     try:
         rows = split(text, separator)
         _, header = next(rows)
@@ -137,7 +136,7 @@ def read_rows(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def plain(cell: str) -> str:
-    """Without spaces around it, and without the ="..." that keeps a text a text in Excel."""
+    """The cell without spaces around it, and without the ="..." that marks text in Excel."""
     marked = re.fullmatch('="([^"]*)"', cell.strip())
     return (marked[1] if marked else cell).strip()
 
@@ -151,7 +150,7 @@ def parse_id(line: int, cell: str) -> str:
 
 
 def parse_count(line: int, bin_id: str, cell: str, separator: str) -> int | None:
-    """A whole number; decimals may be zeros, but not three, which could be thousands."""
+    """A whole number. Zeros as decimals are allowed, but not three, which could mean thousands."""
     count = plain(cell)
     if count.casefold() in _EMPTY:
         return None
@@ -166,7 +165,7 @@ def parse_count(line: int, bin_id: str, cell: str, separator: str) -> int | None
 
 
 def match_ids(rows: Mapping[str, int | None], photographs: Iterable[str]) -> Matched:
-    """Restore the leading zeros of ids that a spreadsheet took for numbers."""
+    """Restore the leading zeros of ids that a spreadsheet has read as numbers."""
     meanings = find_meanings(rows, photographs)
     claims = defaultdict(list)
     for row, bins in meanings.items():

@@ -24,7 +24,10 @@ _RECORDS_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class Expected:
-    """The counts by id, why other bins of `place` have none, and anything unusual about reading."""
+    """The counts found at `place`, by id.
+
+    `problems` says why other bins have none, and `notes` what was unusual about reading.
+    """
 
     place: str
     counts: dict[str, int] = field(default_factory=dict)
@@ -37,6 +40,12 @@ class Expected:
         """Records whose file names are not ids."""
         return [] if self.records is None else self.records.left_out
 
+    def drop(self, ids: Iterable[str]) -> None:
+        """Forget these bins."""
+        for bin_id in ids:
+            self.counts.pop(bin_id, None)
+            self.problems.pop(bin_id, None)
+
     def items(self, ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
         """The items in the records of these bins, as parse_record returns them."""
         items = {}
@@ -48,7 +57,7 @@ class Expected:
 
 
 def find_expected(path: Path | None, photographs: Photographs) -> Expected:
-    """The counts at `path` or else beside the photographs. Raises UserError if there are none."""
+    """The counts at `path`, or beside the photographs. Raises UserError if there are none."""
     if path is not None and path.is_dir():
         return read_records(Files(str(path), open_folder(path), "", RECORD))
     if path is not None:
@@ -77,7 +86,7 @@ def read_records(records: Files) -> Expected:
 
 
 def parse(content: Content) -> Record:
-    """Raises RecordError, also where the file could not be read."""
+    """Raises RecordError if the file could not be read or the record is unusable."""
     if content.problem:
         raise RecordError(content.problem)
     return parse_record(content.data)

@@ -40,6 +40,10 @@ class Ensemble:
         """Changes with anything that decides the probabilities; settings hold SHA-256 digests."""
         return digest(*(release.settings for release in self.releases))
 
+    @property
+    def validation_ids(self) -> set[str]:
+        return set(self.releases[0].validation["id"])
+
     @cached_property
     def validation(self) -> pd.DataFrame:
         """A row for each validation bin: actual, predicted, and p<label> for each label."""
@@ -52,7 +56,7 @@ class Ensemble:
         return found
 
     def threshold(self, false_alarm: float) -> float:
-        """The score below which that share of the correct records of validation lies."""
+        """The score below which this share of the correct validation records lies."""
         return threshold_for(right_probabilities(self.validation), false_alarm)
 
     def pixels(self, data: bytes) -> jpeg.Pixels:

@@ -34,7 +34,9 @@ class Facts(NamedTuple):
     validation_bins: int
     false_alarm: float
     threshold: float
-    trained_on: int
+    #: Bins of the training set: those left out, and those that were audited all the same.
+    left_out: int = 0
+    trained_on: int = 0
     warning: str = ""
 
 
@@ -71,12 +73,12 @@ def card(row: Mapping[Any, Any], labels: Sequence[int], items: Items) -> dict[st
         "expected": row["expected"],
         "seen": row["seen"],
         "probabilities": dict(zip(ordered, shares, strict=True)),
-        "items": [spoken_item(item) for item in listed[:_ITEMS]],
+        "items": [describe_item(item) for item in listed[:_ITEMS]],
         "more_items": max(0, len(listed) - _ITEMS),
     }
 
 
-def spoken_item(item: Mapping[str, Any]) -> str:
+def describe_item(item: Mapping[str, Any]) -> str:
     """Like "2 x Tea, 20 bags", on one line and shortened."""
     name = " ".join((item["name"] or item["asin"]).split())
     if len(name) > _NAME_LETTERS:
@@ -95,7 +97,7 @@ def unjudged(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def percent(share: float) -> str:
-    """In whole percent; 0% and 100% only where they are exact."""
+    """In whole percent; 0% and 100% only if they are exact."""
     if 0 < share < 0.01:
         return "<1%"
     if 0.99 < share < 1:

@@ -23,7 +23,7 @@ from stages.runtime.files import digest
 
 T = TypeVar("T")
 
-#: What error messages about the bucket call the settings, which are options here.
+#: Names of the settings in error messages about the bucket: here they are options.
 OPTIONS = Names("its name", "--endpoint", "add --signed", "--region")
 # The columns and their types. As numbers, the ids 00100 and 100 would be the same.
 _TYPES = {"id": (pa.string(), pa.large_string()), "image": (pa.binary(), pa.large_binary())}
@@ -44,16 +44,34 @@ class Content(NamedTuple):
 class Files:
     """The files <id><ending> directly below `prefix` ("" or ending in "/") in a folder or S3.
 
-    `ids` are in reading order, `identity` changes with any of the files, and `left_out` has the
-    keys of files whose names are not ids. Raises UserError for two files of a bin: 1.jpg and 1.JPG.
+    `left_out` has the keys of files whose names are not ids. Raises UserError if a bin has two
+    files: 1.jpg and 1.JPG.
     """
 
     def __init__(self, place: str, store: Store, prefix: str, ending: str) -> None:
         self.place, self.store, self.prefix = place, store, prefix
         self._reader = Reader(store)
         self._objects, self.left_out = named_by_id(list_objects(store, prefix), prefix, ending)
-        self.ids: list[str] = self._objects["id"].to_pylist()
-        self.identity = table_digest(self._objects)
+
+    @property
+    def ids(self) -> list[str]:
+        """In reading order."""
+        ids: list[str] = self._objects["id"].to_pylist()
+        return ids
+
+    @property
+    def identity(self) -> str:
+        """A digest that changes with any of the files."""
+        return table_digest(self._objects)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The bytes of each file, by id."""
+        return dict(zip(self.ids, self._objects["size"].to_pylist(), strict=True))
+
+    def drop(self, ids: Iterable[str]) -> None:
+        """Leave out these bins."""
+        self._objects = without(self._objects, ids)
 
     def parts(self, start: int, size: int) -> Iterator[list[Content]]:
         """The files from the position `start` in `ids` onwards, `size` at a time."""
@@ -67,7 +85,7 @@ class Files:
     def _read(self, objects: pa.Table, size: int) -> Iterator[list[Content]]:
         for start in range(0, len(objects), size):
             rows = objects.slice(start, size).to_pylist()
-            # What follows the colon is advice for the pipeline.
+            # After the colon comes advice for the pipeline.
             yield [
                 Content(row["id"], b"", str(found).partition(":")[0])
                 if isinstance(found, ObjectError)
@@ -79,18 +97,27 @@ class Files:
 class Shards:
     """Parquet files with the columns id and image (the bytes of an image file).
 
-    It has the attributes and methods of Files; `rows` has the ids and quantities of each file.
+    They are read as Files are. `rows` has the ids and quantities of each file.
     """
 
     def __init__(self, place: str, paths: Sequence[Path]) -> None:
         self.place = place
         self.rows = {path: read_ids(path) for path in paths}
-        self.ids: list[str] = [one for rows in self.rows.values() for one in rows["id"].to_pylist()]
-        refuse_repeated(self.ids, "rows")
-        # Enough to recognize a file in the next run without reading gigabytes.
-        status = [path.stat() for path in paths]
-        self.identity = digest([(file.st_size, file.st_mtime_ns) for file in status], self.ids)
         self.left_out: list[str] = []
+        refuse_repeated(self.ids, "rows")
+
+    @property
+    def ids(self) -> list[str]:
+        return [bin_id for rows in self.rows.values() for bin_id in rows["id"].to_pylist()]
+
+    @property
+    def identity(self) -> str:
+        # Enough to recognize a file in the next run without reading gigabytes.
+        status = [path.stat() for path in self.rows]
+        return digest([(file.st_size, file.st_mtime_ns) for file in status], self.ids)
+
+    def drop(self, ids: Iterable[str]) -> None:
+        self.rows = {path: without(rows, ids) for path, rows in self.rows.items()}
 
     def parts(self, start: int, size: int) -> Iterator[list[Content]]:
         return batched(self._read(start), size)
@@ -98,7 +125,9 @@ class Shards:
     def _read(self, start: int) -> Iterator[Content]:
         for path, rows in self.rows.items():
             if start < len(rows):
-                yield from islice(read_shard(path), start, None)
+                kept = set(rows["id"].to_pylist())
+                contents = (content for content in read_shard(path) if content.id in kept)
+                yield from islice(contents, start, None)
             start = max(0, start - len(rows))
 
     def pick(self, ids: Sequence[str]) -> Iterator[Content]:
@@ -114,7 +143,7 @@ Photographs = Files | Shards
 def open_photographs(
     place: str, endpoint: str | None = None, region: str = "us-east-1", *, signed: bool = False
 ) -> Photographs:
-    """The photographs at `place`, whatever it is. Raises UserError if there are none."""
+    """Photographs of a folder, a bucket or Parquet files. Raises UserError if there are none."""
     path = Path(place)
     found: Photographs
     if "://" in place:
@@ -185,6 +214,11 @@ def read_shard(path: Path) -> Iterator[Content]:
         for batch in file.iter_batches(_ROWS, columns=["id", "image"]):
             for row in batch.to_pylist():
                 yield Content(row["id"], row["image"] or b"")
+
+
+def without(rows: pa.Table, ids: Iterable[str]) -> pa.Table:
+    """The rows of other bins than these."""
+    return rows.filter(~pc.field("id").isin(pa.array(ids, pa.string())))
 
 
 def refuse_repeated(ids: Sequence[str], what: str) -> None:

@@ -7,9 +7,9 @@ from scipy.stats import binom, chi2_contingency
 WRONG_RECORDS = 0.1
 # Chance alone causes a warning in at most one audit in a thousand.
 CHANCE = 0.001
-# How far the mixture of counts that the models see moves away from validation, as a `distance`. In
-# trials with models of drawn bins, wrong records left it within 0.04, while cropped, dark, grey and
-# real photographs, a third or more of them flagged, moved it by 0.2 to 0.8.
+# The `distance` between the counts that the models see here and in validation. In trials with
+# models of synthetic bins, wrong records moved it by 0.04 at most, while cropped, dark, grey and
+# real photographs, of which a third or more were flagged, moved it by 0.2 to 0.8.
 MOVED = 0.1
 MOVED_BY_CHANCE = 0.01
 ENOUGH = 100
@@ -30,7 +30,7 @@ ADVICE = " Check ten of the flagged bins by hand before believing any."
 
 
 def warn(table: pd.DataFrame, false_alarm: float, validation: pd.DataFrame) -> str:
-    """What to make of the alarms if they are far too many, or "".
+    """A warning if there are far more alarms than expected, else "".
 
     `table` is that of audit_table; `validation` has the columns actual and predicted.
     """
@@ -41,13 +41,13 @@ def warn(table: pd.DataFrame, false_alarm: float, validation: pd.DataFrame) -> s
 
 
 def too_many(alarms: int, judged: int, false_alarm: float) -> bool:
-    """Whether there are more alarms than many wrong records, all of them found, would explain."""
+    """Whether there are more alarms than even many wrong records, all found, would explain."""
     most = WRONG_RECORDS + (1 - WRONG_RECORDS) * false_alarm
     return bool(binom.sf(alarms - 1, judged, most) < CHANCE)
 
 
 def likelier(judged: pd.DataFrame, validation: pd.DataFrame) -> str:
-    """Which reason the counts seen in the photographs suggest, or "" if they do not tell.
+    """Which reason the counts seen in the photographs suggest, or "" if neither is likelier.
 
     Models that work as well as in validation see another mixture of counts only if the bins have
     one. How much of that is plausible follows from the records, most of which may be right.

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from stages.collecting.advice import explained_at
-from stages.formats.tables import read_csv, write_csv
+from stages.formats.tables import write_csv
 from stages.runtime.errors import UserError
 from stages.runtime.files import digest, digest_files, write_text
 from stages.runtime.paths import SPLIT
@@ -18,6 +18,7 @@ from tools.audit.photographs import OPTIONS, Photographs, open_photographs
 from tools.audit.plausibility import warn
 from tools.audit.scores import score_photographs
 from tools.audit.table import audit_table
+from tools.audit.training_set import project_ids, training_ids
 
 TABLE = "audit.csv"
 PAGE = "index.html"
@@ -34,6 +35,7 @@ def audit(
     region: str,
     *,
     signed: bool,
+    with_trained: bool,
 ) -> int:
     """Write the table and the page into `out` and return the number of alarms. See --help."""
     out.mkdir(parents=True, exist_ok=True)
@@ -42,20 +44,21 @@ def audit(
         counts = find_expected(expected, source)
         refuse_strangers(source, counts)
         ensemble = load_ensemble(model)
-        announce(source, counts, ensemble)
+        left_out = 0 if with_trained else leave_out_trained(source, counts, ensemble)
+        announce(source, counts, ensemble, left_out)
         with resumable(
             "audit", digest(source.identity, ensemble.identity, code_version())
         ) as folder:
             scored = score_photographs(source, ensemble, folder)
             table = audit_table(scored, counts, ensemble.labels, ensemble.threshold(false_alarm))
-            facts = gather_facts(source, counts, ensemble, table, false_alarm)
+            facts = gather_facts(source, counts, ensemble, table, false_alarm, left_out)
             shown = table.loc[table["alarm"] == "yes", "id"].head(top).tolist()
             # Only these photographs are read again, for the page.
             thumbnails = make_thumbnails(source.pick(shown))
             page = render_page(facts, table, ensemble.labels, top, thumbnails, counts.items(shown))
             write_csv(out / TABLE, table)
             write_text(out / PAGE, page)
-    return summarize(len(source.ids), table, out, facts.warning)
+    return summarize(facts, len(source.ids), table, out)
 
 
 def refuse_strangers(source: Photographs, counts: Expected) -> None:
@@ -68,8 +71,21 @@ def refuse_strangers(source: Photographs, counts: Expected) -> None:
         )
 
 
-def announce(source: Photographs, counts: Expected, ensemble: Ensemble) -> None:
-    """Print what will be compared and what is left out."""
+def leave_out_trained(source: Photographs, counts: Expected, ensemble: Ensemble) -> int:
+    """Leave out the bins that the models were trained on. Raises UserError if none remains."""
+    trained = training_ids(ensemble) & project_ids(source)
+    if trained.issuperset(source.ids):
+        raise UserError(
+            f"the models were trained on all {len(trained)} photographs in {source.place}"
+            f" ({SPLIT}), and have learned even their wrong records: audit others, or add --all"
+        )
+    source.drop(trained)
+    counts.drop(trained)
+    return len(trained)
+
+
+def announce(source: Photographs, counts: Expected, ensemble: Ensemble, trained: int) -> None:
+    """Print what will be compared, and what is left out, as are `trained` bins."""
     if left_out := [*source.left_out, *counts.left_out]:
         print(
             f"audit: files left out, since their names are not ids: {len(left_out)}, like"
@@ -77,6 +93,11 @@ def announce(source: Photographs, counts: Expected, ensemble: Ensemble) -> None:
         )
     if counts.notes:
         print(f"audit: {counts.place}: {'; '.join(counts.notes)}")
+    if trained:
+        print(
+            f"audit: bins left out, since the models were trained on them ({SPLIT}): {trained};"
+            " --all audits them too"
+        )
     models = " and ".join(map(str, ensemble.folders))
     print(
         f"audit: comparing {len(source.ids)} photographs from {source.place} with"
@@ -91,6 +112,7 @@ def gather_facts(
     ensemble: Ensemble,
     table: pd.DataFrame,
     false_alarm: float,
+    left_out: int,
 ) -> Facts:
     return Facts(
         photographs=source.place,
@@ -99,17 +121,10 @@ def gather_facts(
         validation_bins=len(ensemble.validation),
         false_alarm=false_alarm,
         threshold=ensemble.threshold(false_alarm),
-        trained_on=count_trained_on(source.ids),
+        left_out=left_out,
+        trained_on=len(training_ids(ensemble).intersection(source.ids)),
         warning=warn(table, false_alarm, ensemble.validation),
     )
-
-
-def count_trained_on(ids: Sequence[str]) -> int:
-    """How many of these bins are in the training set, if there is a data/split.csv."""
-    if not SPLIT.exists():
-        return 0
-    sets = read_csv(SPLIT)
-    return int(sets.loc[sets["set"] == "train", "id"].isin(ids).sum())
 
 
 def code_version() -> str:
@@ -117,16 +132,17 @@ def code_version() -> str:
     return digest_files(sorted(Path(__file__).parent.glob("*.py")))
 
 
-def summarize(photographs: int, table: pd.DataFrame, out: Path, warning: str) -> int:
+def summarize(facts: Facts, photographs: int, table: pd.DataFrame, out: Path) -> int:
     """Print the last line and return the alarms. Raises UserError if no bin could be judged."""
     alarms = int((table["alarm"] == "yes").sum())
     not_judged = int((table["alarm"] == "").sum())
     if not_judged == len(table):
         reason = table["reason"].mode().iloc[0]
         raise UserError(f"no bin could be judged (mostly: {reason}): see {out / TABLE}")
+    left_out = f", {facts.left_out} left out (trained on)" if facts.left_out else ""
     print(
         f"audit: {photographs} photographs, {alarms} alarms"
-        f" ({alarms / (len(table) - not_judged):.1%}), {not_judged} not judged; {out / PAGE}"
-        + (f". {warning}" if warning else "")
+        f" ({alarms / (len(table) - not_judged):.1%}), {not_judged} not judged{left_out};"
+        f" {out / PAGE}" + (f". {facts.warning}" if facts.warning else "")
     )
     return alarms

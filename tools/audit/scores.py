@@ -1,7 +1,7 @@
 """From photographs to probabilities, part by part, in bounded memory.
 
-Each finished part is a file, so a run that was killed continues after the last one. Where parts and
-batches begin depends only on the photographs, so the results have the same bytes.
+Each finished part is a file, so the run after a killed one continues with the next part. Parts and
+batches are the same in every run, so the results have the same bytes.
 """
 
 from collections.abc import Sequence

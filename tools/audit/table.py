@@ -14,9 +14,9 @@ def audit_table(
 ) -> pd.DataFrame:
     """A row for each bin with a photograph or an expected count, the most suspicious first.
 
-    A record's score is the probability of its count. Below the threshold it is an alarm; suspicion
-    is 1 - score. Bins that cannot be judged come last, by id, with a reason instead of suspicion
-    and alarm. `scored` has the columns id, p<label> for each label, and problem.
+    A record's score is the probability of its count. A score below the threshold is an alarm;
+    suspicion is 1 - score. Bins that cannot be judged come last, by id, with a reason instead of
+    suspicion and alarm. `scored` has the columns id, p<label> for each label, and problem.
     """
     columns = probability_columns(list(labels))
     bins = scored.merge(expected_table(expected), on="id", how="outer")
@@ -49,7 +49,7 @@ def expected_table(expected: Expected) -> pd.DataFrame:
 
 def reasons(bins: pd.DataFrame, unjudged: pd.Series, labels: Sequence[int]) -> pd.Series:
     """Why each bin could not be judged, or ""."""
-    only = f"the models count only {spoken(labels)} items"
+    only = f"the models count only {describe_labels(labels)} items"
     reason = pd.Series(np.where(unjudged, only, ""), bins.index, dtype="str")
     reason = reason.mask(bins["expected"].isna(), NO_COUNT)
     reason = reason.mask(bins["record_problem"].fillna("") != "", bins["record_problem"])
@@ -57,7 +57,7 @@ def reasons(bins: pd.DataFrame, unjudged: pd.Series, labels: Sequence[int]) -> p
     return reason.mask(bins["problem"].isna(), "photograph missing")
 
 
-def spoken(labels: Sequence[int]) -> str:
+def describe_labels(labels: Sequence[int]) -> str:
     """Like "1 to 5" or "0, 2, 7"."""
     ordered = sorted(labels)
     if ordered[-1] - ordered[0] == len(ordered) - 1:
