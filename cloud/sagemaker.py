@@ -1,9 +1,8 @@
-"""Train one model in an Amazon SageMaker job, and bring it back as the train stage would make it.
+"""Run the train stage of one model in an Amazon SageMaker job, and fetch its outputs.
 
-It sends the stage's code and inputs to the bucket, starts the job, prints the job's log as it
-comes, and puts the outcome into models/<model> and reports/<model>/curves.csv, for
-`dvc commit --force train@<model>` to take. Ctrl-C leaves the job running; --attach follows it
-again.
+This sends the stage's code and inputs to the bucket, starts the job and prints its log. Then it
+writes models/<model> and reports/<model>/curves.csv, which `dvc commit --force train@<model>`
+records. Ctrl-C leaves the job running; --attach follows it again.
 """
 
 import argparse
@@ -27,18 +26,18 @@ if TYPE_CHECKING:
     from mypy_boto3_sagemaker import SageMakerClient
     from mypy_boto3_sagemaker.type_defs import DescribeTrainingJobResponseTypeDef
 
-#: The published experiment's: one A10G, and 8 cores.
+#: The instance type of the published experiment, with one A10G and 8 cores.
 INSTANCE = "ml.g5.2xlarge"
-#: AWS's image with this project's torch, in the account of most regions, by
-#: image_uri_config/pytorch-amzn2023.json of sagemaker-core 2.27.
+#: AWS's image with this project's version of torch. The account is that of most regions, as listed
+#: in image_uri_config/pytorch-amzn2023.json of sagemaker-core 2.27.
 IMAGE = "763104351884.dkr.ecr.{region}.amazonaws.com/pytorch:2.14-cu133-amzn2023-sagemaker"
-#: For what the image lacks, the inputs, the photographs once more, and checkpoints.
+#: Room for missing packages, the inputs, the packed photographs and the checkpoints.
 VOLUME_GB = 50
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 ENDED = ("Completed", "Failed", "Stopped")
-#: Between two looks at a job, and from its end to its last lines, which CloudWatch delays.
+#: The time between two looks at a job, and the wait for its last lines, which CloudWatch delays.
 POLL_SECONDS = 10
-#: What has nothing to do with a bug of ours.
+#: Errors whose cause is outside this program.
 OUTSIDE = (OSError, Boto3Error, BotoCoreError, ClientError)
 
 
@@ -56,14 +55,22 @@ def main(arguments: list[str] | None = None) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m cloud.sagemaker", description=__doc__)
     parser.add_argument("model", help="a key of params.yaml's train block")
-    parser.add_argument("--bucket", required=True, help="s3://bucket/folder, for inputs and models")
-    parser.add_argument("--role", help="ARN of a role that SageMaker may assume")
-    parser.add_argument("--instance-type", default=INSTANCE, help=INSTANCE)
-    parser.add_argument("--image", default=IMAGE, help="with PyTorch; AWS's own")
-    parser.add_argument("--spot", action="store_true", help="cheaper; if killed, resumed later")
-    parser.add_argument("--hours", type=int, default=24, help="after which it is stopped: 24")
-    parser.add_argument("--dry-run", action="store_true", help="print the request, send nothing")
-    parser.add_argument("--attach", metavar="JOB", help="follow this job, and start none")
+    parser.add_argument(
+        "--bucket", required=True, help="the folder for inputs and models, as s3://bucket/folder"
+    )
+    parser.add_argument("--role", help="the ARN of a role that SageMaker may assume")
+    parser.add_argument("--instance-type", default=INSTANCE, help="default: %(default)s")
+    parser.add_argument("--image", default=IMAGE, help="a PyTorch image; by default that of AWS")
+    parser.add_argument(
+        "--spot", action="store_true", help="use cheaper instances that AWS may interrupt"
+    )
+    parser.add_argument(
+        "--hours", type=int, default=24, help="stop the job after this time; default: %(default)s"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the request without sending anything"
+    )
+    parser.add_argument("--attach", metavar="JOB", help="follow this job instead of starting one")
     options = parser.parse_args(arguments)
     if not (options.role or options.attach):
         parser.error("--role is needed: the ARN of a role that SageMaker may assume")
@@ -71,7 +78,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> str:
-    """What there is to say in the end."""
+    """Do what the options say, and return the text to print at the end."""
     model = options.model
     load_params().model(model)
     session = boto3.Session()
@@ -93,16 +100,16 @@ def run(options: argparse.Namespace) -> str:
         print(how_to_continue(job, options), file=sys.stderr)
         raise
     return (
-        f"sagemaker: {paths.MODELS / model} and {paths.REPORTS / model / CURVES} are what {job}"
-        f" made: `dvc commit --force train@{model}`, then `dvc repro`"
+        f"sagemaker: {paths.MODELS / model} and {paths.REPORTS / model / CURVES} are the outputs of"
+        f" {job}: run `dvc commit --force train@{model}`, then `dvc repro`"
     )
 
 
 def training_request(options: argparse.Namespace, inputs: Inputs, region: str) -> dict[str, Any]:
-    """What SageMaker's CreateTrainingJob is asked."""
+    """The request for SageMaker's CreateTrainingJob."""
     stopping = {"MaxRuntimeInSeconds": options.hours * 3600}
     if options.spot:
-        # For the job and its waits for an instance together.
+        # This includes the time spent waiting for an instance.
         stopping["MaxWaitTimeInSeconds"] = 2 * options.hours * 3600
     name = re.sub("[^a-z0-9]+", "-", options.model.lower())[:30]
     return {
@@ -128,7 +135,7 @@ def training_request(options: argparse.Namespace, inputs: Inputs, region: str) -
 
 
 def channel(name: str, url: str) -> dict[str, Any]:
-    # With its slash it is a folder, and not whatever else begins so.
+    # The slash excludes other names that begin with that of the folder.
     source = {"S3DataType": "S3Prefix", "S3Uri": f"{url}/"}
     return {"ChannelName": name, "DataSource": {"S3DataSource": source}}
 
@@ -136,7 +143,7 @@ def channel(name: str, url: str) -> dict[str, Any]:
 def follow(
     job: str, sagemaker: "SageMakerClient", logs: "CloudWatchLogsClient"
 ) -> "DescribeTrainingJobResponseTypeDef":
-    """Print the job's state and log until it ends; how it ended."""
+    """Print the job's state and log until it ends, and return its final description."""
     print(f"sagemaker: {job}", flush=True)
     state, tokens = "", dict[str, str]()
     while True:
@@ -154,21 +161,21 @@ def follow(
 
 
 def print_new_lines(job: str, logs: "CloudWatchLogsClient", tokens: dict[str, str]) -> None:
-    """Those of the job's log streams. `tokens` has how far each one was read."""
+    """Print new lines of the job's log streams. `tokens` has the position reached in each."""
     try:
         streams = logs.describe_log_streams(logGroupName=LOG_GROUP, logStreamNamePrefix=f"{job}/")
     except logs.exceptions.ResourceNotFoundException:
-        # The first job of an account creates it.
+        # The first job of an account creates the log group.
         return
     for stream in [found["logStreamName"] for found in streams["logStreams"]]:
         while True:
-            where: Any = {"nextToken": tokens[stream]} if stream in tokens else {}
+            position: Any = {"nextToken": tokens[stream]} if stream in tokens else {}
             page = logs.get_log_events(
-                logGroupName=LOG_GROUP, logStreamName=stream, startFromHead=True, **where
+                logGroupName=LOG_GROUP, logStreamName=stream, startFromHead=True, **position
             )
             for event in page["events"]:
                 print(event["message"], flush=True)
-            # CloudWatch repeats the token when there is no more.
+            # CloudWatch repeats the token if there are no more lines.
             if page["nextForwardToken"] == tokens.get(stream):
                 break
             tokens[stream] = page["nextForwardToken"]
@@ -178,23 +185,23 @@ def check_outcome(description: "DescribeTrainingJobResponseTypeDef", inputs: Inp
     """Raise UserError if the job failed, or trained on something other than what is here."""
     job, status = description["TrainingJobName"], description["TrainingJobStatus"]
     if status != "Completed":
-        # It may have run out of its time, for one.
+        # A job that was stopped, for example after --hours, has no FailureReason.
         reason = description.get("FailureReason") or description["SecondaryStatus"]
         raise UserError(
-            f"{job} has {status.lower()} ({reason}); a job with the same inputs continues from its"
-            " last checkpoint"
+            f"{job} has {status.lower()} ({reason}); another job with the same inputs continues"
+            " from its last checkpoint"
         )
     had = [each["DataSource"]["S3DataSource"]["S3Uri"] for each in description["InputDataConfig"]]
     if sorted(had) != [f"{inputs.code}/", f"{inputs.data}/"]:
         raise UserError(
-            f"{job} trained on other code, params or data than are here: bring back what it had,"
-            " for example with `git checkout` and `dvc checkout`, and --attach it again"
+            f"{job} trained with other code, params or data than this checkout has: restore those,"
+            " for example with `git checkout` and `dvc checkout`, and --attach to it again"
         )
 
 
 def how_to_continue(job: str, options: argparse.Namespace) -> str:
     return (
-        f"\nsagemaker: {job} runs on by itself. To follow it again, and to fetch its model:\n"
+        f"\nsagemaker: {job} keeps running. To follow it again and fetch its model:\n"
         f"  python -m cloud.sagemaker {options.model} --bucket {options.bucket} --attach {job}\n"
         f"To stop it:\n"
         f"  aws sagemaker stop-training-job --training-job-name {job}"

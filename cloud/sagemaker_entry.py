@@ -1,7 +1,7 @@
-"""What runs in a SageMaker job: the train stage, on what cloud/sagemaker.py sent.
+"""Run the train stage in a SageMaker job, with the code and data that cloud/sagemaker.py sent.
 
-It uses only Python's standard library, since the image has torch, but not the project's other
-packages. SageMaker restores the checkpoints before it starts this, and saves them meanwhile.
+This file uses only Python's standard library, because the image lacks most of the project's
+packages. SageMaker restores the checkpoints before it starts this, and saves them during the job.
 """
 
 import os
@@ -13,12 +13,13 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-# Where SageMaker puts everything.
+# SageMaker's folder for inputs and outputs.
 ML = Path(os.environ.get("SAGEMAKER_BASE_DIR", "/opt/ml"))
 INPUT = ML / "input/data"
 REPOSITORY = ML / "repository"
 SITE = ML / "site"
-# What training imports, except torch and torchvision, which the image has for its GPU.
+# The packages that training imports, except torch and torchvision: the image has builds of those
+# for its GPU.
 PACKAGES = {
     "filelock",
     "huggingface-hub",
@@ -43,24 +44,24 @@ def main(model: str) -> None:
     for path, target in {
         "data": INPUT / "data/data",
         "models/pretrained": INPUT / "data/models/pretrained",
-        # Where the stage keeps its checkpoints.
+        # The stage keeps its checkpoints in .cache.
         ".cache": ML / "checkpoints",
     }.items():
         (REPOSITORY / path).symlink_to(target)
     install_missing((REPOSITORY / "requirements.txt").read_text("utf-8"))
     code, last_line = train(model)
     if code:
-        # This becomes the job's FailureReason.
+        # SageMaker shows this as the job's FailureReason.
         (ML / "output").mkdir(exist_ok=True)
         (ML / "output/failure").write_text(last_line, "utf-8")
         sys.exit(code)
-    # SageMaker makes model.tar.gz of it.
+    # SageMaker packs this folder as model.tar.gz.
     shutil.copytree(REPOSITORY / "models" / model, ML / "model", dirs_exist_ok=True)
     shutil.copy(REPOSITORY / "reports" / model / "curves.csv", ML / "model")
 
 
 def install_missing(lock: str) -> None:
-    """Put what the image lacks of needed_packages into SITE."""
+    """Install those of needed_packages that the image lacks into SITE."""
     missing = [text for name, version, text in needed_packages(lock) if installed(name) != version]
     if not missing:
         return
@@ -72,12 +73,12 @@ def install_missing(lock: str) -> None:
 
 
 def needed_packages(lock: str) -> list[tuple[str, str, str]]:
-    """Name, version and text in requirements.txt of PACKAGES, and of all that they need."""
+    """Name, version and text in requirements.txt of PACKAGES and their dependencies."""
     blocks = re.findall(r"^[^\s#].*\n(?:\s.*\n?)*", lock, re.MULTILINE)
     needed, before = set(PACKAGES), set[str]()
     while needed != before:
         before = set(needed)
-        # Each says which others need it: "# via transformers".
+        # Each block says which packages need it: "# via transformers".
         needed |= {name_of(text) for text in blocks if before & set(words_of_via(text))}
     chosen = [text for text in blocks if name_of(text) in needed]
     return [(name_of(text), re.findall(r"==([^\s;]+)", text)[0], text) for text in chosen]
@@ -109,7 +110,7 @@ def train(model: str) -> tuple[int, str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    # SageMaker sends it to stop a job, and two minutes before it takes a spot instance away.
+    # SageMaker sends SIGTERM to stop a job, and two minutes before it takes a spot instance away.
     signal.signal(signal.SIGTERM, lambda number, _frame: process.send_signal(number))
     line = ""
     for line in process.stdout or ():

@@ -1,4 +1,4 @@
-"""What goes into the bucket for a SageMaker job, and what comes back."""
+"""The files that go into the bucket for a SageMaker job, and those that come back."""
 
 import gzip
 import re
@@ -16,10 +16,10 @@ from stages.runtime.work import exclusive_run, publish_folder, scratch
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3ServiceResource
 
-#: What a job runs, by its place in the repository and in the bucket.
+#: The code that a job runs, by its paths in the repository.
 ENTRY = Path("cloud/sagemaker_entry.py")
 CODE = [ENTRY, Path("stages"), Path("params.yaml"), Path("requirements.txt")]
-#: What model.tar.gz holds: the model, in which nothing is code, and the curves of its training.
+#: The content of model.tar.gz: the model, none of whose files is code, and its training curves.
 CURVES = "curves.csv"
 FILES = {
     "config.json",
@@ -33,10 +33,10 @@ FILES = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """The folders of the bucket that a job reads, as URLs, and every file by its own URL.
+    """The URLs of a job's folders in the bucket, and of each of its files.
 
-    The folders are named by their content: what is there already isn't sent again, and a job finds
-    the checkpoints of an earlier one with the same inputs.
+    The folders are named by digests of their content. So files are sent only once, and a job finds
+    the checkpoints of an earlier job with the same inputs.
     """
 
     code: str
@@ -46,9 +46,9 @@ class Inputs:
 
 
 def collect_inputs(model: str, bucket: str) -> Inputs:
-    """Raises UserError if `bucket` isn't s3://bucket/folder, or if an input is missing."""
+    """The inputs of the train stage. Raises UserError for a bad bucket or a missing input."""
     if re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]+(/.+)?", bucket) is None:
-        raise UserError(f"--bucket {bucket}: write s3://bucket/folder")
+        raise UserError(f"--bucket is {bucket}, but should be like s3://bucket/folder")
     root = bucket.rstrip("/")
     code = files_in(CODE)
     data = files_in([paths.RESIZED, paths.SPLIT, paths.PRETRAINED / model])
@@ -62,13 +62,14 @@ def collect_inputs(model: str, bucket: str) -> Inputs:
     )
 
 
-def files_in(places: list[Path]) -> list[Path]:
+def files_in(sources: list[Path]) -> list[Path]:
+    """The files of all folders and files in `sources`. Raises UserError if one is missing."""
     found = []
-    for place in places:
-        if not place.exists():
-            raise UserError(f"{place} is missing: `dvc pull {place}`, or `dvc repro` makes it")
-        inside = [path for path in place.rglob("*") if "__pycache__" not in path.parts]
-        found += sorted(filter(Path.is_file, inside)) if place.is_dir() else [place]
+    for source in sources:
+        if not source.exists():
+            raise UserError(f"{source} is missing: run `dvc pull {source}`, or `dvc repro`")
+        inside = [path for path in source.rglob("*") if "__pycache__" not in path.parts]
+        found += sorted(filter(Path.is_file, inside)) if source.is_dir() else [source]
     return found
 
 
@@ -77,7 +78,7 @@ def digest_of(files: list[Path]) -> str:
 
 
 def upload(inputs: Inputs, s3: "S3ServiceResource") -> None:
-    """Send what the bucket lacks."""
+    """Send the files that the bucket lacks."""
     there = set()
     for folder in (inputs.code, inputs.data):
         bucket, key = split_url(folder)
@@ -90,7 +91,7 @@ def upload(inputs: Inputs, s3: "S3ServiceResource") -> None:
 
 
 def fetch(url: str, model: str, s3: "S3ServiceResource") -> None:
-    """Put the job's model.tar.gz where the train stage puts its outputs."""
+    """Write the content of the job's model.tar.gz as the outputs of the train stage."""
     bucket, key = split_url(url)
     with exclusive_run(f"train {model}"), scratch("sagemaker") as folder:
         archive, unpacked = folder / "model.tar.gz", folder / "model"
@@ -102,15 +103,17 @@ def fetch(url: str, model: str, s3: "S3ServiceResource") -> None:
 
 
 def unpack(path: Path, folder: Path) -> None:
-    """Raises UserError if the archive holds anything but FILES, or is damaged."""
+    """Unpack the archive. Raises UserError if it is damaged or its files are not FILES."""
     try:
         with tarfile.open(path, "r:gz") as archive:
             archive.extractall(folder, filter="data")
     except (tarfile.TarError, zlib.error, EOFError, gzip.BadGzipFile) as error:
-        raise UserError(f"model.tar.gz is damaged ({error}): run again with --attach") from None
+        raise UserError(
+            f"model.tar.gz is damaged ({error}): --attach to the job again to fetch it once more"
+        ) from None
     found = {entry.relative_to(folder).as_posix(): entry for entry in folder.rglob("*")}
     if odd := [name for name in found if name not in FILES or found[name].is_symlink()]:
-        raise UserError(f"model.tar.gz holds {odd[0]!a}, which isn't a file of a model")
+        raise UserError(f"model.tar.gz contains {odd[0]!a}, which is not a file of a model")
     if missing := FILES - found.keys():
         raise UserError(f"model.tar.gz lacks {', '.join(sorted(missing))}")
 

@@ -1,7 +1,7 @@
 """Score one model on the test bins: metrics with intervals, tables for the plots, a model card.
 
-Validation has calibrated the model's probabilities, and chooses the threshold of its alarms; test
-only measures.
+The temperature was fitted on validation, and the threshold of the alarms is chosen on it. The test
+bins are used for measuring only.
 """
 
 import numpy as np
@@ -50,7 +50,7 @@ def main(model: str) -> str:
 
 
 def score(classifier: Classifier, bins: Bins, sets: pd.DataFrame, batch_size: int) -> Scored:
-    """The model's scores of the bins, as they come out of the network."""
+    """The model's scores of the bins, before calibration."""
     place(classifier, default_device())
     probabilities = evaluate(classifier, bins, batch_size).probabilities
     return Scored(
@@ -87,7 +87,7 @@ def bins_with_products(sets: pd.DataFrame) -> set[str]:
 
 
 def majority_quantity(sets: pd.DataFrame) -> int:
-    """The most frequent quantity in train; the smaller one of equally frequent ones."""
+    """The most frequent quantity in train, the smallest one if several are equally frequent."""
     bins = pd.read_parquet(paths.RESIZED, columns=["id", "quantity"])
     train = bins[bins["id"].isin(sets.loc[sets["set"] == "train", "id"])]
     return int(train["quantity"].mode().iloc[0])

@@ -13,7 +13,7 @@ def main(model: str) -> str:
     params = load_params().model(model)
     key = digest(params.library, params.name, params.revision, params.pretrained)
     with resumable(f"pretrained-{model}", key) as folder:
-        # It comes last; a run that was killed after it has the weights.
+        # This file is written last, so the weights are there if it is.
         if not (folder / SOURCE).exists():
             if params.pretrained:
                 download_pretrained(params, folder)

@@ -1,7 +1,8 @@
-"""Train one model and calibrate it: models/<model>, all that is needed to use it, and curves.csv.
+"""Train one model on train, and calibrate it on validation. The test set is not read.
 
-A killed run continues from its last checkpoint. `torchrun --nproc-per-node N -m stages.train
-<model>` trains with N processes on each machine, on one machine or several.
+Writes models/<model>, with everything needed to use the model, and reports/<model>/curves.csv. A
+killed run continues from its last checkpoint. `torchrun --nproc-per-node N -m stages.train <model>`
+trains with N processes on each of its machines.
 """
 
 import shutil
@@ -39,7 +40,7 @@ def main(model: str) -> str:
 
 
 def train_model(model: str) -> str:
-    """What each process does; only the first one writes."""
+    """Train as one of the processes; only the first one writes the results."""
     params = load_params()
     with (
         joined_processes() as processes,
@@ -62,7 +63,7 @@ def train_model(model: str) -> str:
 
 
 def inputs_of(params: Params, model: str) -> str:
-    """A digest of all that the outputs depend on, apart from the project's code and rounding."""
+    """A digest of everything that the outputs depend on, except the code and rounding."""
     files = [
         *sorted(paths.RESIZED.iterdir()),
         paths.SPLIT,
@@ -97,8 +98,8 @@ def train(model: str, trainer: Trainer, watch: Watch) -> list[Epoch]:
 
 
 def publish(params: Params, model: str, trainer: Trainer, scores: Scores, folder: Path) -> None:
-    """Write the model in `folder`, and make it models/<model>. `scores` are of validation."""
-    # A killed run's may be linked into DVC's cache, where nothing may be overwritten.
+    """Write the model to `folder`, then publish it as models/<model>. `scores` are validation's."""
+    # DVC's cache may have links to files of a killed run, which must not be overwritten.
     shutil.rmtree(folder, ignore_errors=True)
     bins, probabilities = trainer.validation_bins, scores.probabilities.astype(np.float64)
     save_release(

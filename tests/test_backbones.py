@@ -105,5 +105,5 @@ def test_any_backbone_is_trained_frozen_saved_and_loaded(
 
 
 def test_a_network_without_such_a_layer_is_a_user_error() -> None:
-    with pytest.raises(UserError, match="no last layer with an output for each label"):
+    with pytest.raises(UserError, match="no layer with one output for each label"):
         last_layer(nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(4, 6)), 5)

@@ -594,7 +594,7 @@ def test_a_training_that_could_not_be_compiled_says_so_in_one_line(
     report_start("vit", trainer, resumed=False)
 
     (line,) = (one for one in capsys.readouterr().out.splitlines() if "torch.compile" in one)
-    assert line.startswith("vit: warning: trains more slowly without torch.compile")
+    assert line.startswith("vit: warning: training is slower without torch.compile")
     assert "(No working C++ compiler found): it needs a C++ compiler" in line
 
 

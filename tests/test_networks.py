@@ -150,18 +150,23 @@ def test_a_config_that_changes_no_parameter_is_taken(tmp_path: Path) -> None:
             pretrained_vit,
             {"model_type": "vit", "intermediate_size": 48},
             SIZE,
-            r"weights have no vit\.\S+ of the shape \[48\]",
+            r"weights have no vit\.\S+ with the shape \[48\]",
         ),
         (
             pretrained_vit,
             {"model_type": "vit", "image_size": 64},
             64,
-            r"weights have no vit\.\S+position_embeddings of the shape \[1, 65, 16\]",
+            r"weights have no vit\.\S+position_embeddings with the shape \[1, 65, 16\]",
         ),
-        (pretrained_vit, {"model_type": "deit"}, SIZE, "weights are of the model_type vit"),
+        (pretrained_vit, {"model_type": "deit"}, SIZE, "weights have the model_type vit"),
         (pretrained_vit, {"model_type": "vit"}, 64, r"64.*32"),
-        (pretrained_vit, {"model_type": "vit", "hidden_sise": 16}, SIZE, "no hidden_sise to set"),
-        (pretrained_mobilenet, {"reduced_tail": True}, SIZE, r"weights have no \S+ of the shape"),
+        (
+            pretrained_vit,
+            {"model_type": "vit", "hidden_sise": 16},
+            SIZE,
+            "has no key hidden_sise that can be set",
+        ),
+        (pretrained_mobilenet, {"reduced_tail": True}, SIZE, r"weights have no \S+ with the shape"),
     ],
 )
 def test_what_the_weights_cannot_do_is_one_line(
@@ -187,8 +192,18 @@ def test_what_the_weights_cannot_do_is_one_line(
         ("resnet34", "resnet18", {"weights": "DEFAULT"}, "weights"),
         ("vit", "x", {"model_type": "no-such-type"}, "no-such-type"),
         ("vit", "x", {"model_type": "bert"}, "BertConfig"),
-        ("vit", "x", TINY_VIT | {"hiden_size": 16}, "its config has no hiden_size to set"),
-        ("vit", "x", TINY_VIT | {"id2label": {"0": "1"}}, "its config has no id2label to set"),
+        (
+            "vit",
+            "x",
+            TINY_VIT | {"hiden_size": 16},
+            "its config has no key hiden_size that can be set",
+        ),
+        (
+            "vit",
+            "x",
+            TINY_VIT | {"id2label": {"0": "1"}},
+            "its config has no key id2label that can be set",
+        ),
         ("vit", "x", {"model_type": "clip", "vision_config": {"depth": 1}}, "vision_config.depth"),
         ("vit", "x", TINY_VIT | {"hidden_size": "sixteen"}, "hidden_size"),
         ("vit", "x", TINY_VIT | {"image_size": 2 * SIZE}, "64"),
@@ -197,7 +212,7 @@ def test_what_the_weights_cannot_do_is_one_line(
             "vit",
             "x",
             {"model_type": "pvt", "depths": [1, 1, 1, 1]},
-            r"it gives \[1, 1000\], not a score for each of \[1, 2, 3, 4, 5\]",
+            r"its output has the shape \[1, 1000\], not a score for each of \[1, 2, 3, 4, 5\]",
         ),
     ],
 )
@@ -217,7 +232,10 @@ def test_what_the_library_cannot_build_is_one_line(
 @pytest.mark.parametrize(
     ("source", "text"),
     [
-        ({"pretrained": False}, "has no weights, only a random start: `dvc repro` gets them"),
+        (
+            {"pretrained": False},
+            "has no weights, since pretrained was false: `dvc repro` downloads them",
+        ),
         ({}, r"config\.json is damaged \(its SHA-256 is not the one in "),
         (
             {"sha256": {"config.json": "0"}},

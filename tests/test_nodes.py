@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 TORCHRUN = [str(Path(STAGE[0]).with_name("torchrun")), "--nnodes", "2", "--nproc-per-node", "1"]
 # How soon a machine ends when the other one is gone.
 BOUND = 60
-LOST = "train vit: error: the exchange with the other processes broke off ("
+LOST = "train vit: error: the connection to the other processes broke off ("
 
 
 def start_machines(

@@ -108,7 +108,7 @@ def without(path: Path, key: str) -> None:
     [
         ("inference.json", lambda path: path.write_text("{"), "not JSON"),
         ("inference.json", lambda path: without(path, "temperature"), "temperature: Field req"),
-        ("validation.csv", lambda path: path.write_text("id,actual\n1,1\n"), "it has no p1"),
+        ("validation.csv", lambda path: path.write_text("id,actual\n1,1\n"), "it has no column p1"),
     ],
 )
 def test_what_is_damaged_beside_the_network_is_named(

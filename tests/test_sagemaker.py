@@ -340,7 +340,10 @@ def test_a_dry_run_prints_the_request_and_sends_nothing(
     ("arguments", "said"),
     [
         (["resnet50", *START[1:]], "resnet50"),
-        (["vit", "--bucket", "jobs", "--role", ROLE], "--bucket jobs: write s3://bucket/folder"),
+        (
+            ["vit", "--bucket", "jobs", "--role", ROLE],
+            "--bucket is jobs, but should be like s3://bucket/folder",
+        ),
         (["resnet34", *START[1:]], "models/pretrained/resnet34 is missing: `dvc pull"),
         (["vit", "--bucket", "s3://other/bins", "--role", ROLE], "bucket does not exist"),
         (["vit", "--bucket", BUCKET, "--attach", "none"], "(ValidationException)"),

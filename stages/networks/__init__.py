@@ -1,1 +1,1 @@
-"""Classifiers: building, saving and loading them, and applying them to photographs."""
+"""Classifiers: building, saving and loading them, and scoring photographs with them."""

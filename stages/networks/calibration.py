@@ -1,4 +1,4 @@
-"""Making probabilities mean what they say: temperature scaling."""
+"""Temperature scaling: adjusting probabilities so that they are as often right as they say."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,18 +7,19 @@ from scipy.optimize import minimize_scalar
 Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-# Wider than any network needs: at 0.05 nearly every answer is certain, at 20 all are alike.
+# Wider than any network needs: at 0.05 nearly every prediction is certain, at 20 all are alike.
 LOWEST, HIGHEST = 0.05, 20.0
-# The least probability that a logarithm is taken of; a float32 softmax underflows to 0.
+# Logarithms are taken of at least this probability, because a float32 softmax can underflow to 0.
 TINY = float(np.finfo(np.float32).tiny)
 
 
 def fit_temperature(probabilities: NDArray[np.floating], targets: Counts) -> float:
     """The temperature with the least negative log-likelihood of `targets` [bins].
 
-    `probabilities` [bins, labels] are a softmax of logits; their logarithm is those logits but for
-    a constant per bin, so it is as good. Guo et al., On Calibration of Modern Neural Networks,
-    2017 (arXiv:1706.04599), section 4.2. The loss is convex in 1 / temperature, so has one minimum.
+    `probabilities` [bins, labels] are a softmax of logits. Their logarithms differ from the logits
+    by a constant per bin, which does not matter. Guo et al., On Calibration of Modern Neural
+    Networks, 2017 (arXiv:1706.04599), section 4.2. The loss is convex in 1 / temperature, so it has
+    one minimum.
     """
 
     def loss(log_temperature: float) -> float:

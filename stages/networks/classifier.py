@@ -1,4 +1,4 @@
-"""A network that counts, whichever library it is from: built, saved and loaded."""
+"""Classifiers that count items: building, saving and loading them, whatever the library."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,10 @@ from stages.runtime.params import ModelParams
 
 @dataclass(frozen=True)
 class Classifier:
-    """A network with all that is needed to use it.
+    """A network with everything that is needed to use it.
 
-    `network` takes float images [batch, 3, size, size], normalized with `mean` and `std` per
-    channel (of values from 0 to 1); its output i is the score of the quantity `labels[i]`.
+    `network` takes float images [batch, 3, size, size] with values from 0 to 1, normalized by
+    `mean` and `std` per channel. Its output i is the score of the quantity `labels[i]`.
     """
 
     network: nn.Module
@@ -35,84 +35,89 @@ class Classifier:
         return next(self.network.parameters()).device
 
     def logits(self, images: Tensor) -> Tensor:
-        """[batch, len(labels)]."""
+        """The scores of the labels, [batch, labels]."""
         return logits_of(self.network(images))
 
 
 def logits_of(output: Any) -> Tensor:
-    """transformers wraps them in an object, as some of torchvision's networks do in training."""
+    """The logits in a network's output, which may be an object that contains them.
+
+    Networks of transformers return such an object, and some of torchvision's do in training.
+    """
     logits: Tensor = getattr(output, "logits", output)
     return logits
 
 
 def last_layer(network: nn.Module, labels: int) -> str:
-    """The name of the layer that gives the scores: the last one with as many outputs as labels."""
+    """The name of the layer that computes the scores: the last with one output per label."""
     names: list[str] = [
         name
         for name, module in network.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.shape[0] == labels
     ]
     if not names:
-        raise UserError("the network has no last layer with an output for each label")
+        raise UserError("the network has no layer with one output for each label")
     return names[-1]
 
 
 def freeze_backbone(classifier: Classifier) -> None:
-    """Leave only the last layer to be trained."""
+    """Freeze everything except the last layer."""
     classifier.network.requires_grad_(requires_grad=False)
     layer = last_layer(classifier.network, len(classifier.labels))
     classifier.network.get_submodule(layer).requires_grad_()
 
 
 def build_classifier(
-    model: ModelParams, pretrained: Path, labels: list[int], size: int
+    params: ModelParams, pretrained: Path, labels: list[int], size: int
 ) -> Classifier:
-    """A network for `labels`, on pretrained weights from that folder or random ones.
+    """A network for `labels` that starts from weights in the folder `pretrained`, or at random.
 
-    The last layer starts at random where the weights have another number of labels.
-    Raises UserError where params.yaml asks for what the library or the weights cannot do, and
-    where the weights are not those that were downloaded; OSError where this machine fails.
+    The last layer starts at random if the weights have another number of labels. Raises UserError
+    if the library or the weights do not support what params.yaml says, or if the weights are not
+    those that were downloaded; OSError if this machine fails.
     """
-    if model.pretrained:
+    if params.pretrained:
         check_pretrained(pretrained)
-    library = library_of(model.library)
+    library = library_of(params.library)
     try:
-        network = library.build(model, pretrained, labels, size)
+        network = library.build(params, pretrained, labels, size)
         _check_scores(network, labels, size)
-    # A configuration can be wrong in as many ways as there are networks.
+    # Each network fails in its own way if its configuration is wrong.
     except Exception as error:  # noqa: BLE001
         if of_machine := machine_error(error):
             raise of_machine from None
         raise UserError(
-            f"{model.library} cannot build {model.name} with this model's name, config and"
+            f"{params.library} cannot build {params.name} with this model's name, config and"
             f" resize.size: {reason_of(error)}"
         ) from None
-    return Classifier(network, labels, size, model.mean, model.std)
+    return Classifier(network, labels, size, params.mean, params.std)
 
 
 def _check_scores(network: nn.Module, labels: list[int], size: int) -> None:
-    """Raise ValueError, or what the network raises, where it does not score an image."""
+    """Raise ValueError, or what the network raises, if it does not give a score per label."""
     with torch.no_grad():
         logits = logits_of(network.eval()(torch.zeros(1, 3, size, size)))
     if logits.shape != (1, len(labels)):
-        raise ValueError(f"it gives {list(logits.shape)}, not a score for each of {labels}")
+        raise ValueError(
+            f"its output has the shape {list(logits.shape)}, not a score for each of {labels}"
+        )
 
 
-def save_classifier(classifier: Classifier, model: ModelParams, folder: Path, fit: str) -> None:
-    """Write the files that the model's own library loads, and how to prepare images for it.
+def save_classifier(classifier: Classifier, params: ModelParams, folder: Path, fit: str) -> None:
+    """Write the files that the model's library loads, and a description of its preprocessing.
 
-    `fit` is how photographs become squares, as in stages.imaging.jpeg.resize.
+    `fit` says how photographs are made square, as in stages.imaging.jpeg.resize.
     """
     folder.mkdir(parents=True, exist_ok=True)
     network = classifier.network.cpu().to(memory_format=torch.contiguous_format)
-    library_of(model.library).save(network, model, classifier.labels, folder)
+    library_of(params.library).save(network, params, classifier.labels, folder)
     write_json(folder / PREPROCESSOR, _preprocessor_config(classifier, fit))
 
 
 def load_classifier(folder: Path) -> Classifier:
-    """What save_classifier wrote, ready to evaluate.
+    """The classifier that save_classifier wrote to `folder`, in evaluation mode.
 
-    Raises UserError where it is damaged, and OSError where this machine fails.
+    Raises UserError if a file is damaged, and OSError if this machine fails.
     """
     config, preparation = read_json(folder / CONFIG), read_json(folder / PREPROCESSOR)
     library = library_of(config.get("library", "transformers"))
@@ -123,7 +128,7 @@ def load_classifier(folder: Path) -> Classifier:
         size = preparation["crop_size"]["height"]
         _check_scores(network, labels, size)
         mean, std = preparation["image_mean"], preparation["image_std"]
-    # As many ways to be wrong as above.
+    # Each network fails in its own way if its files do not fit.
     except Exception as error:  # noqa: BLE001
         if of_machine := machine_error(error):
             raise of_machine from None
@@ -132,16 +137,16 @@ def load_classifier(folder: Path) -> Classifier:
 
 
 def _preprocessor_config(classifier: Classifier, fit: str) -> dict[str, Any]:
-    """In the form of transformers, whose AutoImageProcessor reads it."""
+    """The file that AutoImageProcessor of transformers reads."""
     side = classifier.size
     square = {"height": side, "width": side}
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
-        # The latter keeps the aspect ratio.
+        # max_height and max_width keep the aspect ratio.
         "size": square if fit == "squeeze" else {"max_height": side, "max_width": side},
         "resample": 3,
-        # What is smaller than this crop gets a black margin on both sides.
+        # A crop that is larger than the image adds black margins.
         "do_center_crop": True,
         "crop_size": square,
         "do_rescale": True,

@@ -1,4 +1,4 @@
-"""A classifier at work: its device and precision, images in its form, and scores of bins."""
+"""Using a classifier: its device and precision, normalized images, and the scores of bins."""
 
 import os
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from stages.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Scores:
-    """What evaluation gives: the mean loss, the accuracy, and probabilities [bins, labels]."""
+    """The result of an evaluation: mean loss, accuracy, and probabilities [bins, labels]."""
 
     loss: float
     accuracy: float
@@ -32,13 +32,13 @@ def default_device() -> torch.device:
 
 
 def place(classifier: Classifier, device: torch.device, *, deterministic: bool = False) -> None:
-    """Move the network to its device, in the memory format that is fastest.
+    """Move the network to a device, in the fastest memory format.
 
-    `deterministic` makes a GPU give the same bits each time, at a cost; a CPU does so anyway.
+    `deterministic` makes a GPU compute the same bits each time, at a cost. A CPU always does.
     """
     if device.type == "cuda":
         if deterministic:
-            # Read by cuBLAS when it starts; without it torch refuses to multiply matrices.
+            # cuBLAS reads this when it starts. Without it, torch refuses to multiply matrices.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = not deterministic
         torch.use_deterministic_algorithms(deterministic)
@@ -46,7 +46,7 @@ def place(classifier: Classifier, device: torch.device, *, deterministic: bool =
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 where the hardware computes in it; elsewhere emulating it costs time."""
+    """Autocast to bfloat16 if the hardware supports it; emulation would be slow."""
     if device.type == "cuda":
         capable = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -56,9 +56,9 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def normalizer(classifier: Classifier) -> Callable[[Tensor], Tensor]:
-    """A function from images of values from 0 to 1, on the network's device, to what it takes.
+    """A function that normalizes images with values from 0 to 1, on the network's device.
 
-    Made once, since putting its constants on a GPU waits for it.
+    Make it once, because copying its constants to a GPU waits for the GPU.
     """
     mean = torch.tensor(classifier.mean, device=classifier.device)
     std = torch.tensor(classifier.std, device=classifier.device)
@@ -66,7 +66,7 @@ def normalizer(classifier: Classifier) -> Callable[[Tensor], Tensor]:
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Images of values from 0 to 1 to mean 0 and deviation 1 per channel; mean and std are [3]."""
+    """Normalize images with values from 0 to 1 by the mean [3] and deviation [3] per channel."""
     return (images - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
 
@@ -81,7 +81,8 @@ def predict(
 ) -> Tensor:
     """The logits of the bins at `rows`, or of all: float32 [rows, labels], on the network's device.
 
-    `before_batch` is called before each batch is scored. `threads` decode, by default one per core.
+    They are float32 even if autocast computes in bfloat16. `before_batch` is called before each
+    batch is scored. `threads` is the number of decoding threads, by default one per core.
     """
     device = classifier.device
     rows = np.arange(len(bins)) if rows is None else rows
@@ -107,7 +108,7 @@ def evaluate(classifier: Classifier, bins: Bins, batch_size: int) -> Scores:
 
 
 def scores_of(logits: Tensor, bins: Bins, labels: list[int]) -> Scores:
-    """Of the logits [bins, labels] of all bins, in their order, on any device."""
+    """The scores for logits [bins, labels] of all bins, in their order, on any device."""
     logits = logits.cpu()
     targets = class_numbers(bins, labels)
     return Scores(
@@ -118,9 +119,9 @@ def scores_of(logits: Tensor, bins: Bins, labels: list[int]) -> Scores:
 
 
 def progress_bar(images: int, description: str) -> "tqdm[Never]":
-    """On a terminal only, since a log has a line per epoch; of several processes, the first one's.
+    """A progress bar, shown by the first process only, and only on a terminal.
 
-    torchrun numbers them in RANK.
+    In a log file, the line after each epoch is enough. RANK is torchrun's number of the process.
     """
     return tqdm(
         total=images,
@@ -132,7 +133,10 @@ def progress_bar(images: int, description: str) -> "tqdm[Never]":
 
 
 def class_numbers(bins: Bins, labels: list[int]) -> Tensor:
-    """Each bin's quantity as its place in `labels`, int64 [bins]. Raises UserError for others."""
+    """The position in `labels` of each bin's quantity, int64 [bins].
+
+    Raises UserError if a quantity is not among the labels.
+    """
     numbers = {label: number for number, label in enumerate(labels)}
     unknown = set(bins.quantities.tolist()) - set(labels)
     if unknown:

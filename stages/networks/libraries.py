@@ -1,6 +1,6 @@
-"""The libraries that networks come from, each in a module of its own.
+"""The libraries that provide networks; there is a module for each.
 
-Such a module is imported when it is first used: the libraries take seconds to import.
+A module is imported when it is first used, because the libraries take seconds to import.
 """
 
 from pathlib import Path
@@ -12,30 +12,32 @@ from stages.runtime.params import ModelParams
 
 
 class Library(Protocol):
-    """What a library's module does.
+    """The functions of a library's module.
 
-    Its functions raise whatever the library raises, and ValueError; callers say what to do.
+    They raise ValueError and whatever the library raises; callers turn that into advice.
     """
 
-    def download(self, model: ModelParams, folder: Path) -> str:
-        """Put config.json and model.safetensors of the pretrained weights into `folder`.
+    def download(self, params: ModelParams, folder: Path) -> str:
+        """Download the pretrained weights to `folder`, as config.json and model.safetensors.
 
-        Returns the URL they are from. Raises UserError where they could not be downloaded.
+        Returns the URL of their source. Raises UserError if they could not be downloaded.
         """
 
     def build(
-        self, model: ModelParams, pretrained: Path, labels: list[int], size: int
+        self, params: ModelParams, pretrained: Path, labels: list[int], size: int
     ) -> nn.Module:
-        """A network for images of `size` pixels, with an output for each label.
+        """A network for images of `size` pixels, with one output per label.
 
-        Its weights are those in the folder `pretrained` if the model asks for them, else random.
+        Its weights are those in the folder `pretrained` if `params.pretrained`, else random.
         """
 
-    def save(self, network: nn.Module, model: ModelParams, labels: list[int], folder: Path) -> None:
+    def save(
+        self, network: nn.Module, params: ModelParams, labels: list[int], folder: Path
+    ) -> None:
         """Write config.json, with the labels, and model.safetensors."""
 
     def load(self, folder: Path, labels: list[int]) -> nn.Module:
-        """The network that `save` wrote, with all of its weights."""
+        """The network that `save` wrote, with all its weights."""
 
 
 def library_of(name: str) -> Library:

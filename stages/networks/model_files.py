@@ -1,4 +1,4 @@
-"""The files of a model: their names, reading them, and their hashes."""
+"""The files of a model: their names, digests and checks."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -13,12 +13,12 @@ from stages.runtime.files import sha256_file
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
-# Of pretrained weights: where they are from.
+# The record of where pretrained weights were downloaded from.
 SOURCE = "source.json"
 
 
 def damaged(path: Path, reason: str) -> UserError:
-    """`path` is a file of a model, or its folder."""
+    """An error about a file of a model, or about its folder."""
     return UserError(
         f"{path} is damaged ({reason}): remove it, and get it back with `dvc checkout`, `dvc pull`"
         " or `dvc repro`"
@@ -31,7 +31,7 @@ def reason_of(error: Exception) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises UserError where the file is not a JSON object."""
+    """Read a JSON object. Raises UserError if the file is something else."""
     try:
         found = json.loads(path.read_bytes())
     except ValueError as error:
@@ -49,20 +49,20 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
 def check_digests(
     folder: Path, names: Iterable[str], expected: Mapping[str, str], record: Path
 ) -> None:
-    """Raise UserError naming a file whose SHA-256 isn't the one that the file `record` has."""
+    """Raise UserError if a file's SHA-256 is not the expected one, which the file `record` has."""
     for name in names:
         if sha256_file(folder / name) != expected.get(name):
             raise damaged(folder / name, f"its SHA-256 is not the one in {record}")
 
 
 def refuse_random_layers(missing: Iterable[str], network: nn.Module, labels: list[int]) -> None:
-    """Raise ValueError where the weights lack a parameter other than those of the last layer.
+    """Raise ValueError if the weights lack parameters of other layers than the last one.
 
-    `missing` names the parameters that the weights lack, or have in another shape. Old weights
-    lack the counters of batch normalization, which nothing depends on.
+    `missing` names the parameters that the weights lack or have in another shape. The counters of
+    batch normalization may be missing, as in old weights, because nothing depends on them.
     """
     own = network.state_dict()
     for name in sorted(missing):
         shape = list(own[name].shape)
         if shape[:1] != [len(labels)] and not name.endswith("num_batches_tracked"):
-            raise ValueError(f"its weights have no {name} of the shape {shape}")
+            raise ValueError(f"its weights have no {name} with the shape {shape}")

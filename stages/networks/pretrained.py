@@ -1,4 +1,4 @@
-"""The folder models/pretrained/<model>: weights from a hub, and what they were when they came."""
+"""The folder models/pretrained/<model>: downloaded weights, and a record of their source."""
 
 from pathlib import Path
 
@@ -16,16 +16,16 @@ from stages.runtime.errors import UserError
 from stages.runtime.params import ModelParams
 
 
-def download_pretrained(model: ModelParams, folder: Path) -> None:
-    """Put the pretrained weights, their config and source.json into `folder`, this one last.
+def download_pretrained(params: ModelParams, folder: Path) -> None:
+    """Download the pretrained weights and their config to `folder`, then write source.json.
 
-    Raises UserError where the source does not have them or could not be reached.
+    Raises UserError if the source does not have them or could not be reached.
     """
-    record_source(folder, library_of(model.library).download(model, folder))
+    record_source(folder, library_of(params.library).download(params, folder))
 
 
 def record_source(folder: Path, source: str) -> None:
-    """Write source.json: the URL that the weights are from, and their SHA-256."""
+    """Write source.json: the URL of the weights, and the SHA-256 of the files."""
     files = digests(folder, (CONFIG, WEIGHTS))
     write_json(folder / SOURCE, {"pretrained": True, "source": source, "sha256": files})
 
@@ -36,9 +36,11 @@ def mark_random_start(folder: Path) -> None:
 
 
 def check_pretrained(folder: Path) -> None:
-    """Raise UserError where the weights are not those that the pretrained stage put there."""
+    """Raise UserError if the weights are not those that the pretrained stage wrote."""
     record = folder / SOURCE
     source = read_json(record)
     if source.get("pretrained") is False:
-        raise UserError(f"{folder} has no weights, only a random start: `dvc repro` gets them")
+        raise UserError(
+            f"{folder} has no weights, since pretrained was false: `dvc repro` downloads them"
+        )
     check_digests(folder, (CONFIG, WEIGHTS), source.get("sha256", {}), record)

@@ -1,4 +1,4 @@
-"""A trained model's folder: the network, how photographs are prepared for it, its calibration."""
+"""A trained model's folder: the network, its preprocessing and its calibration."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ VALIDATION = "validation.csv"
 
 
 class Settings(Block):
-    """inference.json: what the network's own files lack to give calibrated probabilities.
+    """inference.json: what is needed for calibrated probabilities beside the network's own files.
 
     `epoch` is the one whose weights were kept, `fit` and `quality` are those of the resize stage,
     and `sha256` has the digest of each of FILES.
@@ -61,14 +61,14 @@ class Release:
     validation: pd.DataFrame
 
     def calibrated(self, probabilities: NDArray[np.floating]) -> Floats:
-        """[images, labels], of a softmax of the network's scores of the same shape."""
+        """Calibrated probabilities [images, labels], from the softmax of the network's scores."""
         return with_temperature(probabilities, self.settings.temperature)
 
 
 def save_release(
     folder: Path,
     classifier: Classifier,
-    model: ModelParams,
+    params: ModelParams,
     resize: Resize,
     ids: list[str],
     actual: Counts,
@@ -76,13 +76,13 @@ def save_release(
     *,
     epoch: int,
 ) -> None:
-    """Calibrate a model on the validation bins, and write all that is needed to use it.
+    """Calibrate a model on the validation bins, and write everything that is needed to use it.
 
-    `actual` [bins] are their quantities, `probabilities` [bins, labels] the softmax of the
-    network's scores of them, and `epoch` is the one whose weights the network has. The network is
-    moved to the CPU.
+    `actual` [bins] are the quantities of these bins, `probabilities` [bins, labels] the softmax of
+    the network's scores, and `epoch` is the one whose weights the network has. The network is moved
+    to the CPU.
     """
-    save_classifier(classifier, model, folder, resize.fit)
+    save_classifier(classifier, params, folder, resize.fit)
     labels = np.array(classifier.labels)
     targets = (actual[:, None] == labels).argmax(axis=1)
     temperature = fit_temperature(probabilities, targets)
@@ -98,15 +98,16 @@ def save_release(
     predicted = labels[calibrated.argmax(axis=1)]
     table = pd.DataFrame({"id": ids, "actual": actual, "predicted": predicted})
     table[probability_columns(classifier.labels)] = calibrated
-    # All digits: thresholds are chosen among them, and a sure model's differ in the last ones only.
+    # With all digits, because thresholds are chosen among these probabilities, and those of a
+    # confident model differ in the last digits only.
     write_csv(folder / VALIDATION, table, digits=17)
 
 
 def load_release(folder: Path) -> Release:
-    """What save_release wrote.
+    """Read what save_release wrote.
 
-    Raises FileNotFoundError where a file is missing, and UserError where one is damaged, or is not
-    the one that was saved.
+    Raises FileNotFoundError if a file is missing, and UserError if one is damaged or is not the one
+    that was saved.
     """
     settings = _read_settings(folder / SETTINGS)
     check_digests(folder, FILES, settings.sha256, folder / SETTINGS)
@@ -126,5 +127,5 @@ def _read_validation(path: Path, labels: list[int]) -> pd.DataFrame:
     table = read_csv(path)
     wanted = {"id", "actual", "predicted", *probability_columns(labels)}
     if missing := sorted(wanted - set(table.columns)):
-        raise damaged(path, f"it has no {missing[0]}")
+        raise damaged(path, f"it has no column {missing[0]}")
     return table

@@ -1,4 +1,4 @@
-"""Networks of torchvision. The only module that imports it."""
+"""Networks of torchvision. No other module imports torchvision."""
 
 import shutil
 from pathlib import Path
@@ -14,32 +14,32 @@ from stages.runtime.errors import UserError
 from stages.runtime.params import ModelParams
 
 
-def download(model: ModelParams, folder: Path) -> str:
-    """The weights that `revision` names, like IMAGENET1K_V1, converted to safetensors."""
+def download(params: ModelParams, folder: Path) -> str:
+    """Download the weights named `revision`, like IMAGENET1K_V1, as safetensors."""
     try:
-        weights = torchvision.models.get_model_weights(model.name)[model.revision]
+        weights = torchvision.models.get_model_weights(params.name)[params.revision]
     except (KeyError, ValueError):
         raise UserError(
-            f"torchvision has no weights {model.revision} of {model.name}: check this model's name"
-            " and revision in params.yaml"
+            f"torchvision has no weights {params.revision} of {params.name}: check this model's"
+            " name and revision in params.yaml"
         ) from None
     url: str = weights.url
-    # Not torch's own cache, in which nothing checks the files again.
+    # Not in torch's own cache, because files that are already there are not checked.
     downloads = folder / ".download"
     try:
-        # The file's name holds the start of its SHA-256, which check_hash compares.
+        # check_hash compares the file with the start of a SHA-256 in its name.
         state = weights.get_state_dict(model_dir=downloads, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{url} could not be downloaded: {error}") from None
     save_file(state, folder / WEIGHTS)
     shutil.rmtree(downloads)
-    write_json(folder / CONFIG, _config(model.name, len(weights.meta["categories"]), {}))
+    write_json(folder / CONFIG, _config(params.name, len(weights.meta["categories"]), {}))
     return url
 
 
-def build(model: ModelParams, pretrained: Path, labels: list[int], size: int) -> nn.Module:  # noqa: ARG001 - they take images of any size
-    network = _network(model.name, labels, model.config)
-    if model.pretrained:
+def build(params: ModelParams, pretrained: Path, labels: list[int], size: int) -> nn.Module:  # noqa: ARG001 - its networks take images of any size
+    network = _network(params.name, labels, params.config)
+    if params.pretrained:
         own = network.state_dict()
         weights = {
             name: weight
@@ -51,11 +51,11 @@ def build(model: ModelParams, pretrained: Path, labels: list[int], size: int) ->
     return network
 
 
-def save(network: nn.Module, model: ModelParams, labels: list[int], folder: Path) -> None:
-    """The weights are the state dict of torchvision.models.get_model(name, **config)."""
+def save(network: nn.Module, params: ModelParams, labels: list[int], folder: Path) -> None:
+    """Write the weights as the state dict of torchvision.models.get_model(name, **config)."""
     save_file(network.state_dict(), folder / WEIGHTS)
     names = {str(number): str(label) for number, label in enumerate(labels)}
-    config = _config(model.name, len(labels), model.config)
+    config = _config(params.name, len(labels), params.config)
     write_json(folder / CONFIG, config | {"id2label": names})
 
 
@@ -67,9 +67,9 @@ def load(folder: Path, labels: list[int]) -> nn.Module:
 
 
 def _network(name: str, labels: list[int], config: dict[str, Any]) -> nn.Module:
-    # Builders of other networks, like detectors, download the weights of their backbones.
+    # Other networks, like detectors, would download weights for their backbones.
     if name not in torchvision.models.list_models(module=torchvision.models):
-        raise ValueError(f"it has no classifier {name}")
+        raise ValueError(f"torchvision has no classifier {name}")
     network: nn.Module = torchvision.models.get_model(
         name, weights=None, num_classes=len(labels), **config
     )
@@ -77,9 +77,9 @@ def _network(name: str, labels: list[int], config: dict[str, Any]) -> nn.Module:
 
 
 def _load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Strictly, and marked with the versions of the network's layers, which safetensors lacks.
+    """Load weights as those of the current version of each layer.
 
-    Without a version, MNASNet takes them for those of its first one, and changes its layers.
+    safetensors does not store the versions, and MNASNet refuses weights without one.
     """
     state = network.state_dict()
     state.clear()

@@ -1,4 +1,4 @@
-"""Networks of transformers. The only module that imports it, and the client of its hub."""
+"""Networks of transformers. No other module imports it or the client of its hub."""
 
 import logging
 import re
@@ -15,45 +15,45 @@ from stages.networks.model_files import CONFIG, WEIGHTS, read_json, refuse_rando
 from stages.runtime.errors import UserError
 from stages.runtime.params import ModelParams
 
-# One file, loaded and saved in no time; and layers that start at random are judged here.
+# Loading is fast, and this module checks which layers start at random.
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
-# Its warnings, about what it tries again, repeat URLs whose signature opens a file to anybody.
+# Its warnings about retries contain signed URLs, which give anybody access to a file.
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
-# What this project sets in every configuration.
+# The keys that this project sets in every configuration.
 _OURS = {"id2label", "label2id", "num_labels", "dtype"}
 
 
-def download(model: ModelParams, folder: Path) -> str:
-    """The files of the hub's repository `name` at `revision`, byte for byte.
+def download(params: ModelParams, folder: Path) -> str:
+    """Download the files of the hub's repository `name` at `revision`, byte for byte.
 
-    The client keeps a hidden folder beside them, with which a download that broke off continues.
+    The client resumes an interrupted download from a hidden folder beside them.
     """
     for name in (CONFIG, WEIGHTS):
         try:
             huggingface_hub.hf_hub_download(
-                model.name, name, revision=model.revision, local_dir=folder
+                params.name, name, revision=params.revision, local_dir=folder
             )
-        # The client raises its own errors, those of its HTTP library and those of the system.
+        # The client raises errors of its own, of its HTTP library and of the system.
         except Exception as error:  # noqa: BLE001
             reason = _without_secrets(str(error).strip().partition("\n")[0])
             raise UserError(
-                f"{name} of {model.name} at {model.revision} could not be downloaded: {reason}"
+                f"{name} of {params.name} at {params.revision} could not be downloaded: {reason}"
             ) from None
-    return f"{huggingface_hub.constants.ENDPOINT}/{model.name}/tree/{model.revision}"
+    return f"{huggingface_hub.constants.ENDPOINT}/{params.name}/tree/{params.revision}"
 
 
 def _without_secrets(text: str) -> str:
-    """Without the signatures in URLs, and without the user's token, which a server may repeat."""
+    """Remove signatures of URLs, and the user's token, which a server may repeat in its answer."""
     text = re.sub(r"(https?://[^\s?]*)\?[^\s'\"]*", r"\1", text)
     token = huggingface_hub.get_token()
     return text.replace(token, "***") if token else text
 
 
-def build(model: ModelParams, pretrained: Path, labels: list[int], size: int) -> nn.Module:
-    config = _config(model, pretrained, labels, size)
-    if not model.pretrained:
+def build(params: ModelParams, pretrained: Path, labels: list[int], size: int) -> nn.Module:
+    config = _config(params, pretrained, labels, size)
+    if not params.pretrained:
         network: nn.Module = transformers.AutoModelForImageClassification.from_config(
             config, trust_remote_code=False
         )
@@ -64,23 +64,23 @@ def build(model: ModelParams, pretrained: Path, labels: list[int], size: int) ->
     return network
 
 
-def save(network: nn.Module, model: ModelParams, labels: list[int], folder: Path) -> None:  # noqa: ARG001 - its own config has them
-    """For AutoModelForImageClassification.from_pretrained(folder)."""
+def save(network: nn.Module, params: ModelParams, labels: list[int], folder: Path) -> None:  # noqa: ARG001 - the config has the labels
+    """Write the files that AutoModelForImageClassification.from_pretrained(folder) reads."""
     saved: Any = network
     saved.save_pretrained(folder)
 
 
-def load(folder: Path, labels: list[int]) -> nn.Module:  # noqa: ARG001 - its own config has them
+def load(folder: Path, labels: list[int]) -> nn.Module:  # noqa: ARG001 - the config has the labels
     network, loading = _from_pretrained(folder, None)
     wrong = [name for name, *_ in loading["mismatched_keys"]]
     wrong += [*loading["missing_keys"], *loading["unexpected_keys"]]
     if wrong:
-        raise ValueError(f"{wrong[0]} is missing or of another shape in {CONFIG} or {WEIGHTS}")
+        raise ValueError(f"{wrong[0]} does not fit {CONFIG}, or is missing from {WEIGHTS}")
     return network
 
 
 def _from_pretrained(folder: Path, config: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """The network with a folder's weights, and which of them fitted."""
+    """The network with the weights in `folder`, and a report of those that did not fit."""
     network, loading = transformers.AutoModelForImageClassification.from_pretrained(
         folder,
         config=config,
@@ -94,31 +94,33 @@ def _from_pretrained(folder: Path, config: Any) -> tuple[nn.Module, dict[str, An
     return network, loading
 
 
-def _config(model: ModelParams, pretrained: Path, labels: list[int], size: int) -> Any:
-    """The configuration of the weights, or of a random start, with the model's changes to it."""
-    model_type = model.config["model_type"]
+def _config(params: ModelParams, pretrained: Path, labels: list[int], size: int) -> Any:
+    """The configuration of the weights, or the default one, with the model's changes to it."""
+    model_type = params.config["model_type"]
     default = transformers.AutoConfig.for_model(model_type)
     known = default.to_dict()
-    changes = {key: value for key, value in model.config.items() if key != "model_type"}
+    changes = {key: value for key, value in params.config.items() if key != "model_type"}
     if unknown := sorted(_unknown(changes, known)):
-        # transformers would keep them and say nothing.
-        raise ValueError(f"its config has no {', '.join(unknown)} to set")
-    if model.pretrained:
+        # transformers would accept them silently.
+        raise ValueError(f"its config has no key {', '.join(unknown)} that can be set")
+    if params.pretrained:
         values = read_json(pretrained / CONFIG)
         if values.get("model_type") != model_type:
-            raise ValueError(f"its weights are of the model_type {values.get('model_type')}")
+            raise ValueError(f"its weights have the model_type {values.get('model_type')}")
     else:
-        # Where a type has several networks for images, transformers looks for their names here.
+        # If a type has several networks for images, transformers reads their names from this key.
         values = {"architectures": []} | ({"image_size": size} if "image_size" in known else {})
     names = {number: str(label) for number, label in enumerate(labels)}
     of_labels = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
     return type(default).from_dict(values | changes | of_labels)
 
 
-def _unknown(values: Mapping[str, Any], known: Mapping[str, Any], place: str = "") -> Iterator[str]:
+def _unknown(
+    values: Mapping[str, Any], known: Mapping[str, Any], prefix: str = ""
+) -> Iterator[str]:
     """The keys in `values`, at any depth, that `known` lacks or that this project sets."""
     for key, value in values.items():
         if key not in known or key in _OURS:
-            yield place + key
+            yield prefix + key
         elif isinstance(value, dict) and isinstance(known[key], dict):
-            yield from _unknown(value, known[key], f"{place}{key}.")
+            yield from _unknown(value, known[key], f"{prefix}{key}.")

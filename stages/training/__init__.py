@@ -1,1 +1,1 @@
-"""Training a classifier on one device or many; an interrupted training resumes."""
+"""Training a classifier on one or several devices. An interrupted training can be resumed."""

@@ -1,4 +1,4 @@
-"""Changes of a batch of images, on its device. None crops, which could cut an item off."""
+"""Changes to a batch of images, on its device. None of them crops: that could remove items."""
 
 import torch
 from torch import Tensor
@@ -10,10 +10,10 @@ def flip(images: Tensor, flipped: Tensor) -> Tensor:
 
 
 def jitter_colors(images: Tensor, factors: Tensor) -> Tensor:
-    """Change brightness, contrast and saturation of images of values from 0 to 1.
+    """Change the brightness, contrast and saturation of images with values from 0 to 1.
 
-    `factors` [batch, 3] multiplies each of them; 1 changes nothing. The arithmetic is that of
-    torchvision's ColorJitter, but each image of the batch has its own factors.
+    `factors` [batch, 3] multiply them; 1 changes nothing. The arithmetic is that of torchvision's
+    ColorJitter, but each image of the batch has its own factors.
     """
     brightness, contrast, saturation = factors.to(images.dtype).view(-1, 3, 1, 1, 1).unbind(1)
     images = (images * brightness).clamp(0, 1)

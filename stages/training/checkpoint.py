@@ -1,4 +1,4 @@
-"""What a training needs to continue after it was killed, and when to write it."""
+"""Checkpoints: what they contain, when they are written, and how a training resumes from one."""
 
 import io
 import math
@@ -24,14 +24,14 @@ from stages.training.processes import Processes
 
 NAME = "checkpoint.pt"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Processes agree this often that all is well; on a GPU, reading the loss waits for its queue.
+# How often the processes check on each other. On a GPU, reading the loss waits for queued work.
 SECONDS_BETWEEN_LOOKS = 1.0
-# A terminal, a scheduler and torchrun may each pass the same request on to a process.
+# A process may get one request several times: from a terminal, a scheduler and torchrun.
 SECONDS_OF_ONE_REQUEST = 1.0
 
 
 class NotFiniteError(Exception):
-    """The loss of the step `step` of the epoch is not a number, or infinite."""
+    """The loss is infinite or not a number at this step of the epoch, counted from 0."""
 
     def __init__(self, step: int) -> None:
         super().__init__(step)
@@ -40,13 +40,13 @@ class NotFiniteError(Exception):
 
 @dataclass
 class TrainingState:
-    """All that changes while a network is trained.
+    """Everything that changes while a network is trained.
 
-    `epoch` (from 1) is the current one and `step` the number of its finished steps. `totals`
-    float64 [3] on the device: of the steps of this process in this epoch, the sum of the losses of
-    all images, how many it got right, and the first step whose loss was not finite, or infinity.
-    `history` float64 [epochs, values]: the rows of the finished epochs. `best`: the weights of the
-    best of them, on the CPU, if it is to be kept.
+    `epoch` is the current epoch, counted from 1, and `step` the number of its finished steps.
+    `totals`, float64 [3] on the device, describes this process's steps of the epoch: the sum of the
+    losses of all images, the number of correct predictions, and the first step whose loss was not
+    finite, or infinity. `history`, float64 [epochs, values], has the rows of the finished epochs.
+    `best` has the weights of the best finished epoch, on the CPU, if that epoch is to be kept.
     """
 
     network: nn.Module
@@ -63,7 +63,7 @@ class TrainingState:
         self.totals.copy_(torch.tensor([0, 0, math.inf]))
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the totals, which each process has its own of."""
+        """Everything except the totals, which differ between processes."""
         return {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -86,9 +86,10 @@ class TrainingState:
 
 
 def save_checkpoint(path: Path, state: TrainingState, totals: tuple[float, float]) -> None:
-    """Write it whole or not at all. `totals`: the first two, of all processes together.
+    """Write the checkpoint whole or not at all.
 
-    Raises UserError, and leaves the checkpoint of before, where a weight is not finite.
+    `totals` are the first two of the state's totals, summed over all processes. Raises UserError,
+    and leaves an earlier checkpoint as it is, if a weight is not finite.
     """
     for name, value in state.network.state_dict().items():
         if not value.isfinite().all():
@@ -96,7 +97,7 @@ def save_checkpoint(path: Path, state: TrainingState, totals: tuple[float, float
                 f"{name} is no longer finite at step {state.step} of epoch {state.epoch}: lower"
                 " this model's learning_rate"
             )
-    # In memory first: what torch raises on a full disk does not say so.
+    # Through memory, because torch's error on a full disk does not mention the disk.
     buffer = io.BytesIO()
     torch.save(state.state_dict() | {"totals": totals}, buffer)
     with atomic_write(path) as temporary:
@@ -104,7 +105,7 @@ def save_checkpoint(path: Path, state: TrainingState, totals: tuple[float, float
 
 
 def restore_checkpoint(path: Path, state: TrainingState, processes: Processes) -> bool:
-    """Continue from the first process's checkpoint, in all of them. False where there is none."""
+    """Load the first process's checkpoint into all processes. False if there is none to load."""
     data = path.read_bytes() if processes.is_first and path.exists() else None
     saved = _load(path, processes.agree(data))
     if saved is None:
@@ -121,7 +122,7 @@ def _load(path: Path, data: bytes | None) -> dict[str, Any] | None:
     try:
         saved: dict[str, Any] = torch.load(io.BytesIO(data), "cpu", weights_only=True)
     except (RuntimeError, ValueError, EOFError, LookupError, pickle.UnpicklingError) as error:
-        # Too little memory, for example: the checkpoint may be good.
+        # The checkpoint may be intact if the machine failed, for example from lack of memory.
         if of_machine := machine_error(error):
             raise of_machine from None
         reason = str(error).partition("\n")[0]
@@ -132,14 +133,14 @@ def _load(path: Path, data: bytes | None) -> dict[str, Any] | None:
 
 @dataclass
 class StopRequest:
-    """The signal that asked this process to stop, if one did."""
+    """The signal that asked this process to stop; 0 if none did."""
 
     signal: int = 0
 
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """While the block runs, SIGTERM and Ctrl-C only ask. A later one is obeyed at once."""
+    """While the block runs, a first SIGTERM or Ctrl-C is a request. A later one acts at once."""
     request = StopRequest()
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     asked = 0.0
@@ -166,10 +167,10 @@ def stop_requests() -> Iterator[StopRequest]:
 
 @dataclass
 class Watch:
-    """Looks after a training now and then: finite losses, checkpoints, requests to stop.
+    """Checks on a training from time to time: finite losses, checkpoints, requests to stop.
 
-    All processes look after the same steps, and then exchange one small vector. That is the only
-    time at which a step waits for the device.
+    All processes do so after the same steps, by exchanging one small vector. Only then does a step
+    wait for the device.
     """
 
     processes: Processes = field(default_factory=Processes)
@@ -183,16 +184,17 @@ class Watch:
     _saved: float = field(default_factory=time.monotonic)
 
     def after_step(self, state: TrainingState, images: int) -> None:
-        """`images`: how many of this epoch all processes have seen together."""
+        """Look if it is time to. `images` is the number that all processes have seen this epoch."""
         self._steps += 1
         if self._steps >= self._steps_to_look:
             self.look(state, images)
 
     def look(self, state: TrainingState, images: int, *, save: bool = False) -> tuple[float, float]:
-        """The sum of the losses of this epoch's images and how many were right, in all processes.
+        """Check the losses, and write a checkpoint if one is due.
 
-        Checked, and a checkpoint is written if one is due. Raises NotFiniteError, or Stopped once
-        the checkpoint for it is written.
+        Returns this epoch's sum of losses and number of correct predictions over all processes.
+        Raises NotFiniteError; or, once a checkpoint has been written, Stopped if any process was
+        asked to stop.
         """
         now = time.monotonic()
         due = save or now - self._saved > self.seconds_between_checkpoints
@@ -214,12 +216,12 @@ class Watch:
         return totals
 
     def _steps_to_next_look(self, now: float) -> int:
-        """At most twice as many as to this one: the first steps are slow."""
+        """At most twice as many as before this look, because the first steps are slow."""
         seconds = min(SECONDS_BETWEEN_LOOKS, self.seconds_between_checkpoints)
         fitting = self._steps * seconds / max(1e-9, now - self._looked)
         return max(1, min(int(fitting), 2 * self._steps_to_look))
 
     def stop_if_asked(self, where: str) -> None:
-        """Where a checkpoint has just been written, so that no process needs the others."""
+        """For use after a checkpoint has been written: no process waits for the others."""
         if self.request.signal:
             raise Stopped(self.request.signal, where)

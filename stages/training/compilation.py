@@ -1,4 +1,4 @@
-"""torch.compile, where it is wanted and this machine is able to."""
+"""torch.compile, if it is wanted and works on this machine."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,10 +19,10 @@ NEEDS = (
 def compile_for(
     module: nn.Module, device: torch.device, params: ModelParams
 ) -> tuple[Callable[[Tensor], Any], str | None]:
-    """The module, compiled where that is wanted, or as it is; and why it could not be compiled.
+    """The module, compiled if that is wanted, and the reason if compiling does not work.
 
-    By default it is wanted on a GPU only, since compiling makes ResNet34 slower on a CPU. Raises
-    UserError where the model's `compile` is true, and this machine cannot compile.
+    `auto` compiles on a GPU only, since compiling makes ResNet34 slower on a CPU. Raises UserError
+    if the model's `compile` is true and this machine cannot compile.
     """
     wanted = device.type == "cuda" if params.compile == "auto" else params.compile
     if not wanted:
@@ -39,14 +39,14 @@ def compile_for(
 
 
 def compiling_problem(device: torch.device) -> str | None:
-    """Why torch.compile does not work on this machine; None where it does.
+    """Why torch.compile does not work on this machine, or None if it does.
 
-    A network is compiled during its first step, which has changed its statistics by then; so a
-    function is compiled here that is too small to fail for any reason of its own.
+    This compiles a function so small that only the machine can make it fail. The network itself is
+    no test, because it is compiled during its first step, which already changes its statistics.
     """
     try:
         torch.compile(lambda values: values + 1, dynamic=False)(torch.zeros(1, device=device))
-    # No compiler, headers, cache folder or Triton, an old GPU: each has an exception of its own.
+    # A missing compiler, header or cache folder, or an old GPU: each raises another exception.
     except Exception as error:  # noqa: BLE001
         return reason_of(getattr(error, "inner_exception", error))
     return None

@@ -1,4 +1,4 @@
-"""Training a classifier: one engine for every network, on one device or many."""
+"""Training a classifier: one engine for every network, on one or several devices."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -46,10 +46,10 @@ class Epoch:
 
 
 class Trainer:
-    """Trains a classifier that is on its device.
+    """Trains a classifier that is already on its device.
 
-    Everything random comes from `seed` and the numbers of epoch, step and process, so a training
-    that continues from `state` does what it would have done. Raises UserError where the network
+    All random numbers are derived from `seed` and the numbers of the epoch, step and process, so a
+    resumed training takes the same steps as an undisturbed one. Raises UserError if the network
     cannot be trained with these params and processes.
     """
 
@@ -81,7 +81,7 @@ class Trainer:
 
     @property
     def steps(self) -> int:
-        """Of an epoch."""
+        """The number of steps in an epoch."""
         return len(split_into_batches(len(self.train_bins), self.params.batch_size))
 
     @property
@@ -122,14 +122,14 @@ class Trainer:
             self.trained.network.load_state_dict(self.state.best)
 
     def train_one_epoch(self, watch: Watch) -> tuple[float, float]:
-        """The rest of one pass over the bins in a random order; its mean loss and its accuracy."""
+        """Finish the current pass over the bins; returns the epoch's mean loss and accuracy."""
         state, params = self.state, self.params
         plan = plan_epoch(self.train_bins, self.classifier, params, self.processes, state.epoch)
         rows = [plan.order[part] for parts in plan.parts[state.step :] for part in parts]
         batches = load_batches(
             self.train_bins, rows, self.classifier.device, self.processes.loader_threads
         )
-        # With the backbone frozen, its batch normalization and dropout rest too.
+        # Batch normalization and dropout of a frozen backbone work as in evaluation.
         self.module.train(not params.freeze_backbone)
         seen = sum(plan.sizes[: state.step])
         description = f"epoch {state.epoch}/{params.epochs}"
@@ -151,18 +151,18 @@ class Trainer:
             except torch.OutOfMemoryError:
                 out_of_memory = True
         if out_of_memory:
-            # Here, where the failed step's tensors are gone with its exception.
+            # Not in the except block, in which the exception keeps the failed step's tensors.
             raise self.too_large()
         return loss / seen, right / seen
 
     def train_step(self, plan: EpochPlan, images: Iterator[Tensor]) -> None:
-        """One step of the optimizer, on the next of this process's images."""
+        """Take one step of the optimizer with the next images of this process."""
         state, params = self.state, self.params
         step, steps, size = state.step, len(plan.sizes), plan.sizes[state.step]
         rate = learning_rate(params, (state.epoch - 1) * steps + step, params.epochs * steps)
         set_learning_rate(state.optimizer, rate)
         seed_dropout(params.seed, state.epoch, step, self.processes.rank, self.classifier.device)
-        # Compiled for one shape; what is left at the end of an epoch has another.
+        # It was compiled for full batches; the last batch of an epoch may be smaller or larger.
         forward = self.compiled if size == params.batch_size else self.module
         for part in plan.parts[step]:
             self.add_gradients(forward, plan, part, next(images), size)
@@ -182,7 +182,7 @@ class Trainer:
         images: Tensor,
         size: int,
     ) -> None:
-        """Forward and backward of a part of a step of `size` images, counted in the totals."""
+        """Go forward and backward with a part of a batch of `size` images; add to the totals."""
         params, targets, totals = self.params, plan.targets[part], self.state.totals
         images = images / 255
         if plan.jitters is not None:
@@ -191,14 +191,14 @@ class Trainer:
         if plan.flips is not None:
             images = flip(images, plan.flips[part])
         if blank := len(images) == 0 and not self.normalizes_batches:
-            # Some networks of transformers do not take an empty share of a batch.
+            # Some networks of transformers fail on an empty batch.
             images = images.new_zeros(1, *images.shape[1:])
         with autocast(images.device):
             logits = logits_of(forward(images)).float()
         if blank:
             logits = logits[:0]
         losses = training_loss(params.loss, logits, targets, params.label_smoothing)
-        # DistributedDataParallel takes the mean over processes; wanted is that over all images.
+        # DistributedDataParallel averages over processes. This makes it the mean over all images.
         loss = losses.sum() * (self.processes.size / size)
         loss.backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
@@ -279,11 +279,11 @@ class Trainer:
         )
 
     def fits(self, images: int) -> bool:
-        """Whether so many images go forward and backward in the memory that there is."""
+        """Whether the memory suffices to go forward and backward with this number of images."""
         self.state.optimizer.zero_grad()
         torch.cuda.empty_cache()
-        # As in training, but without what would wait for the other processes: batch normalization,
-        # and what backward() does with gradients.
+        # Like a step of training, but without the two parts that wait for other processes: batch
+        # normalization, and the gradients' exchange in backward().
         network = self.classifier.network.eval()
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         size, device = self.classifier.size, self.classifier.device
@@ -298,14 +298,17 @@ class Trainer:
 
 
 def refuse_single_images(images: int, batch_size: int) -> None:
-    """Raise UserError where a batch, and so a part of one, has a single image."""
+    """Raise UserError if a batch would have a single image."""
     if min(map(len, split_into_batches(images, batch_size))) == 1:
         remedy = "raise split.train" if images == 1 else "set this model's batch_size to 2 or more"
-        raise UserError(f"batch normalization takes two images at once, not one: {remedy}")
+        raise UserError(f"batch normalization needs two or more images at once, not one: {remedy}")
 
 
 def best_epoch(history: Tensor) -> int:
-    """The epoch with the highest validation accuracy, the earliest of equals. Rows as in Epoch."""
+    """The epoch with the highest validation accuracy, the earliest one if several are equal.
+
+    `history` [epochs, values] has the rows of Epoch without their first column.
+    """
     column = [field.name for field in fields(Epoch)].index("validation_accuracy") - 1
     accuracies = history[:, column].tolist()
     return 1 + accuracies.index(max(accuracies))
@@ -313,8 +316,8 @@ def best_epoch(history: Tensor) -> int:
 
 def copy_of_weights(network: nn.Module) -> dict[str, Tensor]:
     """The network's state dict, copied to the CPU."""
-    # Changed in place: a new dictionary would lack the versions of the layers that torch keeps in
-    # its own, and that some networks of torchvision need to load it.
+    # Changed in place, because torch keeps the versions of the layers in an attribute of this
+    # dictionary, and some networks of torchvision cannot load weights without them.
     weights: dict[str, Tensor] = network.state_dict()
     for name, weight in weights.items():
         weights[name] = weight.to("cpu", copy=True)
@@ -339,7 +342,10 @@ def start_state(classifier: Classifier, params: ModelParams) -> TrainingState:
 
 
 def moving_average(decay: float) -> Callable[..., None]:
-    """What AveragedModel calls with tensors of one type. Whole numbers, which count, are copied."""
+    """The function with which AveragedModel updates tensors of one type.
+
+    Integers are copied, not averaged, because they are counters.
+    """
     of_weights = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
 
     def update(averages: list[Tensor], values: list[Tensor], steps: Tensor) -> None:
@@ -354,7 +360,7 @@ def moving_average(decay: float) -> Callable[..., None]:
 
 def seed_dropout(seed: int, epoch: int, step: int, rank: int, device: torch.device) -> None:
     numbers = np.random.SeedSequence([seed, epoch, step, rank]).generate_state(1, np.uint64)
-    # Not torch.manual_seed, which also asks for devices that are not there: half of a millisecond.
+    # torch.manual_seed would also look for absent devices, which takes half a millisecond.
     generator = torch.default_generator
     if device.type == "cuda":
         generator = torch.cuda.default_generators[device.index or 0]

@@ -1,4 +1,4 @@
-"""What an epoch draws, and how its batches are divided into parts and among processes."""
+"""The random plan of an epoch, and how batches are divided into parts and among processes."""
 
 from dataclasses import dataclass
 
@@ -16,11 +16,12 @@ from stages.training.processes import Processes
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """What an epoch draws before it begins.
+    """Everything random that is drawn for an epoch before it begins.
 
     `order` has the rows of the bins. The tensors are in that order and on the device, so that a
     step takes slices of them and waits for no copy. `parts[step]` are the slices that this process
-    works on in that step, one after another; `sizes[step]` is the images of all processes in it.
+    works on in that step, one after another; `sizes[step]` is the number of images that all
+    processes have in it.
     """
 
     order: NDArray[np.int64]
@@ -34,7 +35,7 @@ class EpochPlan:
 def plan_epoch(
     bins: Bins, classifier: Classifier, params: ModelParams, processes: Processes, epoch: int
 ) -> EpochPlan:
-    """An epoch's order, flips and colours, the same in all processes whatever their number."""
+    """Draw an epoch's order, flips and colours, the same for any number of processes."""
     random = np.random.default_rng([params.seed, epoch])
     order = random.permutation(len(bins))
     flipped = random.random(len(bins)) < 0.5
@@ -55,18 +56,18 @@ def plan_epoch(
 
 
 def split_into_batches(images: int, batch_size: int) -> list[NDArray[np.int64]]:
-    """The places 0 to images - 1 in batches. A single one left over joins the batch before it."""
-    places = np.arange(images)
+    """The positions 0 to images - 1 in batches. A last batch of one joins the batch before it."""
+    positions = np.arange(images)
     starts = list(range(batch_size, images, batch_size))
     if batch_size > 1 and starts and images - starts[-1] == 1:
         starts.pop()
-    return np.split(places, starts)
+    return np.split(positions, starts)
 
 
 def part_count(images: int, accumulation: int) -> int:
-    """In how many parts a batch is worked on, none of which is a single image.
+    """The number of parts that a batch is divided into, so that none has a single image.
 
-    Batch normalization has nothing to compare a single image with, where its features are small.
+    Batch normalization cannot compute statistics of one image whose features are a single pixel.
     """
     return max(1, min(accumulation, images // 2))
 
@@ -74,7 +75,7 @@ def part_count(images: int, accumulation: int) -> int:
 def split_into_parts(
     batch: NDArray[np.int64], accumulation: int, processes: Processes
 ) -> list[slice]:
-    """This process's share of each part of a batch, as slices, empty ones too."""
+    """This process's share of each part of a batch, as slices, which may be empty."""
     parts = np.array_split(batch, part_count(len(batch), accumulation))
     shares = [processes.share(part) for part in parts]
     return [slice(share[0], share[-1] + 1) if len(share) else slice(0) for share in shares]

@@ -1,4 +1,4 @@
-"""Starting the processes that train together on this machine, as torchrun does."""
+"""Starting the processes that train together on this machine, as torchrun would."""
 
 import logging
 import multiprocessing
@@ -21,7 +21,7 @@ LAST_WORDS_SECONDS = 10
 
 
 def process_count(wanted: int | str) -> int:
-    """How many processes `run.processes` means here: auto is one per GPU, or one without any."""
+    """The number of processes for `run.processes`: auto is one per GPU, or one without a GPU."""
     gpus = torch.cuda.device_count()
     if wanted == "auto":
         return max(1, gpus)
@@ -31,19 +31,19 @@ def process_count(wanted: int | str) -> int:
 
 
 def run_processes(count: int, work: Callable[..., str], *arguments: str) -> str:
-    """work(*arguments) in `count` processes of this machine; what the first of them returns.
+    """Call work(*arguments) in `count` processes, and return the first one's result.
 
-    In this very process where `count` is 1, or where torchrun has started it beside others.
-    Otherwise, what ends one of the processes ends the others, and is raised here. SIGTERM and
-    Ctrl-C are passed on to all of them.
+    If `count` is 1, or if torchrun started this process, the call is made in this process.
+    Otherwise an error in one process ends the others and is raised here, and SIGTERM and Ctrl-C are
+    passed on to all of them.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return _run_beside_others(work, *arguments)
     if count == 1:
         return work(*arguments)
-    # torchrun's log repeats every error as a traceback.
+    # torchrun logs a traceback for every error, which is also raised here.
     logging.disable(logging.CRITICAL)
-    # For a checkpoint before the end.
+    # Seconds for writing a checkpoint after a request to stop.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "60")
     errors = multiprocessing.get_context("spawn").SimpleQueue()
     config = LaunchConfig(
@@ -71,12 +71,12 @@ def run_processes(count: int, work: Callable[..., str], *arguments: str) -> str:
             ) from None
         if errors.empty():
             raise
-    # The first one: the other processes only notice that one is gone.
+    # The first error is the cause: later ones only say that another process is gone.
     raise errors.get()
 
 
 def _run_one(work: Callable[..., str], arguments: tuple[str, ...], errors: Any) -> str:
-    """The same; whatever is not a bug is passed on to the process that started this one."""
+    """Call work, and send any error that is not a bug to the process that started this one."""
     try:
         return work(*arguments)
     except Stopped as stopped:
@@ -86,27 +86,27 @@ def _run_one(work: Callable[..., str], arguments: tuple[str, ...], errors: Any) 
         if line := explain(error):
             errors.put(UserError(line))
         elif _is_lost_exchange(error):
-            # Another process failed first, and may still be about to say why: torchrun ends this
-            # one as soon as that one has ended.
+            # Another process failed first and may not have reported why yet. torchrun ends this
+            # process as soon as that one has ended.
             time.sleep(LAST_WORDS_SECONDS)
         raise
 
 
 def _is_lost_exchange(error: Exception) -> bool:
-    """Whether it only says that another process is gone."""
+    """Whether the error only says that another process is gone."""
     return isinstance(error, DistError) or "/gloo/transport/" in str(error)
 
 
 def _run_beside_others(work: Callable[..., str], *arguments: str) -> str:
-    """work(*arguments); a UserError where other processes are lost, which cannot say so."""
+    """Call work; raise UserError if the connection to another process is lost."""
     try:
         return work(*arguments)
     except RuntimeError as error:
         if not _is_lost_exchange(error):
             raise
-        # Without its place in the C++ source, and without advice for programmers.
+        # Leave out the position in the C++ source and the advice to programmers.
         reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0].splitlines()[0]
         raise UserError(
-            f"the exchange with the other processes broke off ({reason}): see what they say; the"
-            " next run continues from the last checkpoint"
+            f"the connection to the other processes broke off ({reason}): see their output for the"
+            " cause; the next run continues from the last checkpoint"
         ) from None

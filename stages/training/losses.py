@@ -5,7 +5,7 @@ from torch.nn.functional import cross_entropy, one_hot
 
 
 def training_loss(name: str, logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
-    """The loss of each image, float32 [batch], of logits [batch, labels] and int64 targets."""
+    """The loss of each image, float32 [batch], for logits [batch, labels] and int64 targets."""
     if name == "ordinal":
         return ordinal_loss(logits, targets, label_smoothing)
     return cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
@@ -21,6 +21,6 @@ def ordinal_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) 
     """
     labels = logits.shape[1]
     truth = one_hot(targets, labels) * (1 - label_smoothing) + label_smoothing / labels
-    # A product, since torch's cumulative sum is not deterministic on a GPU.
+    # A matrix product, because torch's cumulative sum is not deterministic on a GPU.
     cumulative = logits.new_ones(labels, labels).triu()
     return ((logits.softmax(1) - truth) @ cumulative).square().sum(1)

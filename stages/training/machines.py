@@ -1,4 +1,4 @@
-"""What the machines of one training have in common: their inputs, and the folder of their work."""
+"""What the machines of one training share: the same inputs, and a work folder."""
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -13,16 +13,17 @@ from stages.training.processes import Processes
 
 @contextmanager
 def folder_of_work(stage: str, digest: Callable[[], str], processes: Processes) -> Iterator[Path]:
-    """The folder of `unfinished` in the first process, and its like on machines with own disks.
+    """Yield the stage's `resumable` folder. A machine with its own disk gets a folder of that name.
 
-    Raises UserError on a machine where `digest`, of the stage's inputs, is not the first one's.
+    `digest` is called once per machine and identifies the stage's inputs. Raises UserError if a
+    machine's digest differs from that of the first one.
     """
     first_of_machine = processes.local_rank == 0
     key = digest() if first_of_machine else ""
     if processes.agree(key) != key and first_of_machine:
         raise UserError(
-            "the inputs of this machine are not those of the first one: on each of them, have the"
-            " same params.yaml and the same torch, and `dvc pull` the stage's inputs"
+            "the inputs of this machine are not those of the first one: use the same params.yaml"
+            " and the same version of torch on all machines, and `dvc pull` the stage's inputs"
         )
     with ExitStack() as stack:
         if processes.is_first:
@@ -30,7 +31,7 @@ def folder_of_work(stage: str, digest: Callable[[], str], processes: Processes) 
             processes.agree(str(folder))
         else:
             folder = Path(processes.agree(""))
-            # The lock that the first process holds is not on this disk.
+            # Without the first process's lock file, this is another disk.
             if first_of_machine and not folder.with_suffix(".lock").exists():
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -45,11 +46,11 @@ def share_bins(
     folder: Path,
     processes: Processes,
 ) -> list[Bins]:
-    """The bins of each set, whose photographs all processes of a machine read from one file.
+    """The bins of each set. All processes of a machine read the photographs from one file.
 
-    It is packed in `folder`. Raises what pack_bins raises.
+    The first process of each machine packs the file in `folder`. Raises what pack_bins raises.
     """
-    # By the rank of its first process: two machines may share the folder, and even have one name.
+    # Named by a rank, because machines may share the folder, and may even have the same host name.
     folder = folder / f"bins-{processes.rank - processes.local_rank}"
     if processes.local_rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,6 +59,6 @@ def share_bins(
     sets = [open_bins(folder, name, size) for name in set_names]
     processes.wait_for_all()
     if processes.local_rank == 0:
-        # The file goes with its name as soon as no process has it open, killed or not.
+        # The system frees the file once no process has it open, even if they are killed.
         shutil.rmtree(folder)
     return sets

@@ -1,4 +1,4 @@
-"""What a training says: a line when it starts, and one after each epoch."""
+"""The messages of a training: a line at its start, and one after each epoch."""
 
 from stages.training.compilation import NEEDS
 from stages.training.engine import Epoch, Trainer
@@ -15,14 +15,14 @@ def report_start(model: str, trainer: Trainer, *, resumed: bool) -> None:
         print(f"{model}: continuing after epoch {state.epoch}, step {state.step}", flush=True)
     if trainer.compiling_problem:
         print(
-            f"{model}: warning: trains more slowly without torch.compile, which fails on this"
+            f"{model}: warning: training is slower without torch.compile, which fails on this"
             f" machine ({trainer.compiling_problem}): {NEEDS}",
             flush=True,
         )
     if params.warmup_steps >= params.epochs * steps:
         print(
             f"{model}: warning: train.{model}.warmup_steps ({params.warmup_steps}) covers all"
-            f" {params.epochs * steps} steps: the learning rate never reaches its value",
+            f" {params.epochs * steps} steps: the learning rate never reaches learning_rate",
             flush=True,
         )
 

@@ -11,7 +11,7 @@ OPTIMIZERS: dict[str, type[Adam]] = {"adam": Adam, "adamw": AdamW}
 
 
 def make_optimizer(network: nn.Module, params: ModelParams) -> Optimizer:
-    """Weights decay; biases and normalizations do not, as in transformers' Trainer."""
+    """Weight decay leaves out biases and normalizations, as in transformers' Trainer."""
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": params.weight_decay},
@@ -21,7 +21,7 @@ def make_optimizer(network: nn.Module, params: ModelParams) -> Optimizer:
 
 
 def learning_rate(params: ModelParams, step: int, steps: int) -> float:
-    """At a step of all: warm-up from 0, then constant, or down to 0 in a line or half a cosine."""
+    """The rate at a step: warm-up from 0, then constant, or down to 0 linearly or by a cosine."""
     if step < params.warmup_steps:
         return params.learning_rate * step / params.warmup_steps
     progress = min(1.0, (step - params.warmup_steps) / max(1, steps - params.warmup_steps))

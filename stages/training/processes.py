@@ -1,4 +1,4 @@
-"""The processes that train together: dividing the work, and exchanging values."""
+"""The processes that train together: how they divide work and exchange values."""
 
 import os
 import warnings
@@ -22,16 +22,17 @@ from stages.runtime.machine import usable_cores
 
 T = TypeVar("T")
 
-# How long a process waits for the others, one of which may be packing photographs or compiling.
-# A process that ends is noticed at once; this is for a machine that vanishes without a word.
+# How long a process waits for the others, which may be packing photographs or compiling. The end
+# of a process is noticed at once, but a machine may lose its power or network.
 MOST_SILENCE = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that train one model together; on its own by default.
+    """This process among those that train one model together; by default it is the only one.
 
-    `rank` counts over all machines, `local_rank` on this one; each process has one device.
+    `rank` numbers the processes of all machines, `local_rank` those of this machine. Each process
+    has one device.
     """
 
     rank: int = 0
@@ -50,11 +51,11 @@ class Processes:
         return max(1, usable_cores() // self.local_size)
 
     def share(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The consecutive part of `rows` that is this process's; parts differ by at most 1."""
+        """This process's consecutive part of `rows`. The sizes of parts differ by at most 1."""
         return np.array_split(rows, self.size)[self.rank]
 
     def gather(self, values: Tensor) -> Tensor:
-        """[processes, ...]: these values of every process, in the order of their ranks."""
+        """The values of all processes, [processes, ...], in the order of their ranks."""
         if self.size == 1:
             return values[None]
         gathered = values.new_empty((self.size, *values.shape))
@@ -62,7 +63,7 @@ class Processes:
         return gathered
 
     def agree(self, value: T) -> T:
-        """The first process's value, in all of them."""
+        """The first process's value, returned in all of them."""
         if self.size == 1:
             return value
         values = [value]
@@ -74,9 +75,10 @@ class Processes:
             torch.distributed.barrier()
 
     def distribute(self, network: nn.Module) -> nn.Module:
-        """The network as it is trained: gradients become the mean over all processes.
+        """The network in the form that is trained: gradients are averaged over all processes.
 
-        Batch normalization sees the whole batch, as in one process.
+        Batch normalization uses the images of all processes, as in a single process. Raises
+        UserError if it cannot, which is so on CPUs.
         """
         if self.size == 1:
             return network
@@ -87,10 +89,10 @@ class Processes:
                 "batch normalization cannot be shared by several processes on CPUs: set"
                 " run.processes to 1"
             )
-        # Of a few kB in a ViT.
+        # In a ViT this is about a few kB.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-        # In a static graph parameters may take no part, as some of transformers' do. It cannot
-        # put off the exchange to a step's last part (no_sync), so each part has one.
+        # A static graph allows unused parameters, which some networks of transformers have. But it
+        # does not support no_sync, so gradients are exchanged after each part of a batch.
         return DistributedDataParallel(network, gradient_as_bucket_view=True, static_graph=True)
 
 
@@ -100,7 +102,7 @@ def has_batch_norm(network: nn.Module) -> bool:
 
 @contextmanager
 def joined_processes() -> Iterator[Processes]:
-    """Join the processes that the environment tells of (torchrun's variables), if there are any."""
+    """Join the other processes, if torchrun's environment variables say that there are any."""
     rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     size, local_size = (
         int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
