@@ -264,14 +264,15 @@ def test_validation_chooses_the_first_threshold_and_test_only_measures() -> None
         assert set(table["alarms"]["threshold"][1:]) <= set(scores)
 
 
-def test_the_metrics_are_those_of_test_but_for_validations_accuracy() -> None:
+def test_the_metrics_are_those_of_test_and_some_of_validation() -> None:
     test, validation = random_scores(11), random_scores(10)
 
     found = evaluated(test, validation, 2.0)
 
     after = test.calibrated(2.0)
     headline = {name for name in METRICS if not name.startswith("found_at_")}
-    assert found.metrics.keys() == headline | {"validation_accuracy"}
+    of_validation = {f"validation_{name}" for name in ("accuracy", "rmse", "nll", "auroc")}
+    assert found.metrics.keys() == headline | of_validation
     assert found.metrics.items() >= after.metrics().items()
     right = validation.predicted == validation.actual
     assert found.metrics["validation_accuracy"] == right.mean()
