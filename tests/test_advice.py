@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import shutil
 import ssl
 import subprocess
 import threading
@@ -186,6 +187,8 @@ def test_a_photograph_in_an_archive_is_named_with_s3s_code(
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the certificates of a private authority and of its server on loopback."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
     folder = tmp_path_factory.mktemp("tls")
     (folder / "names").write_text("subjectAltName=IP:127.0.0.1", "utf-8")
     for command in (

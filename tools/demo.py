@@ -88,7 +88,7 @@ def serve_buckets() -> str:
 
 
 def fill_bucket(endpoint: str) -> None:
-    """Draw the bins and upload them; one photograph and one record are broken."""
+    """Render the bins and upload them; one photograph and one record are broken."""
     bucket = S3Store(
         "bins", endpoint=endpoint, skip_signature=True, client_options={"allow_http": True}
     )
@@ -102,7 +102,7 @@ def fill_bucket(endpoint: str) -> None:
         obstore.put(bucket, f"bin-images/{synthetic.id}.jpg", photograph)
         obstore.put(bucket, f"metadata/{synthetic.id}.json", record)
 
-    print(f"drawing {SYNTHETIC_BINS} bins into the bucket s3://bins at {endpoint}")
+    print(f"rendering {SYNTHETIC_BINS} synthetic bins into the bucket s3://bins at {endpoint}")
     bins = tqdm(
         synthetic_bins(SYNTHETIC_BINS, seed=0), total=SYNTHETIC_BINS, unit=" bins", disable=None
     )
