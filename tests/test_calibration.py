@@ -19,13 +19,13 @@ Counts = NDArray[np.int64]
 
 
 def drawn_logits(seed: int, bins: int = 400, spread: float = 2.0) -> Floats:
-    """[bins, labels], with a constant of its own for each bin, which a softmax does not see."""
+    """Logits [bins, labels], shifted by a constant per bin, which does not change a softmax."""
     chance = np.random.default_rng(seed)
     return chance.normal(0, spread, (bins, 5)) + chance.normal(0, 10, (bins, 1))
 
 
 def drawn_targets(probabilities: Floats, seed: int) -> Counts:
-    """A label for each row, as often as its probability says."""
+    """Draw a label for each row with the row's probabilities."""
     chance = np.random.default_rng([seed, 1]).random((len(probabilities), 1))
     places = (probabilities.cumsum(axis=1) < chance).sum(axis=1)
     targets: Counts = places.clip(max=probabilities.shape[1] - 1)
@@ -78,7 +78,7 @@ def test_a_temperature_worked_by_hand() -> None:
 
 
 def test_probabilities_of_0_are_calibrated_too() -> None:
-    # A float32 softmax of logits this far apart has zeros, also for some of the targets.
+    # A float32 softmax of logits this far apart has zeros, even for some of the targets.
     probabilities = softmax(np.float32(drawn_logits(4, spread=80.0)), axis=1)
     targets = drawn_targets(softmax(drawn_logits(4, spread=1.0), axis=1), 4)
     assert (probabilities[np.arange(len(targets)), targets] == 0).any()

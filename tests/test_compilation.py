@@ -1,4 +1,4 @@
-"""torch.compile where a machine cannot do it: one line, and training continues where it may."""
+"""torch.compile on machines that cannot compile: one line, and training continues with auto."""
 
 import subprocess
 import sys
