@@ -36,21 +36,21 @@ BACKBONES: list[tuple[str, str, dict[str, Any], str]] = [
     ("torchvision", "resnet18", {}, "fc"),
     ("torchvision", "squeezenet1_0", {}, "classifier.1"),
     ("torchvision", "mobilenet_v3_small", {}, "classifier.3"),
-    # Its layers depend on the version of its weights.
+    # The layers of this network depend on the version of the weights.
     ("torchvision", "mnasnet0_5", {}, "classifier.1"),
-    # With more than one output in training.
+    # This network has more than one output in training.
     ("torchvision", "googlenet", {"init_weights": False}, "fc"),
     ("transformers", "vit", TINY_VIT, "classifier"),
     ("transformers", "convnext", TINY_CONVNEXT, "classifier"),
     ("transformers", "resnet", TINY_RESNET, "classifier.1"),
-    # With whole numbers among its weights.
+    # This network has integers among its weights.
     (
         "transformers",
         "swin",
         {"patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
         "classifier",
     ),
-    # With more than one class of networks.
+    # This type has more than one class of networks.
     ("transformers", "deit", TINY_VIT, "classifier"),
 ]
 

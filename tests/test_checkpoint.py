@@ -1,4 +1,4 @@
-"""Continuing after a training was killed, to the same weights bit by bit."""
+"""Resuming a killed training, which must end with the same weights, bit by bit."""
 
 import errno
 import io
@@ -33,7 +33,7 @@ from stages.training.processes import Processes
 from tests.builders import full_network, make_bins, model_params, one_torch_thread, tiny_classifier
 
 LABELS = [1, 2, 3]
-#: All that has a state, or draws something.
+#: Params that turn on everything that has a state or uses random numbers.
 KNOBS = model_params(
     "resnet34",
     epochs=2,
@@ -51,7 +51,7 @@ KNOBS = model_params(
 STEPS = 3
 EVERY_STEP = range(1, 2 * STEPS + 1)
 ALONE = Processes()
-#: The state in the end, and the rows of the epochs.
+#: The state at the end, and the rows of the epochs.
 Outcome = tuple[dict[str, Any], list[Epoch]]
 
 
@@ -63,7 +63,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def bins(tmp_path_factory: pytest.TempPathFactory) -> Bins:
-    """Of three batches, the last one smaller."""
+    """Bins for three batches, the last of which is smaller."""
     return make_bins(tmp_path_factory.mktemp("bins"), [1, 2, 3, 1, 2, 3, 1, 2, 3, 1])
 
 
@@ -73,9 +73,9 @@ def path(tmp_path: Path) -> Path:
 
 
 def new_trainer(bins: Bins, **changes: Any) -> Trainer:
-    """As the train stage makes it, with weights in the memory format of its device.
+    """A trainer like that of the train stage, with weights in the memory format of its device.
 
-    The more it learns, the worse it does on validation, whose quantities are wrong.
+    The quantities of validation are wrong, so that learning makes it worse.
     """
     classifier = tiny_classifier(LABELS, full_network)
     place(classifier, CPU)
@@ -84,7 +84,7 @@ def new_trainer(bins: Bins, **changes: Any) -> Trainer:
 
 
 def state_of(trainer: Trainer) -> dict[str, Any]:
-    """All that a checkpoint has: tensors by their format and bytes, numbers as they are."""
+    """The content of a checkpoint, with the format and bytes of tensors to compare."""
     return dict(leaves("", trainer.state.state_dict()))
 
 
@@ -101,11 +101,11 @@ def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 class KilledError(Exception):
-    """What ends a training in these tests, without a word to it."""
+    """Ends a training without warning."""
 
 
 def after_steps(trainer: Trainer, steps: int, action: Callable[[], None]) -> None:
-    """Do something once the optimizer has taken so many steps."""
+    """Call `action` after this number of steps of the optimizer."""
     taken = [0]
 
     def count(*_: Any) -> None:
@@ -117,7 +117,7 @@ def after_steps(trainer: Trainer, steps: int, action: Callable[[], None]) -> Non
 
 
 def run(trainer: Trainer, path: Path, request: StopRequest | None = None) -> Outcome:
-    """Train to the end, from the checkpoint if there is one, with one after each step."""
+    """Train to the end, from a checkpoint if there is one, and write one after each step."""
     restore_checkpoint(path, trainer.state, ALONE)
     epochs = list(trainer.train(Watch(ALONE, path, 0, request or StopRequest())))
     return state_of(trainer), epochs
@@ -136,7 +136,7 @@ def stop(trainer: Trainer, path: Path, steps: int) -> Stopped:
 
 
 def kill(trainer: Trainer, path: Path, steps: int) -> None:
-    """In that step: the checkpoint has those before it."""
+    """Kill the training in this step, so that the checkpoint has the steps before it."""
 
     def end() -> None:
         raise KilledError
@@ -148,10 +148,10 @@ def kill(trainer: Trainer, path: Path, steps: int) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(bins: Bins) -> Outcome:
-    """Of a training without a checkpoint, let alone an end."""
+    """The outcome of a training that was not interrupted and wrote no checkpoint."""
     trainer = new_trainer(bins)
     epochs = list(trainer.train())
-    # Otherwise no checkpoint has to keep the weights of an earlier epoch.
+    # So checkpoints of the second epoch must contain the weights of the first.
     assert trainer.kept_epoch == 1
     return state_of(trainer), epochs
 
@@ -207,7 +207,7 @@ def test_a_training_that_was_stopped_while_validating_repeats_only_that(
     def ask(*_: Any) -> None:
         request.signal = signal.SIGINT
 
-    # The average is only ever validated.
+    # The average is used for validation only.
     first.trained.network.register_forward_hook(ask)
     with pytest.raises(Stopped) as stopped:
         run(first, path, request)
@@ -320,7 +320,7 @@ def test_without_a_checkpoint_a_training_starts_without_a_word(
 
 @pytest.fixture
 def terminations() -> Iterator[list[int]]:
-    """The SIGTERMs that come through to the handler of this process."""
+    """The SIGTERMs that reach the handler of this process."""
     received: list[int] = []
 
     def keep(number: int, _: FrameType | None) -> None:
@@ -333,7 +333,7 @@ def terminations() -> Iterator[list[int]]:
 
 @dataclass
 class Clock:
-    """A clock that moves only when it is told to."""
+    """A clock that only the test moves."""
 
     now: float = 0.0
 
@@ -355,7 +355,7 @@ def test_a_signal_only_asks_also_where_it_comes_twice(
     with stop_requests() as request:
         assert request.signal == 0
         signal.raise_signal(number)
-        # As from a terminal, and again from torchrun.
+        # For example from a terminal, and again from torchrun.
         clock.now += 0.9
         signal.raise_signal(number)
         assert request.signal == number
@@ -379,7 +379,7 @@ def test_a_later_signal_is_obeyed_at_once(terminations: list[int], clock: Clock)
 
 @dataclass(frozen=True)
 class Noting(Processes):
-    """Notes every exchange."""
+    """Records every exchange."""
 
     exchanged: list[Tensor] = field(default_factory=list)
 
@@ -396,7 +396,7 @@ def bare_state() -> TrainingState:
 
 
 def watch_of(processes: Processes, path: Path | None = None, seconds: float = math.inf) -> Watch:
-    """Made when the clock stands at 0."""
+    """A watch that starts when the clock is at 0."""
     return Watch(processes, path, seconds, _looked=0.0, _saved=0.0)
 
 
@@ -404,7 +404,7 @@ def watch_of(processes: Processes, path: Path | None = None, seconds: float = ma
     ("seconds_of_steps", "seconds_between_checkpoints", "looks"),
     [
         ([5.0] * 6, math.inf, [1, 2, 3, 4, 5, 6]),
-        # Twice as many steps each time, until they take a second.
+        # The number of steps doubles until they take a second.
         ([1 / 128] * 600, math.inf, [1, 3, 7, 15, 31, 63, 127, 255, 383, 511]),
         ([30.0] + [1 / 128] * 199, math.inf, [1, 2, 4, 8, 16, 32, 64, 128]),
         ([1 / 16] * 31 + [2.0] * 20, math.inf, [1, 3, 7, 15, 31, 47, 48, 49, 50, 51]),

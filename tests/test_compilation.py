@@ -1,4 +1,4 @@
-"""torch.compile on a machine that cannot compile: one line, and training continues if it may."""
+"""torch.compile on machines that cannot compile: one line, and training continues with auto."""
 
 import subprocess
 import sys

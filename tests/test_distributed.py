@@ -1,4 +1,4 @@
-"""Training in several processes gives what one process gives, apart from rounding."""
+"""Training in several processes: the results are those of one process, except for rounding."""
 
 import json
 import os
@@ -54,12 +54,12 @@ PROCESSES = 3
 
 
 class Network(nn.Module):
-    """A ViT, and a layer that takes no part, as in some networks of transformers."""
+    """A ViT with an unused layer, which some networks of transformers have."""
 
     def __init__(self, labels: int) -> None:
         super().__init__()
         self.unused = nn.Linear(5, 5)
-        # The gradient of a key's bias is nothing but rounding, which Adam would make a step of.
+        # The gradient of a key's bias is only rounding, but Adam would take a full step along it.
         config = TINY_VIT | {"qkv_bias": False}
         settings = model_params("vit", pretrained=False, config=config)
         self.used = random_classifier(settings, range(1, labels + 1)).network
@@ -84,7 +84,7 @@ CASES = {
         loss="ordinal",
     ),
     "frozen": settings_with(freeze_backbone=True),
-    # Of which one process gets none.
+    # One of the processes gets no image.
     "of two images": settings_with().model_copy(update={"batch_size": 2, "epochs": 1}),
 }
 STOPPED = CASES["in parts, averaged"]
@@ -117,7 +117,7 @@ def new_trainer(
 
 
 def result_of(trainer: Trainer, epochs: list[Epoch]) -> dict[str, Tensor]:
-    """The weights, those kept (their average), and the rows of the epochs."""
+    """The weights, the kept weights (their average), and the rows of the epochs."""
     kept = {f"kept {name}": value for name, value in weights_of(trainer.trained.network).items()}
     rows = torch.tensor([list(asdict(epoch).values()) for epoch in epochs], dtype=torch.float64)
     result = weights_of(trainer.classifier.network) | kept | {"rows": rows}
@@ -130,7 +130,7 @@ def train(sets: list[Bins], settings: ModelParams, processes: Processes) -> dict
 
 
 def train_with_a_stop(sets: list[Bins], processes: Processes, path: Path) -> dict[str, Tensor]:
-    """Stopped after the second step, for which only the last process is asked, and continued."""
+    """Train with a stop after the second step, which only the last process is asked for."""
     trainer, request = new_trainer(sets, STOPPED, processes), StopRequest()
     if processes.rank == processes.size - 1:
         request.signal = signal.SIGTERM
@@ -143,10 +143,10 @@ def train_with_a_stop(sets: list[Bins], processes: Processes, path: Path) -> dic
 
 
 def complaint(sets: list[Bins], processes: Processes) -> str:
-    """What is said where the memory is for one image only."""
+    """The error if the memory has room for one image only."""
 
     def large(labels: int) -> nn.Module:
-        # In the second step, since DistributedDataParallel's first one is another.
+        # In the second step, because DistributedDataParallel's first step works differently.
         return Large(labels, 1, backward=True, easy=1)
 
     try:
@@ -157,7 +157,7 @@ def complaint(sets: list[Bins], processes: Processes) -> str:
 
 
 def work_in_a_group(folder_name: str) -> str:
-    """All that is tested here, in one process of a group; a file for each result and process."""
+    """Do everything that is tested here in one process of a group; write a file per result."""
     folder = Path(folder_name)
     with joined_processes() as processes, full_precision():
         sets = sets_of(folder, processes)
@@ -186,7 +186,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def group(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which processes that worked together left their results."""
+    """A folder with the results of processes that worked together."""
     folder = tmp_path_factory.mktemp("group")
     write_sets(folder)
     assert run_processes(PROCESSES, work_in_a_group, str(folder)) == "0 is done"
@@ -203,7 +203,7 @@ def told(group: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
-    """What one process gives."""
+    """The results of a single process."""
     folder = tmp_path_factory.mktemp("alone")
     write_sets(folder)
     sets = sets_of(folder, Processes())
@@ -249,8 +249,8 @@ def test_a_training_that_was_stopped_ends_the_same_in_as_many_processes_or_in_on
     first, *others = results(group, "stopped")
 
     assert all(equal(other, first) for other in others)
-    # The order in which three or more numbers are added up changes with DistributedDataParallel's
-    # first step.
+    # DistributedDataParallel changes the order of additions after its first step, which matters
+    # for three or more numbers.
     assert close(first, alone["in parts, averaged"], RATE / 100)
     sets = sets_of(group, Processes())
     trainer = new_trainer(sets, STOPPED, Processes())
@@ -271,7 +271,7 @@ def test_processes_say_what_fits_into_each_ones_memory(group: Path) -> None:
 
 
 def fail(kind: str) -> str:
-    """In the second process, which the first one notices before the second has ended."""
+    """Fail in the second process; the first one notices that before the second has ended."""
     if os.environ["RANK"] == "0":
         raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error")
     if kind == "killed":
@@ -324,7 +324,7 @@ def test_a_lost_exchange_is_a_line_that_says_what_to_do(monkeypatch: pytest.Monk
     )
     with pytest.raises(UserError, match=r"off \(Read error \[10\.0\.0\.7\]:49573: .* by peer\):"):
         run_processes(2, raise_error, reset)
-    # An error of another kind stays what it is.
+    # Other errors are raised unchanged.
     with pytest.raises(RuntimeError, match="shapes"):
         run_processes(2, raise_error, "shapes [2, 3] and [3, 2] differ")
 

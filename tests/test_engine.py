@@ -93,7 +93,7 @@ def settings_with(**changes: Any) -> ModelParams:
 def new_trainer(
     sets: Sets, settings: ModelParams, make_network: Callable[[int], nn.Module] = tiny_network
 ) -> Trainer:
-    """It starts from always the same weights."""
+    """A trainer that always starts from the same weights."""
     return Trainer(tiny_classifier(LABELS, make_network), *sets, settings, 16)
 
 
@@ -122,7 +122,7 @@ def test_a_task_that_can_be_learned_is_learned(optimizer: str, loss: str, sets: 
 def test_a_seed_gives_the_same_weights_and_rows_bit_by_bit(sets: Sets) -> None:
     weights, epochs = trained(sets, KNOBS, full_network)
     trainer = new_trainer(sets, KNOBS, full_network)
-    # Nor does it depend on torch's own seed.
+    # The result does not depend on torch's own seed either.
     torch.manual_seed(99)
 
     assert list(trainer.train()) == epochs
@@ -141,7 +141,7 @@ def test_a_seed_gives_the_same_weights_and_rows_bit_by_bit(sets: Sets) -> None:
         {"warmup_steps": 3},
         {"loss": "ordinal"},
         {"label_smoothing": 0.1},
-        # Adam's steps are as long for a shorter gradient, but for a small number that it adds.
+        # The length of the gradient matters to Adam only because of the small number that it adds.
         {"clip_norm": 0.1},
         {"ema_decay": 0.5},
         {"freeze_backbone": True},
@@ -181,7 +181,7 @@ def test_bins_to_validate_on_are_not_learned_from(sets: Sets) -> None:
 
 
 def opposed(sets: Sets) -> Sets:
-    """The more is learned of the bins to train on, the worse it is for those to validate on."""
+    """The same sets with wrong quantities in validation, so that learning makes it worse."""
     train_bins, validation_bins = sets
     return train_bins, replace(validation_bins, quantities=validation_bins.quantities % 3 + 1)
 
@@ -222,14 +222,14 @@ def test_choosing_an_epoch_to_keep_changes_no_step(sets: Sets) -> None:
 def test_the_best_epoch_is_the_earliest_with_the_highest_validation_accuracy(
     accuracies: list[float], best: int
 ) -> None:
-    # Every other value would choose another epoch.
+    # The other columns would choose other epochs.
     rows = [[-number, number, number, accuracy] for number, accuracy in enumerate(accuracies)]
 
     assert engine.best_epoch(torch.tensor(rows, dtype=torch.float64)) == best
 
 
 def test_the_copied_weights_of_any_network_can_be_loaded_again() -> None:
-    # It refuses weights without the versions of its layers.
+    # MNASNet refuses weights without the versions of its layers.
     network, other = (torchvision.models.get_model("mnasnet0_5", num_classes=3) for _ in range(2))
 
     copied = engine.copy_of_weights(network)
@@ -260,7 +260,7 @@ class Recorder(nn.Module):
 
 
 def recorded(sets: Sets, settings: ModelParams) -> list[Tensor]:
-    """The batches of a training, as the network gets them."""
+    """The batches that the network gets during a training."""
     trainer = new_trainer(sets, settings, Recorder)
     list(trainer.train())
     network = trainer.classifier.network
@@ -269,7 +269,7 @@ def recorded(sets: Sets, settings: ModelParams) -> list[Tensor]:
 
 
 def pixels_of(bins: Bins) -> Tensor:
-    """All photographs of the bins, through Pillow, from 0 to 1."""
+    """All photographs of the bins, decoded by Pillow, with values from 0 to 1."""
     pixels = np.stack([pillow_pixels(bins.images[row]) for row in range(len(bins))])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
 
@@ -283,7 +283,7 @@ def targets_of(bins: Bins) -> Tensor:
 
 
 def identified(images: Tensor, bins: Bins) -> list[tuple[int, bool]]:
-    """Which bin each image is, and whether it is mirrored. Every image must be one of the bins."""
+    """The bin that each image shows, and whether it is mirrored. Each image must show a bin."""
     originals = normalized(pixels_of(bins))
     found = []
     for image in images:
@@ -323,7 +323,7 @@ def test_about_half_of_the_images_are_mirrored_or_none(
 
 
 def plan_of(sets: Sets, settings: ModelParams, processes: Processes | None = None) -> EpochPlan:
-    """Of the second epoch."""
+    """The plan of the second epoch."""
     return plan_epoch(sets[0], tiny_classifier(LABELS), settings, processes or Processes(), 2)
 
 
@@ -347,7 +347,7 @@ def test_each_image_is_changed_as_the_epochs_plan_says(sets: Sets) -> None:
         (30, 8, [8, 8, 8, 6]),
         (32, 8, [8, 8, 8, 8]),
         (34, 8, [8, 8, 8, 8, 2]),
-        # A single one joins the batch before it.
+        # A last batch of one image joins the batch before it.
         (33, 8, [8, 8, 8, 9]),
         (9, 8, [9]),
         (3, 2, [3]),
@@ -376,7 +376,8 @@ def test_a_batch_is_shared_by_parts_and_processes(
 
     parts = [split_into_parts(batch, accumulation, Processes(rank, size)) for rank in range(size)]
 
-    # Each has as many parts, of which some are empty, since each waits for the others.
+    # All processes have the same number of parts, some of them empty, since they wait for each
+    # other.
     count = part_count(images, accumulation)
     assert {len(slices) for slices in parts} == {count}
     places = np.arange(100)
@@ -391,7 +392,7 @@ def test_a_batch_is_shared_by_parts_and_processes(
 
 
 def global_pool_network(labels: int) -> nn.Module:
-    """Batch normalization of features of one pixel, as at the end of a ResNet of small images."""
+    """Batch normalization of features of one pixel, as at the end of a ResNet for small images."""
     return nn.Sequential(
         nn.Conv2d(3, 4, 32, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, labels)
     )
@@ -420,7 +421,7 @@ def test_a_batch_of_one_image_is_refused_where_there_is_batch_normalization(
         new_trainer(sets, settings, full_network)
     with pytest.raises(UserError, match=r"not one: raise split\.train"):
         new_trainer((only_one, *sets[1:]), KNOBS, full_network)
-    # What is frozen is not normalized by its batch, and other networks take one image.
+    # A frozen backbone is not normalized by the batch, and other networks accept one image.
     trained(sets, settings.model_copy(update={"freeze_backbone": True}), full_network)
     trained(sets, settings, tiny_network)
 
@@ -443,7 +444,7 @@ def test_an_epoch_is_the_same_whatever_the_number_of_processes(
 
 
 def gradients_of(sets: Sets, settings: ModelParams) -> list[dict[str, Tensor]]:
-    """Those that each step of the optimizer gets."""
+    """The gradients that the optimizer gets in each step."""
     trainer = new_trainer(sets, settings)
     parameters = dict(trainer.classifier.network.named_parameters())
     found: list[dict[str, Tensor]] = []
@@ -461,7 +462,7 @@ def gradients_of(sets: Sets, settings: ModelParams) -> list[dict[str, Tensor]]:
 @pytest.mark.usefixtures("full_precision")
 @pytest.mark.parametrize("accumulation", [2, 3, 8])
 def test_a_batch_in_parts_gives_the_gradient_of_the_whole(accumulation: int, noisy: Sets) -> None:
-    # 8 images have 4 parts at most, and the last batch of 20 has 4.
+    # A batch of 8 images has at most 4 parts. The last batch of the 20 images has 4 images.
     settings = settings_with(epochs=1, clip_norm=1.0, color_jitter=0.1, label_smoothing=0.1)
 
     whole = gradients_of(noisy, settings)
@@ -487,14 +488,14 @@ def test_a_gradient_longer_than_clip_norm_is_cut_to_it(noisy: Sets) -> None:
 
     assert norm_of(cut[0]) == pytest.approx(limit, rel=1e-4)
     assert all(norm_of(gradients) < limit * 1.0001 for gradients in cut)
-    # In its own direction.
+    # The direction stays the same.
     shortened = {name: value / 2 for name, value in free[0].items()}
     assert close(shortened, cut[0], limit / 1000)
     assert all(equal(one, other) for one, other in zip(free, untouched, strict=True))
 
 
 class Numbered(nn.Module):
-    """A network with numbers that are no weights, as transformers keep those of positions."""
+    """A network with an integer buffer, like the position numbers in networks of transformers."""
 
     numbers: Tensor
 
@@ -549,7 +550,7 @@ def test_a_frozen_backbone_stays_as_it_is_with_its_statistics(sets: Sets) -> Non
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU through g++")
 @pytest.mark.usefixtures("full_precision")
 def test_a_compiled_network_learns_the_same(noisy: Sets) -> None:
-    # The last batch is smaller, and takes the network as it is.
+    # The last batch is smaller, so it uses the network that is not compiled.
     weights, epochs = trained(noisy, settings_with(epochs=1, compile=False))
     others, other_epochs = trained(noisy, settings_with(epochs=1, compile=True))
 
@@ -570,14 +571,14 @@ def test_only_full_batches_go_to_the_compiled_network(
             sizes.append(len(images))
             return module(images)
 
-        # Not the function with which it is tried.
+        # The function that tests the compiler is left alone.
         return forward if isinstance(module, nn.Module) else module
 
     monkeypatch.setattr("torch.compile", compiled)
     list(new_trainer(sets, settings_with(epochs=1, compile=True)).train())
     assert sizes == [8, 8, 8]
 
-    # By itself, on a CPU, nothing is compiled.
+    # auto does not compile on a CPU.
     list(new_trainer(sets, settings_with(epochs=1, compile="auto")).train())
     list(new_trainer(sets, settings_with(epochs=1, compile=False)).train())
     assert sizes == [8, 8, 8]
@@ -616,7 +617,7 @@ def test_the_schedule_is_laid_out_over_all_steps_of_all_epochs(
     )
     list(trainer.train())
 
-    # 3 epochs, and batches of 8 in 30 bins.
+    # There are 3 epochs, and 30 bins in batches of 8.
     assert trainer.steps == 4
     assert asked == [(step, 3 * 4) for step in range(12)]
     assert used == [[0.001 * step] * 2 for step in range(12)]
@@ -640,7 +641,7 @@ def test_steps_are_the_optimizers_own(name: str, optimizer: type[Adam], sets: Se
         loss.backward()  # type: ignore[no-untyped-call]
         plain.step()
 
-    # Means: Adam goes its whole step also along a gradient that is nothing but rounding.
+    # Means are compared, because Adam takes a full step even if a gradient is only rounding.
     for key, expected in weights_of(network).items():
         assert (weights[key] - expected).abs().mean().item() < KNOBS.learning_rate / 100
 
@@ -651,14 +652,14 @@ def test_steps_are_the_optimizers_own(name: str, optimizer: type[Adam], sets: Se
         ({}, tiny_network),
         ({"loss": "ordinal"}, tiny_network),
         ({"label_smoothing": 0.3}, tiny_network),
-        # Frozen, nothing is dropped out, nor normalized by its batch.
+        # A frozen backbone has no dropout and is not normalized by the batch.
         ({"freeze_backbone": True}, full_network),
     ],
 )
 def test_an_epochs_row_has_the_means_over_its_bins_whatever_is_minimized(
     change: dict[str, Any], make_network: Callable[[int], nn.Module], sets: Sets
 ) -> None:
-    # Without a learning rate to speak of, training is evaluation, but for the flips.
+    # With a negligible learning rate and no flips, training computes what evaluation does.
     settings = settings_with(epochs=1, learning_rate=1e-30, horizontal_flip=False, **change)
 
     _, (row,) = trained(sets, settings, make_network)
@@ -704,7 +705,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_learning_rate(
     settings = settings_with(schedule="linear", accumulation=accumulation)
     trainer = new_trainer(sets, settings, lambda labels: Exploding(labels, bad_pass))
 
-    # However late it is looked at.
+    # The step is named even if the watch looks much later.
     with pytest.raises(UserError) as error:
         list(trainer.train(Watch(_steps_to_look=steps_to_look)))
 
@@ -756,9 +757,9 @@ def test_a_validation_loss_that_is_not_finite_names_the_epoch(sets: Sets) -> Non
         (8, 1, 7, 8, 2, 4),
         (8, 1, 3, 8, 4, 2),
         (8, 2, 2, 4, 4, 2),
-        # Not in as many parts as images: none has a single one.
+        # There are fewer parts than images, because no part has a single image.
         (6, 1, 2, 6, 4, 2),
-        # 30 images leave a single one over, which joins a batch: of 30, in 14 parts at most.
+        # 30 images in batches of 29 make one batch of 30, which has at most 14 parts.
         (29, 3, 4, 10, 12, 3),
     ],
 )
@@ -785,7 +786,7 @@ def test_a_batch_that_does_not_fit_names_an_accumulation_that_does(
         f"{failed} images of 32 pixels do not fit into cpu: set this model's accumulation to"
         f" {advised}, and {fitting} at once fit; batch_size stays {batch_size}"
     )
-    # A value that params.yaml can have, and with which it trains.
+    # params.yaml accepts this value, and training with it works.
     changed = ModelParams.model_validate(settings.model_dump() | {"accumulation": advised})
     trainer = new_trainer(sets, changed, large)
     monkeypatch.setattr(trainer, "validate", lambda *_: (0.0, 0.0))

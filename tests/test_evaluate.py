@@ -55,7 +55,7 @@ OUTPUTS = [*PLOTS, "metrics.json", *(f"tables/{name}.csv" for name in TABLES), C
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
-    """A hundred samples of the bootstrap are enough here."""
+    """Use a hundred samples in the bootstrap, which are enough here."""
     with pytest.MonkeyPatch.context() as patch, one_torch_thread():
         patch.delenv("DVC_ROOT", raising=False)
         patch.setattr(evaluation, "intervals", partial(intervals, samples=100))
@@ -63,7 +63,7 @@ def quick() -> Iterator[None]:
 
 
 def project_rows() -> list[dict[str, Any]]:
-    """Every third record of validation and test is wrong."""
+    """The bins of the project. Every third record of validation and test is wrong."""
     rows = bin_rows(TRAIN + VALIDATION + TEST)
     for place in range(len(TRAIN), len(rows), 3):
         rows[place]["image"] = square(rows[place]["quantity"] % 3 + 1, place)
@@ -104,7 +104,7 @@ def write_settings(**changes: Any) -> None:
 
 
 def write_model() -> None:
-    """models/vit as train writes it, after a few steps."""
+    """Write models/vit as train does, after a few steps of training."""
     bins, validation = load_bins(
         Path("data/resized"), Path("data/split.csv"), "train", "validation", size=SIZE
     )
@@ -135,7 +135,7 @@ def fit(classifier: Classifier, images: torch.Tensor, targets: Any, steps: int =
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with a model that was evaluated."""
+    """A project with an evaluated model."""
     folder = tmp_path_factory.mktemp("project")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -202,7 +202,7 @@ def test_each_test_bin_has_a_row_with_its_calibrated_scores() -> None:
     assert calibration["temperature"].iloc[1] == pytest.approx(
         release.settings.temperature, rel=1e-5
     )
-    # To all digits, since thresholds are chosen among them.
+    # All digits are the same, because thresholds are chosen among these probabilities.
     expected = release.calibrated(validation.probabilities.astype(np.float64))
     np.testing.assert_allclose(release.validation[COLUMNS], expected, rtol=1e-12)
     pd.testing.assert_frame_equal(table_of("validation"), release.validation)
@@ -234,7 +234,7 @@ def test_the_metrics_are_those_of_the_predictions() -> None:
             (validation["actual"].to_numpy()[:, None] != [1, 2, 3]).ravel(),
             -validation[COLUMNS].to_numpy().ravel(),
         ),
-        # Of the quantity most frequent in train, which is 2; in test that is 1.
+        # 2 is the most frequent quantity in train, though 1 is in test.
         "majority_accuracy": 2 / 7,
         "test_bins": 7,
     }
@@ -277,7 +277,7 @@ def test_test_chooses_no_threshold(
 
     thresholds = [table_of("alarms", folder)["threshold"][0] for folder in (other, evaluated)]
     assert thresholds[0] == thresholds[1]
-    # While what is measured on test is different.
+    # The measurements on test differ.
     before, after = files_of(evaluated), files_of(other)
     for name in ("metrics.json", "roc.csv", "tables/predictions.csv", CARD):
         assert after[name] != before[name], name
@@ -356,7 +356,7 @@ def test_the_majority_is_trains_most_frequent_and_the_smaller_of_equals(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     rows = bin_rows([*in_train, 1, 1, 1, 1, 1, 1])
-    # The last one is in no set, so is not counted.
+    # The last bin is in no set, so it is not counted.
     names = ["train"] * len(in_train) + ["validation"] * 3 + ["test"] * 2
     write_resized(Path("data/resized"), rows)
     ids = [row["id"] for row in rows[:-1]]

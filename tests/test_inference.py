@@ -1,4 +1,4 @@
-"""A classifier at work: evaluation against a plain loop, devices and classes."""
+"""Using a classifier: evaluation compared with a plain loop, devices and classes."""
 
 import threading
 from collections.abc import Iterator
@@ -49,7 +49,7 @@ def use_full_precision() -> Iterator[None]:
 
 
 def normalized(bins: Bins) -> Tensor:
-    """All photographs of the bins, through Pillow."""
+    """All photographs of the bins, decoded by Pillow and normalized."""
     pixels = np.stack([pillow_pixels(bins.images[row]) for row in range(len(bins))])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
     return normalizer(tiny_classifier(LABELS))(images)
@@ -82,7 +82,7 @@ def test_evaluate_uses_the_network_as_it_is_after_training(held_out: Bins) -> No
         network.train()
         return evaluate(classifier, held_out, batch_size).probabilities
 
-    # Neither dropout nor the statistics of a batch take part, nor do the latter learn.
+    # There is no dropout, and batch statistics are neither used nor updated.
     np.testing.assert_array_equal(probabilities(4), probabilities(4))
     np.testing.assert_allclose(probabilities(4), probabilities(7), atol=1e-5)
     assert equal(weights_of(network), before)

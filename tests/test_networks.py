@@ -94,7 +94,7 @@ def pretrained_mobilenet(folder: Path) -> Weights:
 
 
 def saved_weights(network: Any, folder: Path) -> Weights:
-    """Without the counters of batch normalization, like old weights."""
+    """Remove the counters of batch normalization, which old weights lack."""
     if isinstance(network, transformers.PreTrainedModel):
         network.save_pretrained(folder)
     weights = without_counts(weights_of(network))
@@ -185,7 +185,7 @@ def test_what_the_weights_cannot_do_is_one_line(
     ("model", "name", "config", "reason"),
     [
         ("resnet34", "resnet3400", {}, "no classifier resnet3400"),
-        # Its builder would download the weights of a part of it.
+        # Building this network would download weights.
         ("resnet34", "fcn_resnet50", {}, "no classifier fcn_resnet50"),
         ("resnet34", "resnet18", {"no_such_key": 1}, "no_such_key"),
         ("resnet34", "resnet18", {"num_classes": 3}, "num_classes"),
@@ -207,7 +207,7 @@ def test_what_the_weights_cannot_do_is_one_line(
         ("vit", "x", {"model_type": "clip", "vision_config": {"depth": 1}}, "vision_config.depth"),
         ("vit", "x", TINY_VIT | {"hidden_size": "sixteen"}, "hidden_size"),
         ("vit", "x", TINY_VIT | {"image_size": 2 * SIZE}, "64"),
-        # It ignores the number of labels.
+        # This network ignores the number of labels.
         (
             "vit",
             "x",
@@ -327,7 +327,7 @@ def test_transformers_loads_a_saved_model_by_itself(settings: ModelParams, tmp_p
 @pytest.mark.parametrize("fit", ["squeeze", "pad"])
 @pytest.mark.parametrize(
     ("height", "width", "tolerance"),
-    # Resizing rounds to whole values, of which one is 1 / 255 / 0.5.
+    # Resizing rounds to whole values, and a step of 1 is 1 / 255 / 0.5 after normalization.
     [(SIZE, SIZE, 1e-5), (75, 50, 0.008), (50, 75, 0.008), (20, 12, 0.008)],
 )
 def test_transformers_prepares_photographs_as_the_model_was_trained(
@@ -478,7 +478,7 @@ def test_too_many_open_files_are_not_a_damaged_model(name: str, tmp_path: Path) 
         with suppress(OSError):
             while True:
                 opened.append(open(os.devnull))  # noqa: PTH123, SIM115
-        # One more is what config.json takes, and the weights take another meanwhile.
+        # config.json needs one more descriptor, and the weights another at the same time.
         opened.pop().close()
         with pytest.raises(OSError, match="Too many open files"):
             load_classifier(folder)

@@ -16,7 +16,7 @@ from tools.s3 import free_port
 pytestmark = pytest.mark.slow
 
 TORCHRUN = [str(Path(STAGE[0]).with_name("torchrun")), "--nnodes", "2", "--nproc-per-node", "1"]
-# How soon a machine ends when the other one is gone.
+# Seconds within which a machine ends after the other one is gone.
 BOUND = 60
 LOST = "train vit: error: the connection to the other processes broke off ("
 
@@ -24,7 +24,7 @@ LOST = "train vit: error: the connection to the other processes broke off ("
 def start_machines(
     workspaces: Sequence[Workspace], *, ranked: bool
 ) -> list["subprocess.Popen[str]"]:
-    """A torchrun in each, as README has it; else the two find out who is the first."""
+    """Start torchrun in each workspace, with ranks as in the README or with a rendezvous."""
     port = free_port()
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
     if ranked:
@@ -37,13 +37,13 @@ def start_machines(
 
 
 def end(machine: "subprocess.Popen[str]") -> tuple[int, str]:
-    """Its exit code, and what it printed."""
+    """Wait for its end; returns the exit code and the output."""
     output, _ = machine.communicate(timeout=SECONDS)
     return machine.returncode, output
 
 
 def kill(machine: "subprocess.Popen[str]") -> None:
-    """With its processes, as if its power were cut."""
+    """Kill all its processes, as if its power were cut."""
     agent = psutil.Process(machine.pid)
     for process in [agent, *agent.children(recursive=True)]:
         process.kill()
@@ -53,13 +53,13 @@ def kill(machine: "subprocess.Popen[str]") -> None:
 
 @pytest.fixture(autouse=True)
 def as_many_threads_as_two_processes_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others would add up in another order."""
+    """With another number of threads, additions would have another order."""
     monkeypatch.setenv("OMP_NUM_THREADS", str(max(1, usable_cores() // 2)))
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What two processes of one machine train."""
+    """The outputs of two processes on one machine."""
     workspace = Workspace(
         tmp_path_factory.mktemp("together"), run__processes=2, train__vit__epochs=2
     )

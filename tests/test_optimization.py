@@ -46,7 +46,7 @@ def small_network() -> nn.Sequential:
 
 
 def decays(optimizer: Optimizer, network: nn.Module) -> dict[str, float]:
-    """The weight decay of each parameter that is trained."""
+    """The weight decay of each trained parameter."""
     names = {parameter: name for name, parameter in network.named_parameters()}
     return {
         names[parameter]: group["weight_decay"]

@@ -32,10 +32,10 @@ TOKEN = "hf_token_of_mine"  # noqa: S105 - made up
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `files` by path, as the Hugging Face hub does; of those in `cut` only a half.
+    """Serve `files` by path, as the Hugging Face hub does, but only half of those in `cut`.
 
-    Those in `signed` are elsewhere, under a URL with a signature. Those in `refused` it does not
-    give, and answers with such a status, repeating the credentials.
+    Requests for files in `signed` are redirected to a URL with a signature. Requests for those in
+    `refused` are answered with that status, and with the client's credentials in the text.
     """
 
     def __init__(self) -> None:
@@ -104,10 +104,10 @@ def vit_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to work in."""
+    """An empty current directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    # A hub that does not answer is asked again for half a minute.
+    # The client would ask a hub that does not answer again for half a minute.
     monkeypatch.setattr("time.sleep", lambda _seconds: None)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     return tmp_path
@@ -117,7 +117,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def vit_hub(
     project: Path, hub: Hub, vit_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> Hub:
-    """That of the ViT of params.yaml."""
+    """The commit of the ViT in params.yaml."""
     hub.files = {f"{OF_REPO}/{name}": data for name, data in vit_files.items()}
     use_endpoint(monkeypatch, hub.url)
     write_params(project, {"train.vit.name": REPO, "train.vit.revision": REVISION})
@@ -125,7 +125,7 @@ def vit_hub(
 
 
 def use_endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """What HF_ENDPOINT sets, which the library has read when it was imported."""
+    """Set the value that the library read from HF_ENDPOINT when it was imported."""
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -140,7 +140,7 @@ def resnet_state() -> dict[str, Tensor]:
 def resnet_path(
     project: Path, hub: Hub, resnet_state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> str:
-    """Where the hub serves the weights of params.yaml's ResNet34, under a name as PyTorch's."""
+    """The URL of the weights of params.yaml's ResNet34, with a file name like PyTorch's."""
     buffer = io.BytesIO()
     torch.save(resnet_state, buffer)
     path = f"/resnet34-{sha256(buffer.getvalue())[:8]}.pth"
@@ -160,11 +160,11 @@ def contents(model: str) -> dict[str, bytes]:
 
 
 def error_line(monkeypatch: pytest.MonkeyPatch, model: str) -> str:
-    """What the command prints when it fails, which is one line, and no output is there."""
+    """The line that the failing command prints; checks that it writes no output."""
     monkeypatch.setattr("sys.argv", ["pretrained", model])
     with pytest.raises(SystemExit) as stopped:
         run_stage("pretrained", pretrained.main, model="")
-    # A text as exit code goes to stderr, and the process ends with 1.
+    # sys.exit prints a text to stderr and exits with 1.
     assert isinstance(stopped.value.code, str)
     assert "\n" not in stopped.value.code
     assert not Path("models/pretrained", model).exists()

@@ -1,4 +1,4 @@
-"""A trained model's folder, which is all that is needed to use it."""
+"""A trained model's folder, which has everything needed to use the model."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(saved: Path, tmp_path: Path) -> Path:
-    """A copy of it in another place, as `dvc get` makes one."""
+    """A copy of the folder in another location, as `dvc get` makes it."""
     return Path(shutil.copytree(saved, tmp_path / "somewhere"))
 
 

@@ -1,4 +1,4 @@
-"""Training in a SageMaker job: what is sent and asked, the job itself, and what comes back."""
+"""Training in a SageMaker job: the files and requests sent, the job itself, and its outputs."""
 
 import ast
 import io
@@ -76,7 +76,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
 
 
 def on_wait(monkeypatch: pytest.MonkeyPatch, *happenings: Callable[[], None]) -> None:
-    """Let these happen, one each time the launcher waits."""
+    """Call these functions, one each time the launcher waits."""
     remaining, really_sleep = list(happenings), time.sleep
 
     def sleep(seconds: float) -> None:
@@ -143,13 +143,13 @@ def interrupt() -> None:
 
 
 class Machine:
-    """What SageMaker does with a job: its folders, its process, and the archive of its model."""
+    """SageMaker's part in a job: the folders, the process, and the archive of the model."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def start(self) -> "subprocess.Popen[str]":
-        """On a new machine, except for the checkpoints."""
+        """Run the job on a new machine, which has only the checkpoints of an earlier one."""
         for name in ("input", "repository", "model", "output"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         for channel in the_job().input_data_config:
@@ -220,7 +220,7 @@ def test_a_job_that_was_stopped_and_continued_brings_back_what_the_stage_makes_h
     assert "after epoch" in printed
     assert "vit epoch 2/2: train loss" in printed
     assert "`dvc commit --force train@vit`" in printed
-    # Nothing was missing, and pip had only packages for other systems to look at.
+    # Nothing was missing: pip was only asked for packages of other systems, which it skips.
     assert list((machine.folder / "site").glob("*")) == []
     brought = contents("models/vit") | contents("reports/vit")
     assert brought.keys() == FILES
@@ -273,7 +273,7 @@ def test_ctrl_c_leaves_the_job_and_says_how_to_follow_it_again(
 
 
 def error_of(*arguments: str) -> str:
-    """How the launcher ends."""
+    """The one-line message with which the launcher exits."""
     with pytest.raises(SystemExit) as ended:
         sagemaker.main([*arguments])
     assert isinstance(ended.value.code, str)
@@ -379,7 +379,7 @@ def test_an_archive_with_anything_but_a_model_is_refused(
 
 
 def imported_packages(path: Path) -> set[str]:
-    """The packages that a module takes, directly or by this project's modules."""
+    """The packages that a module imports, directly or through modules of this project."""
     found, seen, waiting = set(), set[Path](), [path]
     while waiting:
         source = waiting.pop()
@@ -414,7 +414,7 @@ def test_a_job_installs_what_those_need_but_only_what_the_image_lacks(
     lock = (ROOT / "requirements.txt").read_text("utf-8")
     needed = {name: text for name, _, text in sagemaker_entry.needed_packages(lock)}
     for name in needed:
-        # Some are for other systems.
+        # Some packages are for other systems.
         for line in (metadata.requires(name) or []) if sagemaker_entry.installed(name) else []:
             requirement = Requirement(line)
             if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):

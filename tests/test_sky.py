@@ -1,4 +1,4 @@
-"""The tasks for SkyPilot: it accepts them, and their scripts work as on its machines."""
+"""SkyPilot's tasks: SkyPilot accepts them, and their commands work as on its machines."""
 
 import base64
 import json
@@ -26,8 +26,9 @@ from tools.s3 import free_port
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")
 
 TASKS = ["sky.yaml", "sky-nodes.yaml"]
-TOKEN = "a-secret-token"  # noqa: S105 - for the server below
-#: Where `make check-sky` installs SkyPilot, which has too many dependencies for the project's lock.
+TOKEN = "a-secret-token"  # noqa: S105 - of the server below
+#: The folder in which `make check-sky` installs SkyPilot, whose many dependencies are not in the
+#: project's lock.
 SKY = ROOT / ".venv-sky/bin/python"
 needs_sky = pytest.mark.skipif(not SKY.exists(), reason="SkyPilot isn't installed: make check-sky")
 CHECK = """
@@ -55,7 +56,7 @@ class QuietHandler(WSGIRequestHandler):
 
 @contextmanager
 def git_server(repository: Path) -> Iterator[str]:
-    """Serve a repository over HTTP to clients with the token. Yields its URL."""
+    """Serve a repository over HTTP to clients with the token; yields its URL."""
     repositories: dict[str, BackendRepo] = {"/": Repo(str(repository))}
     application = make_wsgi_chain(DictBackend(repositories))
     expected = base64.b64encode(f"git:{TOKEN}".encode()).decode()
@@ -113,7 +114,7 @@ class Machine(Clone):
         )
 
 
-# Needs no SkyPilot, but two minutes.
+# This does not need SkyPilot, but it takes two minutes.
 @pytest.mark.slow
 @needs_sky
 def test_two_machines_train_a_model_and_share_the_experiment(
@@ -128,7 +129,7 @@ def test_two_machines_train_a_model_and_share_the_experiment(
         running = []
         for rank in range(2):
             machine = Machine(project, tmp_path / f"machine-{rank}", endpoint, url)
-            # Not committed, as if somebody tried a value.
+            # A change that is not committed, as when somebody tries a value.
             set_learning_rate(machine)
             running.append(machine.start(script, SKYPILOT_NODE_RANK=str(rank), **both))
         outputs = [process.communicate()[0] for process in running]

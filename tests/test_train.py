@@ -1,4 +1,4 @@
-"""The train stage as it is run: killed, stopped, in several processes; always the same model."""
+"""The train stage as a command: killed, stopped, in several processes, with the same result."""
 
 import os
 import random
@@ -38,7 +38,7 @@ KNOBS: dict[str, Any] = {
     "split.validation": 20,
     "split.test": 20,
     "resize.size": SIZE,
-    # A checkpoint after each step.
+    # This writes a checkpoint after each step.
     "run.checkpoint_minutes": 1e-9,
     "train.vit.pretrained": False,
     "train.vit.config": TINY_VIT | {"hidden_dropout_prob": 0.1},
@@ -58,7 +58,7 @@ class Workspace:
     """A folder with the inputs of the train stage, which runs there as DVC would run it."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
-        """`settings` have keys like run.processes, with __ for the dot."""
+        """`settings` has keys of params.yaml like run.processes, with __ instead of the dot."""
         self.folder = folder
         rows = bin_rows([1, 2, 3, 4, 5] * 40)
         write_resized(folder / "data/resized", rows, shard_bins=50)
@@ -81,12 +81,12 @@ class Workspace:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            # So that a signal to it and its children does not reach the tests.
+            # Signals to the stage and its children must not reach the tests.
             start_new_session=True,
         )
 
     def run(self, command: Sequence[str] = STAGE) -> tuple[int, str]:
-        """To the end: the exit code, and what it printed."""
+        """Run it to its end; returns the exit code and the output."""
         process = self.start(command)
         output, _ = process.communicate(timeout=SECONDS)
         return process.returncode, output
@@ -98,13 +98,13 @@ class Workspace:
         return output
 
     def outputs(self) -> dict[str, bytes]:
-        """All that the stage has written, by its path."""
+        """The content of all files that the stage has written, by path."""
         folders = [self.folder / "models/vit", self.folder / "reports/vit"]
         files = [path for folder in folders for path in folder.iterdir()]
         return {str(path.relative_to(self.folder)): path.read_bytes() for path in files}
 
     def steps_done(self) -> int:
-        """Of all epochs, by the checkpoint."""
+        """The number of steps over all epochs that the checkpoint has."""
         for path in self.folder.glob(f".cache/train-*/{checkpoint.NAME}"):
             saved = torch.load(path, weights_only=True)
             return int((saved["epoch"] - 1) * STEPS + saved["step"])
@@ -117,8 +117,8 @@ class Workspace:
             time.sleep(0.002)
 
     def interrupt(self, after: int, number: int, *, group: bool = False) -> tuple[int, str]:
-        """Send a signal once that many steps are done; the exit code, and what was printed."""
-        # A run before may have come further than it was to: this one must have begun to train.
+        """Send a signal after this number of steps; returns the exit code and the output."""
+        # An earlier run may have gone further than asked, but this run must have started to train.
         after = max(after, self.steps_done() + 1)
         process = self.start()
         self.wait_for_step(process, after)
@@ -132,7 +132,7 @@ class Workspace:
 
 
 def random_steps(count: int, seed: int) -> list[int]:
-    """Some steps of a training, in order, none of them its last ones."""
+    """Random steps of a training, in order, but none of its last ones."""
     steps = sorted(random.Random(seed).sample(range(1, (EPOCHS - 2) * STEPS), count))
     print(f"interrupted after the steps {steps} (seed {seed})")
     return steps
@@ -140,7 +140,7 @@ def random_steps(count: int, seed: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """Where one process has trained, undisturbed."""
+    """A workspace in which one process has trained without interruption."""
     workspace = Workspace(tmp_path_factory.mktemp("alone"))
     output = workspace.finish()
     assert "160 bins on 1 x " in output
@@ -150,7 +150,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What two processes train, undisturbed."""
+    """The outputs of two processes that trained without interruption."""
     workspace = Workspace(tmp_path_factory.mktemp("together"), run__processes=2)
     output = workspace.finish()
     assert "160 bins on 2 x " in output
@@ -166,7 +166,7 @@ def test_the_model_folder_is_all_that_is_needed_to_use_the_model(alone: Workspac
     assert (release.settings.fit, release.settings.quality) == ("squeeze", 90)
     assert release.validation["id"].tolist() == [f"{number:05d}" for number in range(161, 181)]
     assert release.validation["actual"].tolist() == [1, 2, 3, 4, 5] * 4
-    # Calibrated on what was kept: its row of the curves says how well it does.
+    # The kept epoch was calibrated: its row of the curves has the same accuracy.
     curves = pd.read_csv(alone.folder / "reports/vit/curves.csv")
     right = (release.validation["actual"] == release.validation["predicted"]).mean()
     assert right == pytest.approx(curves["validation_accuracy"].max())
@@ -190,7 +190,7 @@ def test_a_killed_training_ends_with_the_bytes_of_one_that_was_not(
 def test_a_request_to_stop_writes_a_checkpoint_and_says_so(
     alone: Workspace, tmp_path: Path
 ) -> None:
-    # No checkpoint but that one, and those at the end of an epoch.
+    # The only other checkpoints are those at the end of an epoch.
     workspace = Workspace(tmp_path, run__checkpoint_minutes=60)
     process = workspace.start()
     assert process.stdout is not None
@@ -216,7 +216,7 @@ def test_two_processes_killed_and_stopped_end_with_the_bytes_of_two_that_were_no
     assert code == 128 + signal.SIGTERM, output
     assert output.splitlines()[-1].startswith("train vit: stopped by SIGTERM at epoch ")
     assert workspace.steps_done() >= stop
-    # As a terminal sends it, to all of them.
+    # A terminal sends it to all processes.
     code, output = workspace.interrupt(interrupt, signal.SIGINT, group=True)
     assert code == 128 + signal.SIGINT, output
     assert output.count("stopped by SIGINT") == 1
@@ -290,7 +290,7 @@ def test_training_does_without_the_test_set(
     assert curves.columns.tolist() == [
         *("epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
     ]
-    # Only test has such bins, and scoring them must not fail.
+    # Even if only test had bins with 9 items, the model could be evaluated.
     assert load_release(Path("models/vit")).classifier.labels == [1, 2, 3, 4, 5, 9]
 
 

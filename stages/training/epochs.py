@@ -16,12 +16,11 @@ from stages.training.processes import Processes
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """Everything random that is drawn for an epoch before it begins.
+    """What an epoch draws before it begins.
 
     `order` has the rows of the bins. The tensors are in that order and on the device, so that a
     step takes slices of them and waits for no copy. `parts[step]` are the slices that this process
-    works on in that step, one after another; `sizes[step]` is the number of images that all
-    processes have in it.
+    works on in that step, one after another; `sizes[step]` is the images of all processes in it.
     """
 
     order: NDArray[np.int64]
