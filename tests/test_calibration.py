@@ -44,7 +44,9 @@ def test_the_fitted_temperature_is_that_of_scipys_minimizer_on_logits(
 
     def loss(parameters: Floats) -> float:
         logs = log_softmax(logits / np.exp(parameters[0]), axis=1)
-        return float(-logs[np.arange(len(targets)), targets].mean())
+        share = 1 / (len(targets) + 2)
+        smoothed = (1 - share) * np.eye(5)[targets] + share / 5
+        return float(-(smoothed * logs).sum(axis=1).mean())
 
     found = minimize(loss, [0.0], method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-12})
     assert fitted == pytest.approx(float(np.exp(found.x[0])), rel=1e-3)
@@ -92,10 +94,19 @@ def test_probabilities_of_0_are_calibrated_too() -> None:
     np.testing.assert_allclose(calibrated.sum(axis=1), 1, rtol=1e-12)
 
 
-def test_what_is_always_right_or_always_wrong_ends_at_an_end_of_the_range() -> None:
+@pytest.mark.parametrize("bins", [10, 100, 1000])
+def test_a_network_that_is_always_right_is_not_taken_for_certain(bins: int) -> None:
+    probabilities = np.tile([0.8, 0.1, 0.1], (bins, 1))
+
+    temperature = fit_temperature(probabilities, np.zeros(bins, int))
+
+    doubt = 1 - with_temperature(probabilities, temperature)[0, 0]
+    assert doubt == pytest.approx(2 / 3 / (bins + 2), rel=0.01)
+
+
+def test_a_network_that_is_always_wrong_ends_at_the_end_of_the_range() -> None:
     probabilities = np.array([[0.6, 0.4], [0.3, 0.7]])
 
-    assert fit_temperature(probabilities, np.array([0, 1])) == pytest.approx(LOWEST, rel=1e-3)
     assert fit_temperature(probabilities, np.array([1, 0])) == pytest.approx(HIGHEST, rel=1e-3)
 
 

@@ -36,7 +36,8 @@ IN_A_PROJECT = [
     "dvc plots diff HEAD workspace",
     "dvc exp show --only-changed",
     "dvc exp show --drop '.*' --keep 'Exp|.*:(accuracy|found)$|train.vit.learning_rate'",
-    "dvc exp show --no-pager --hide-workspace --sort-by reports/vit/metrics.json:validation_rmse --drop '.*'"
+    "dvc exp show --no-pager --hide-workspace --sort-by reports/vit/metrics.json:validation_rmse"
+    " --drop '.*'"
     " --keep 'Exp|.*vit/metrics.json:validation_rmse|train.vit.learning_rate|train.vit.seed'",
 ]
 #: By how a command begins. What takes a whole pipeline or a machine of one's own, with smaller

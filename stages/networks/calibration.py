@@ -20,11 +20,17 @@ def fit_temperature(probabilities: NDArray[np.floating], targets: Counts) -> flo
     by a constant per bin, which does not matter. Guo et al., On Calibration of Modern Neural
     Networks, 2017 (arXiv:1706.04599), section 4.2. The loss is convex in 1 / temperature, so it has
     one minimum.
+
+    Targets are smoothed as in Platt, Probabilities for SV Machines, 1999, section 2.2: a network
+    that is right on all of a few bins would otherwise be certain of every answer.
     """
+    smoothing = 1 / (len(targets) + 2)
 
     def loss(log_temperature: float) -> float:
         calibrated = with_temperature(probabilities, float(np.exp(log_temperature)))
-        return float(negative_log_likelihood(calibrated, targets).mean())
+        of_targets = negative_log_likelihood(calibrated, targets).mean()
+        of_all_labels = -np.log(np.maximum(calibrated, TINY)).mean()
+        return float((1 - smoothing) * of_targets + smoothing * of_all_labels)
 
     found = minimize_scalar(loss, bounds=(np.log(LOWEST), np.log(HIGHEST)), method="bounded")
     return float(np.exp(found.x))
