@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -28,6 +29,7 @@ COLORS = 128
 AUDITED_BINS = 150
 WRONG_EVERY = 10
 QUANTITIES = range(1, 6)
+MODELS = ("resnet34", "vit")
 
 
 def main() -> None:
@@ -42,14 +44,14 @@ def main() -> None:
 
 
 def take_pictures(browser: str, project: Path, images: Path) -> list[Path]:
-    """Pictures of the project's report and of an audit by its ResNet34, as PNG files."""
+    """Pictures of the project's report and of an audit by its two models, as PNG files."""
     images.mkdir(parents=True, exist_ok=True)
     report, audit = images / "report.png", images / "audit.png"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_png(report, screenshot(browser, project / "reports/index.html", folder))
         write_bins(folder / "bins")
-        page = audit_page(project / "models/resnet34", folder)
+        page = audit_page([project / "models" / name for name in MODELS], folder)
         write_png(audit, screenshot(browser, page, folder))
     return [report, audit]
 
@@ -67,10 +69,13 @@ def write_bins(folder: Path) -> None:
         (folder / f"metadata/{one.id}.json").write_text(json.dumps(record), "utf-8")
 
 
-def audit_page(model: Path, folder: Path) -> Path:
+def audit_page(models: Sequence[Path], folder: Path) -> Path:
     """The page of an audit of the bins in `folder`."""
+    command = [sys.executable, "-m", "tools.audit", "bins", "--false-alarm", "0.01"]
+    for model in models:
+        command += ["--model", str(model.absolute())]
     done = subprocess.run(
-        [sys.executable, "-m", "tools.audit", "bins", "--model", str(model.absolute())],
+        command,
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         check=False,
