@@ -158,18 +158,17 @@ def test_a_second_run_waits_and_says_for_whom_but_not_for_a_killed_one(
             text=True,
         )
 
-    with start() as first, start() as second:
-        assert first.stdout is not None
-        assert second.stdout is not None
-        lines = {first.stdout.readline(): first, second.stdout.readline(): second}
-        (waits,) = lines.keys() - {"begun\n"}
-        holder, waiting = lines["begun\n"], lines[waits]
-        assert waits.startswith(
-            f"{expected}: process {holder.pid} on {socket.gethostname()}, since 2"
-        )
-        holder.kill()
-        assert waiting.communicate("\n", timeout=60)[0] == "begun\n"
-        assert waiting.returncode == 0
+    with start() as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "begun\n"
+        with start() as waiting:
+            assert waiting.stdout is not None
+            assert waiting.stdout.readline().startswith(
+                f"{expected}: process {holder.pid} on {socket.gethostname()}, since 2"
+            )
+            holder.kill()
+            assert waiting.communicate("\n", timeout=60)[0] == "begun\n"
+            assert waiting.returncode == 0
     assert [name for name in left() if name.endswith(".lock")] == []
 
 
