@@ -2,6 +2,7 @@
 
 import gzip
 import re
+import shutil
 import tarfile
 import zlib
 from dataclasses import dataclass
@@ -104,18 +105,29 @@ def fetch(url: str, model: str, s3: "S3ServiceResource") -> None:
 
 def unpack(path: Path, folder: Path) -> None:
     """Unpack the archive. Raises UserError if it is damaged or its files are not FILES."""
+    folder.mkdir(parents=True)
     try:
         with tarfile.open(path, "r:gz") as archive:
-            archive.extractall(folder, filter="data")
+            for member in archive:
+                unpack_member(archive, member, folder)
     except (tarfile.TarError, zlib.error, EOFError, gzip.BadGzipFile) as error:
         raise UserError(
             f"model.tar.gz is damaged ({error}): --attach to the job again to fetch it once more"
         ) from None
-    found = {entry.relative_to(folder).as_posix(): entry for entry in folder.rglob("*")}
-    if odd := [name for name in found if name not in FILES or found[name].is_symlink()]:
-        raise UserError(f"model.tar.gz contains {odd[0]!a}, which is not a file of a model")
-    if missing := FILES - found.keys():
+    if missing := FILES - {entry.name for entry in folder.iterdir()}:
         raise UserError(f"model.tar.gz lacks {', '.join(sorted(missing))}")
+
+
+def unpack_member(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+    """Unpack a file of FILES by its own name; skip the archive's root, and refuse all else."""
+    name = member.name.removeprefix("./")
+    if name == "." and member.isdir():
+        return
+    content = archive.extractfile(member) if member.isfile() and name in FILES else None
+    if content is None:
+        raise UserError(f"model.tar.gz contains {name!a}, which is not a file of a model")
+    with content, (folder / name).open("wb") as file:
+        shutil.copyfileobj(content, file)
 
 
 def split_url(url: str) -> tuple[str, str]:

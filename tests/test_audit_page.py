@@ -75,6 +75,15 @@ def test_the_page_says_what_was_found_and_how_reliable_it_is() -> None:
     assert "training set" not in rendered().words()
 
 
+def test_the_page_says_how_often_each_count_is_flagged() -> None:
+    rows = [
+        {"quantity": 1, "false_alarms": 0.04, "found": 0.996},
+        {"quantity": 2, "false_alarms": float("nan"), "found": 0.002},
+    ]
+    words = rendered(FACTS._replace(by_count=rows)).words()
+    assert "Correct records flaggedWrong records flagged 14%>99% 2-<1%" in words
+
+
 def test_a_warning_about_the_alarms_stands_above_them() -> None:
     page = rendered(FACTS._replace(warning="Check <ten> by hand."))
 

@@ -47,7 +47,15 @@ KNOBS = model_params("vit", config=TINY_VIT, pretrained=False)
 REPORTS = Path("reports/vit")
 COLUMNS = ["p1", "p2", "p3"]
 PLOTS = ["confusion.csv", "per_quantity.csv", "reliability.csv", "roc.csv"]
-TABLES = ["alarms", "calibration", "intervals", "overlap", "precision", "predictions"]
+TABLES = [
+    "alarms",
+    "alarms_by_count",
+    "calibration",
+    "intervals",
+    "overlap",
+    "precision",
+    "predictions",
+]
 TABLES += ["reliability_uncalibrated", "validation"]
 CARD = "../../models/vit.md"
 OUTPUTS = [*PLOTS, "metrics.json", *(f"tables/{name}.csv" for name in TABLES), CARD]

@@ -441,8 +441,8 @@ def test_a_low_limit_of_open_files_loses_no_bin(abid: Path) -> None:
     write_params({**bucket_params(source), **sizes})
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     for stage, text in {
-        "index": "index: 10000 bins; 0 records left out",
-        "subset": "subset: 6620 bins sampled",
+        "index": "index: 10000 bins; records rejected: 0",
+        "subset": "subset: 6620 bins in random order",
         "fetch": "fetch: 6620 photographs; 0 could not be fetched",
     }.items():
         command = f"ulimit -n 256 && exec {sys.executable} -m stages.{stage}"

@@ -35,7 +35,7 @@ from stages.scoring.evaluation import (
     per_quantity_table,
 )
 from stages.scoring.results import write_results
-from stages.scoring.verification import precision_table, roc_table
+from stages.scoring.verification import precision_table, rates_by_count, roc_table
 from tests.browser import PHONE, Browser, running_browser
 from tests.builders import bin_rows, write_params, write_resized, write_split
 
@@ -239,6 +239,7 @@ def write_model(
     alarms = alarm_rates(test.table(), test, 0.05)
     tables = {
         "alarms": alarms,
+        "alarms_by_count": rates_by_count(test.probabilities, test.actual, LABELS, 0.5),
         "calibration": calibration_table(test, test, 1.25),
         "confusion": confusion_table(test.confusion(), LABELS),
         "intervals": intervals,

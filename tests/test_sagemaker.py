@@ -285,7 +285,10 @@ def error_of(*arguments: str) -> str:
     ("how", "said"),
     [
         (("Failed", "Failed", "AlgorithmError:\n train vit: error: x"), "failed (AlgorithmError"),
-        (("Stopped", "MaxRuntimeExceeded"), "stopped (MaxRuntimeExceeded); a job with"),
+        (
+            ("Stopped", "MaxRuntimeExceeded"),
+            "has stopped (MaxRuntimeExceeded); another job with the same inputs continues",
+        ),
     ],
 )
 def test_a_job_that_fails_is_an_error_with_its_reason(
@@ -308,7 +311,7 @@ def test_a_job_with_other_inputs_is_refused_and_only_what_changed_is_sent_again(
     with Path("data/split.csv").open("a") as file:
         file.write("\n")
     attach = ["vit", "--bucket", BUCKET, "--attach", the_job().training_job_name]
-    assert "trained on other code, params or data than are here" in error_of(*attach)
+    assert "trained with other code, params or data than this checkout has" in error_of(*attach)
     assert not Path("models/vit").exists()
     sagemaker_files.upload(collect_inputs("vit", BUCKET), boto3.resource("s3"))
     assert f"sending {len(of_data)} of {len(files)} files" in capsys.readouterr().out
@@ -344,7 +347,7 @@ def test_a_dry_run_prints_the_request_and_sends_nothing(
             ["vit", "--bucket", "jobs", "--role", ROLE],
             "--bucket is jobs, but should be like s3://bucket/folder",
         ),
-        (["resnet34", *START[1:]], "models/pretrained/resnet34 is missing: `dvc pull"),
+        (["resnet34", *START[1:]], "models/pretrained/resnet34 is missing: run `dvc pull"),
         (["vit", "--bucket", "s3://other/bins", "--role", ROLE], "bucket does not exist"),
         (["vit", "--bucket", BUCKET, "--attach", "none"], "(ValidationException)"),
     ],

@@ -15,6 +15,7 @@ from stages.scoring.verification import (
     precision,
     precision_table,
     rates_at,
+    rates_by_count,
     right_probabilities,
     roc_curve,
     roc_metrics,
@@ -245,3 +246,32 @@ def test_the_table_of_the_roc_curve_has_points_of_it_from_end_to_end(
     assert points[-1] == (1, 1)
     assert table["false_alarms"].is_monotonic_increasing
     assert table["found"].is_monotonic_increasing
+
+
+def test_rates_by_count_worked_by_hand() -> None:
+    probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8]])
+
+    table = rates_by_count(probabilities, np.array([1, 1, 2]), [1, 2], 0.5)
+
+    # Of the bins with 1 item, the second is an alarm; so is the third, if its record says 1.
+    assert table.to_numpy().tolist() == [[1, 2, 0.5, 1.0], [2, 1, 0.0, 0.5]]
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.2, 0.6])
+def test_rates_by_count_are_those_of_all_claims_in_the_mean(threshold: float) -> None:
+    chance = np.random.default_rng(5)
+    labels = [1, 2, 5]
+    probabilities = chance.dirichlet([1, 1, 1], 90)
+    actual = chance.choice(labels, 90)
+
+    table = rates_by_count(probabilities, actual, labels, threshold)
+
+    rates = rates_at(make_claims(probabilities, actual, labels), threshold, np.ones(90))
+    right = table["right_records"]
+    assert np.average(table["false_alarms"], weights=right) == pytest.approx(rates.false_alarms)
+    assert np.average(table["found"], weights=90 - right) == pytest.approx(rates.found)
+
+
+def test_a_count_that_does_not_occur_has_no_false_alarms() -> None:
+    table = rates_by_count(np.array([[0.9, 0.1]]), np.array([1]), [1, 2], 0.5)
+    assert table["false_alarms"].isna().tolist() == [False, True]

@@ -165,7 +165,7 @@ def test_a_list_of_bins_runs_its_stages_when_it_changes(clone: Clone) -> None:
     )
     assert done.returncode != 0
     assert "there is no file lists/mine.csv" in done.stdout
-    assert "`git add lists/mine.csv` first" in done.stdout
+    assert "`git add lists/mine.csv`" in done.stdout
 
 
 def test_sweeps_run_in_the_queue(clone: Clone) -> None:

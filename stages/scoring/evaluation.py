@@ -24,6 +24,7 @@ from stages.scoring.verification import (
     make_claims,
     precision_table,
     rates_at,
+    rates_by_count,
     right_probabilities,
     roc_metrics,
     roc_table,
@@ -108,13 +109,15 @@ def evaluate_scores(
     """
     uncalibrated, test = test, test.calibrated(temperature)
     alarms = alarm_rates(validation, test, false_alarm)
-    measured = metrics_with_intervals(test, threshold=alarms["threshold"].iloc[0])
+    threshold = float(alarms["threshold"].iloc[0])
+    measured = metrics_with_intervals(test, threshold)
     confusion = test.confusion()
     pairs = zip(measured["metric"], measured["value"], strict=True)
     # A table of experiments has room for few columns; intervals.csv has the others.
     metrics = {name: value for name, value in pairs if not name.startswith("found_at_")}
     tables = {
         "alarms": alarms,
+        "alarms_by_count": rates_by_count(test.probabilities, test.actual, test.labels, threshold),
         "calibration": calibration_table(uncalibrated, test, temperature),
         "confusion": confusion_table(confusion, test.labels),
         "intervals": measured,

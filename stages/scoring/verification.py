@@ -85,6 +85,25 @@ def rates_at(claims: Claims, threshold: float, weights: Floats) -> Rates:
     return Rates(share(errors == 0), share(errors > 0), share(errors == 1), share(errors > 1))
 
 
+def rates_by_count(
+    probabilities: Floats, actual: Counts, labels: list[int], threshold: float
+) -> pd.DataFrame:
+    """A row per quantity: the shares of right and of wrong records with it that raise an alarm.
+
+    One threshold for all counts hides that wrong records of some counts are hardly ever found. The
+    share is missing if there are no such records.
+    """
+    alarms = probabilities < threshold
+    rows = []
+    for column, label in enumerate(labels):
+        right = actual == label
+        rates = [
+            alarms[chosen, column].mean() if chosen.any() else np.nan for chosen in (right, ~right)
+        ]
+        rows.append((label, int(right.sum()), *rates))
+    return pd.DataFrame(rows, columns=["quantity", "right_records", "false_alarms", "found"])
+
+
 def roc_curve(claims: Claims, weights: Floats) -> tuple[Floats, Floats]:
     """The share of false alarms and the share of wrong claims found, at every threshold."""
     of_claim = weights[claims.bins]

@@ -17,7 +17,7 @@ from stages.networks.release import SETTINGS, Release, load_release
 from stages.runtime.errors import UserError
 from stages.runtime.files import digest
 from stages.runtime.paths import MODELS
-from stages.scoring.verification import right_probabilities, threshold_for
+from stages.scoring.verification import rates_by_count, right_probabilities, threshold_for
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,12 @@ class Ensemble:
     def threshold(self, false_alarm: float) -> float:
         """The score below which this share of the correct validation records lies."""
         return threshold_for(right_probabilities(self.validation), false_alarm)
+
+    def flagged_by_count(self, threshold: float) -> pd.DataFrame:
+        """The table of rates_by_count for the validation bins."""
+        probabilities = self.validation[probability_columns(self.labels)].to_numpy()
+        actual = self.validation["actual"].to_numpy()
+        return rates_by_count(probabilities, actual, self.labels, threshold)
 
     def pixels(self, data: bytes) -> jpeg.Pixels:
         """A photograph as the resize stage prepares it, [size, size, 3]. Raises ImageError."""

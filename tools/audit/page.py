@@ -38,6 +38,8 @@ class Facts(NamedTuple):
     left_out: int = 0
     trained_on: int = 0
     warning: str = ""
+    #: By the count in the record: the shares of correct and of wrong records that are flagged.
+    by_count: Sequence[Mapping[Any, Any]] = ()
 
 
 def render_page(
@@ -97,7 +99,9 @@ def unjudged(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def percent(share: float) -> str:
-    """In whole percent; 0% and 100% only if they are exact."""
+    """In whole percent; 0% and 100% only if they are exact. A missing share is a dash."""
+    if share != share:  # noqa: PLR0124 - NaN
+        return "-"
     if 0 < share < 0.01:
         return "<1%"
     if 0.99 < share < 1:

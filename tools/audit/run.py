@@ -114,16 +114,18 @@ def gather_facts(
     false_alarm: float,
     left_out: int,
 ) -> Facts:
+    threshold = ensemble.threshold(false_alarm)
     return Facts(
         photographs=source.place,
         expected=counts.place,
         models=[path.name for path in ensemble.folders],
         validation_bins=len(ensemble.validation),
         false_alarm=false_alarm,
-        threshold=ensemble.threshold(false_alarm),
+        threshold=threshold,
         left_out=left_out,
         trained_on=len(training_ids(ensemble).intersection(source.ids)),
         warning=warn(table, false_alarm, ensemble.validation),
+        by_count=ensemble.flagged_by_count(threshold).to_dict("records"),
     )
 
 
