@@ -48,6 +48,9 @@ ERRORS = {
     Fault.DENIED: (403, "AccessDenied"),
     Fault.EXPIRED: (400, "InvalidArgument"),
 }
+#: What a store says is believed at once; what is damaged is read once more, and no more often.
+BELIEVED = {Fault.NOT_FOUND, Fault.DENIED}
+DAMAGES = {Fault.SHORT, Fault.GARBLED, Fault.CHANGED}
 _OF_OBJECTS = {Fault.NOT_FOUND, Fault.CHANGED}
 
 
@@ -85,6 +88,17 @@ def at_random(faults: list[Fault], share: float, seed: int) -> Plan:
         return chance.choice(possible) if possible and chance.random() < share else None
 
     return plan
+
+
+def passing(share: float, seed: int) -> Plan:
+    """Faults for so large a share of the requests that another attempt gets past all of them."""
+    plan = at_random([fault for fault in Fault if fault not in BELIEVED], share, seed)
+
+    def pass_again(request: Request) -> Fault | None:
+        fault = plan(request)
+        return None if fault in DAMAGES and request.number > 1 else fault
+
+    return pass_again
 
 
 def always(fault: Fault, name: str) -> Plan:

@@ -35,26 +35,26 @@ from tests.conftest import (
     write_params,
 )
 from tests.faults import (
+    BELIEVED,
+    DAMAGES,
     SECRET,
     Fault,
     FaultProxy,
     Plan,
-    Request,
     always,
     at_random,
     fault_proxy,
     no_faults,
     outage,
+    passing,
 )
 from tests.test_fetch import expected, fetched, prepare
 from tools.s3 import free_port, serving
 from tools.synthetic import SyntheticBin
 
 # Faults that another attempt may overcome. Refusals are final.
-PASSING: list[Fault] = [fault for fault in Fault if fault not in {Fault.NOT_FOUND, Fault.DENIED}]
+PASSING: list[Fault] = [fault for fault in Fault if fault not in BELIEVED]
 OF_LISTINGS: list[Fault] = [fault for fault in PASSING if fault is not Fault.CHANGED]
-# Faults after which an object is read only once more.
-DAMAGES = {Fault.SHORT, Fault.GARBLED, Fault.CHANGED}
 OUTAGES = [
     (index, Fault.SLOW_DOWN, "everything"),
     (index, Fault.STALL, "objects"),
@@ -154,13 +154,7 @@ def test_one_fault_of_any_kind_in_ten_requests_changes_no_byte(
     undisturbed: tuple[str, dict[str, bytes]],
     seed: int,
 ) -> None:
-    plan = at_random(PASSING, 0.1, seed)
-
-    def damage_once(request: Request) -> Fault | None:
-        fault = plan(request)
-        return None if fault in DAMAGES and request.number > 1 else fault
-
-    text = run_stages(bins, synthetic, damage_once, proxy)
+    text = run_stages(bins, synthetic, passing(0.1, seed), proxy)
     assert outputs() == undisturbed[1]
     assert re.sub("; retried .*", "", text) == undisturbed[0]
     # A late answer is not a failure, and the HTTP client itself may retry after a reset.
