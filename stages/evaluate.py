@@ -6,9 +6,10 @@ bins are used for measuring only.
 
 import numpy as np
 import pandas as pd
-import pyarrow.compute as pc
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stages.formats.items import ASINS, asins_by_bin
 from stages.formats.shards import whole_parquet
 from stages.formats.tables import read_csv
 from stages.imaging.loader import Bins, load_bins
@@ -72,14 +73,9 @@ def bins_with_siblings(sets: pd.DataFrame) -> set[str]:
 def bins_with_products(sets: pd.DataFrame) -> set[str]:
     """The test bins that share a product (an ASIN) with a bin of train or validation."""
     with whole_parquet(paths.INDEX):
-        index = pq.ParquetFile(paths.INDEX).read(["id", "items.list.element.asin"])
-    items = index["items"].combine_chunks()
-    products = pd.DataFrame(
-        {
-            "id": index["id"].take(pc.list_parent_indices(items)),
-            "asin": pc.struct_field(pc.list_flatten(items), "asin"),
-        }
-    )
+        index = pq.ParquetFile(paths.INDEX).read(["id", ASINS])
+    products = asins_by_bin(index)
+    products["id"] = index["id"].take(pa.array(products["bin"]))
     products = products.dropna().merge(sets[["id", "set"]], on="id")
     tested = products["set"] == "test"
     seen = products["asin"].isin(products.loc[~tested, "asin"])

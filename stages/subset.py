@@ -1,10 +1,10 @@
 """Choose the experiment's bins from the index: data/subset.parquet, with their sibling groups."""
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from stages.formats.items import ASINS, asins_by_bin
 from stages.formats.shards import whole_parquet, write_table
 from stages.runtime import paths
 from stages.runtime.command import run_stage
@@ -19,7 +19,7 @@ COLUMNS = ["id", "quantity", "group", "key", "size", "etag"]
 
 def main() -> str:
     params = load_params().subset
-    columns = ["id", "quantity", "items.list.element.asin", "key", "size", "etag"]
+    columns = ["id", "quantity", ASINS, "key", "size", "etag"]
     with whole_parquet(paths.INDEX):
         index = pq.ParquetFile(paths.INDEX).read(columns)
     grouped = with_groups(index, params.quantities)
@@ -36,16 +36,9 @@ def with_groups(index: pa.Table, quantities: list[int]) -> pa.Table:
 
     Empty bins join their neighbours only if the experiment has empty bins.
     """
-    items = index["items"].combine_chunks()
-    contents = pd.DataFrame(
-        {
-            "bin": pc.list_parent_indices(items),
-            "asin": pc.struct_field(pc.list_flatten(items), "asin"),
-        }
-    )
     empty = index.filter(pc.equal(index["quantity"], 0))["id"].to_pylist()
     ids = index["id"].to_pylist()
-    groups = sibling_groups(ids, contents, empty if 0 in quantities else ())
+    groups = sibling_groups(ids, asins_by_bin(index), empty if 0 in quantities else ())
     return index.append_column("group", pa.array(groups, pa.string())).select(COLUMNS)
 
 

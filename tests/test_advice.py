@@ -8,6 +8,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -37,13 +38,13 @@ INVALID = r"credentials are not valid there\. Check AWS_ACCESS_KEY_ID and AWS_SE
 @contextmanager
 def answering(
     status: int, body: bytes, context: ssl.SSLContext | None = None
-) -> Iterator[tuple[str, list[str]]]:
-    """A server with one answer to all requests. Yields its address and the requested paths."""
-    asked: list[str] = []
+) -> Iterator[tuple[str, list[Message]]]:
+    """A server with one answer to all requests. Yields its address and the requests' headers."""
+    asked: list[Message] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(self.path)
+            asked.append(self.headers)
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -184,6 +185,12 @@ def test_a_photograph_in_an_archive_is_named_with_s3s_code(
     assert reject == (archived, "refused: InvalidObjectState")
 
 
+def test_a_bucket_that_refuses_anonymous_reads_tells_what_to_set() -> None:
+    with answering(403, error_page("AccessDenied")) as (address, _):
+        text = message(at(f"http://{address}"))
+    assert re.search(r"s3://bins.*refuses access.*set bucket\.anonymous to false", text)
+
+
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the certificates of a private authority and of its server on loopback."""
@@ -261,27 +268,10 @@ def test_the_bucket_is_read_with_the_credentials_that_boto3_finds(
     else:
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a-key")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    headers = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            headers.append(self.headers["Authorization"])
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(OK)))
-            self.end_headers()
-            self.wfile.write(OK)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        source = at(f"http://127.0.0.1:{server.server_port}", anonymous=False)
-        list_objects(open_bucket(source), "metadata/")
-        server.shutdown()
-        thread.join()
-    (signed,) = headers
+    with answering(200, OK) as (address, asked):
+        list_objects(open_bucket(at(f"http://{address}", anonymous=False)), "metadata/")
+    (headers,) = asked
+    signed = headers["Authorization"]
     assert "Credential=a-key/" in signed
     # The region is the bucket's, not the profile's.
     assert "/us-east-1/s3/" in signed

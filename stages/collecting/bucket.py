@@ -20,7 +20,7 @@ Store = S3Store | LocalStore
 
 
 def open_bucket(bucket: params.Bucket) -> Store:
-    """Raises UserError where there is no such folder, or no credentials to sign requests with."""
+    """Raises UserError if there is no such folder, or no credentials to sign requests with."""
     parts = urlsplit(bucket.url)
     if parts.scheme == "file":
         folder = Path(unquote(parts.path))

@@ -39,9 +39,9 @@ def allow_open_files() -> None:
 
 
 def machine_error(error: BaseException) -> OSError | None:
-    """The error of this machine that is or caused this one; None where the input is at fault.
+    """The error of this machine that is or caused this one, or None if the input is at fault.
 
-    Some libraries say only in words what the system told them, or have exceptions of their own.
+    Some libraries repeat the system's message in an exception of their own.
     """
     seen: BaseException | None = error
     while seen is not None:

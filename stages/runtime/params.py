@@ -211,7 +211,7 @@ class Params(Block):
     evaluate: Evaluate
 
     def model(self, name: str) -> ModelParams:
-        """The train block of one model. Raises UserError where there is none."""
+        """The train block of one model. Raises UserError if there is none."""
         if name not in self.train:
             raise UserError(f"params.yaml has no train.{name}; it has {', '.join(self.train)}")
         return self.train[name]
@@ -311,7 +311,7 @@ def _wanted(problem: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """The value as YAML has it, where it is short and no password."""
+    """The value as in YAML, unless it is long or may be a password."""
     if isinstance(value, dict):
         return "a block of keys"
     if isinstance(value, list):

@@ -10,7 +10,7 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
-    """Raise UserError where the disk of `folder` has fewer than `needed` bytes free."""
+    """Raise UserError if the disk of `folder` has fewer than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(

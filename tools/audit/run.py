@@ -85,7 +85,7 @@ def leave_out_trained(source: Photographs, counts: Expected, ensemble: Ensemble)
 
 
 def announce(source: Photographs, counts: Expected, ensemble: Ensemble, trained: int) -> None:
-    """Print what will be compared, and what is left out, as are `trained` bins."""
+    """Print what will be compared, and what is left out: files, and `trained` bins."""
     if left_out := [*source.left_out, *counts.left_out]:
         print(
             f"audit: files left out, since their names are not ids: {len(left_out)}, like"
