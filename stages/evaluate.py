@@ -36,7 +36,7 @@ def main(model: str) -> str:
     evaluation = evaluate_scores(
         release.validation,
         test,
-        release.settings.temperature,
+        release.settings.folded_temperature,
         params.evaluate.false_alarm,
         shared={"siblings": bins_with_siblings(sets), "products": bins_with_products(sets)},
     )

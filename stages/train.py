@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from stages.formats.tables import write_csv
+from stages.formats.tables import read_csv, write_csv
 from stages.networks.classifier import build_classifier
 from stages.networks.inference import Scores, place
 from stages.networks.release import save_release
@@ -101,15 +101,15 @@ def publish(params: Params, model: str, trainer: Trainer, scores: Scores, folder
     """Write the model to `folder`, then publish it as models/<model>. `scores` are validation's."""
     # DVC's cache may have links to files of a killed run, which must not be overwritten.
     shutil.rmtree(folder, ignore_errors=True)
-    bins, probabilities = trainer.validation_bins, scores.probabilities.astype(np.float64)
+    ids, actual = trainer.validation_bins.ids, trainer.validation_bins.quantities
+    groups = read_csv(paths.SPLIT).set_index("id")["group"][ids]
     save_release(
         folder,
         trainer.trained,
         trainer.params,
         params.resize,
-        bins.ids,
-        bins.quantities,
-        probabilities,
+        pd.DataFrame({"id": ids, "group": groups.to_numpy(), "actual": actual}),
+        scores.probabilities.astype(np.float64),
         epoch=trainer.kept_epoch,
     )
     publish_folder(folder, paths.MODELS / model)

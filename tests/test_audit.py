@@ -90,6 +90,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     rows = bin_rows(QUANTITIES)
     ids, actual = [row["id"] for row in rows], np.array(QUANTITIES)
+    validation = pd.DataFrame({"id": ids, "group": ids, "actual": actual})
     pixels = torch.from_numpy(np.stack([jpeg.decode(row["image"]) for row in rows]))
     with one_torch_thread():
         for seed, name in enumerate(("one", "two")):
@@ -100,7 +101,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             probabilities[38] = np.roll(probabilities[38], 1)
             probabilities[39] = 0.2
             save_release(
-                folder / name, classifier, KNOBS, FORM, ids, actual, probabilities, epoch=1
+                folder / name, classifier, KNOBS, FORM, validation, probabilities, epoch=1
             )
     return folder
 

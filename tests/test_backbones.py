@@ -6,19 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from stages.networks.classifier import (
     Classifier,
+    divide_logits,
     freeze_backbone,
-    last_layer,
     load_classifier,
     logits_of,
+    output_layers,
     save_classifier,
 )
 from stages.runtime.errors import UserError
 from tests.builders import (
+    SIZE,
     TINY_CONVNEXT,
     TINY_RESNET,
     TINY_VIT,
@@ -31,7 +34,7 @@ from tests.builders import (
     weights_of,
 )
 
-# The library, the network's name or type, its config, and its last layer.
+# The library, the network's name or type, its config, and the layer that computes the scores.
 BACKBONES: list[tuple[str, str, dict[str, Any], str]] = [
     ("torchvision", "resnet18", {}, "fc"),
     ("torchvision", "squeezenet1_0", {}, "classifier.1"),
@@ -75,7 +78,7 @@ def train_one_step(classifier: Classifier) -> None:
     BACKBONES,
     ids=[f"{one[0]} {one[1]}" for one in BACKBONES],
 )
-def test_any_backbone_is_trained_frozen_saved_and_loaded(
+def test_any_backbone_is_trained_frozen_saved_loaded_and_calibrated(
     library: str, name: str, config: dict[str, Any], layer: str, tmp_path: Path
 ) -> None:
     if library == "torchvision":
@@ -102,8 +105,22 @@ def test_any_backbone_is_trained_frozen_saved_and_loaded(
     assert changed == [f"{layer}.weight", f"{layer}.bias"]
     assert equal(weights_of(loaded.network), last)
     torch.testing.assert_close(logits(loaded), before)
+    divide_logits(loaded, 1.7)
+    torch.testing.assert_close(logits(loaded), before / 1.7)
+
+
+def test_all_layers_that_compute_the_scores_are_calibrated() -> None:
+    """Networks that learned from a teacher average the scores of two layers."""
+    config = transformers.DeiTConfig(**TINY_VIT, num_labels=5)
+    network = transformers.DeiTForImageClassificationWithTeacher(config)
+    classifier = Classifier(network.eval(), [1, 2, 3, 4, 5], SIZE, [0.5] * 3, [0.5] * 3)
+    before = logits(classifier)
+
+    divide_logits(classifier, 1.7)
+
+    torch.testing.assert_close(logits(classifier), before / 1.7)
 
 
 def test_a_network_without_such_a_layer_is_a_user_error() -> None:
     with pytest.raises(UserError, match="no layer with one output for each label"):
-        last_layer(nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(4, 6)), 5)
+        output_layers(nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(4, 6)), 5)

@@ -61,8 +61,9 @@ def write_model(name: str) -> Path:
     folder = Path("models") / name
     # So sure that every other count is an alarm.
     sure = np.array([[1.0, 0, 0, 0, 0]])
+    bins = pd.DataFrame({"id": ["1"], "group": ["1"], "actual": [1]})
     form = Resize(size=SIZE, fit="pad", quality=90, max_rejects=0.0)
-    save_release(folder, random_classifier(KNOBS), KNOBS, form, ["1"], np.array([1]), sure, epoch=1)
+    save_release(folder, random_classifier(KNOBS), KNOBS, form, bins, sure, epoch=1)
     return folder
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -18,8 +19,13 @@ from tests.builders import TINY_VIT, logits, model_params, one_torch_thread, ran
 LABELS = [1, 3, 10]
 KNOBS = model_params("vit", config=TINY_VIT, pretrained=False)
 RESIZE = Resize(size=32, fit="pad", quality=85, max_rejects=0.0)
-IDS = ["00100", "100", "00007", "12345"]
-ACTUAL = np.array([1, 10, 3, 3])
+VALIDATION = pd.DataFrame(
+    {
+        "id": ["00100", "100", "00007", "12345"],
+        "group": ["00099", "100", "00007", "12345"],
+        "actual": [1, 10, 3, 3],
+    }
+)
 PROBABILITIES = np.array(
     [[0.75, 0.125, 0.125], [0.25, 0.25, 0.5], [0.5, 0.25, 0.25], [0.125, 0.75, 0.125]], np.float32
 )
@@ -34,7 +40,7 @@ def one_thread() -> Iterator[None]:
 
 def save(folder: Path) -> Path:
     classifier = random_classifier(KNOBS, LABELS)
-    save_release(folder, classifier, KNOBS, RESIZE, IDS, ACTUAL, PROBABILITIES, epoch=3)
+    save_release(folder, classifier, KNOBS, RESIZE, VALIDATION, PROBABILITIES, epoch=3)
     return folder
 
 
@@ -53,15 +59,14 @@ def test_a_folder_alone_gives_calibrated_probabilities(folder: Path) -> None:
     release = load_release(folder)
 
     temperature = fit_temperature(PROBABILITIES, np.array([0, 2, 1, 1]))
-    assert release.settings.temperature == temperature
+    assert release.settings.folded_temperature == temperature
     assert (release.settings.fit, release.settings.quality) == ("pad", 85)
-    assert torch.equal(logits(release.classifier), logits(random_classifier(KNOBS, LABELS)))
+    uncalibrated = logits(random_classifier(KNOBS, LABELS))
+    torch.testing.assert_close(logits(release.classifier), uncalibrated / temperature)
     expected = with_temperature(PROBABILITIES, temperature)
-    np.testing.assert_array_equal(release.calibrated(PROBABILITIES), expected)
     table = release.validation
-    assert list(table.columns) == ["id", "actual", "predicted", "p1", "p3", "p10"]
-    assert table["id"].tolist() == IDS
-    assert table["actual"].tolist() == ACTUAL.tolist()
+    assert list(table.columns) == ["id", "group", "actual", "predicted", "p1", "p3", "p10"]
+    pd.testing.assert_frame_equal(table[VALIDATION.columns], VALIDATION)
     assert table["predicted"].tolist() == [1, 10, 1, 3]
     np.testing.assert_allclose(table[["p1", "p3", "p10"]], expected, rtol=1e-5)
 
@@ -107,8 +112,8 @@ def without(path: Path, key: str) -> None:
     ("file", "damage", "reason"),
     [
         ("inference.json", lambda path: path.write_text("{"), "not JSON"),
-        ("inference.json", lambda path: without(path, "temperature"), "temperature: Field req"),
-        ("validation.csv", lambda path: path.write_text("id,actual\n1,1\n"), "it has no column p1"),
+        ("inference.json", lambda path: without(path, "folded_temperature"), "folded_temperature: Field req"),
+        ("validation.csv", lambda path: path.write_text("id,actual\n1,1\n"), "it has no column group"),
     ],
 )
 def test_what_is_damaged_beside_the_network_is_named(

@@ -48,23 +48,34 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
-def last_layer(network: nn.Module, labels: int) -> str:
-    """The name of the layer that computes the scores: the last with one output per label."""
-    names: list[str] = [
-        name
-        for name, module in network.named_modules()
+def output_layers(network: nn.Module, labels: int) -> list[nn.Module]:
+    """The layers that compute the scores: the last one with an output per label, and its equals.
+
+    Networks that learned from a teacher, like some of DeiT and LeViT, average two such layers.
+    """
+    layers = [
+        module
+        for module in network.modules()
         if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.shape[0] == labels
     ]
-    if not names:
+    if not layers:
         raise UserError("the network has no layer with one output for each label")
-    return names[-1]
+    return [layer for layer in layers if layer.weight.shape == layers[-1].weight.shape]
 
 
 def freeze_backbone(classifier: Classifier) -> None:
-    """Freeze everything except the last layer."""
+    """Freeze everything except the layers that compute the scores."""
     classifier.network.requires_grad_(requires_grad=False)
-    layer = last_layer(classifier.network, len(classifier.labels))
-    classifier.network.get_submodule(layer).requires_grad_()
+    for layer in output_layers(classifier.network, len(classifier.labels)):
+        layer.requires_grad_()
+
+
+@torch.no_grad()
+def divide_logits(classifier: Classifier, temperature: float) -> None:
+    """Change the weights so that all logits are divided by the temperature."""
+    for layer in output_layers(classifier.network, len(classifier.labels)):
+        for parameter in layer.parameters():
+            parameter.div_(temperature)
 
 
 def build_classifier(

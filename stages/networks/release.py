@@ -1,4 +1,4 @@
-"""A trained model's folder: the network, its preprocessing and its calibration."""
+"""A trained model's folder: the calibrated network, its preprocessing and validation scores."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +11,16 @@ from pydantic import Field, ValidationError
 
 from stages.formats.tables import read_csv, write_csv, write_json
 from stages.networks.calibration import (
-    Counts,
-    Floats,
     fit_temperature,
     probability_columns,
     with_temperature,
 )
-from stages.networks.classifier import Classifier, load_classifier, save_classifier
+from stages.networks.classifier import (
+    Classifier,
+    divide_logits,
+    load_classifier,
+    save_classifier,
+)
 from stages.networks.model_files import (
     CONFIG,
     PREPROCESSOR,
@@ -35,13 +38,14 @@ VALIDATION = "validation.csv"
 
 
 class Settings(Block):
-    """inference.json: what is needed for calibrated probabilities beside the network's own files.
+    """inference.json: where the network's own files come from.
 
+    The last layer is divided by `folded_temperature`, so the network's scores are calibrated.
     `epoch` is the one whose weights were kept, `fit` and `quality` are those of the resize stage,
     and `sha256` has the digest of each of FILES.
     """
 
-    temperature: Annotated[float, Field(gt=0)]
+    folded_temperature: Annotated[float, Field(gt=0)]
     epoch: Annotated[int, Field(ge=1)]
     fit: Literal["squeeze", "pad"]
     quality: int
@@ -50,19 +54,15 @@ class Settings(Block):
 
 @dataclass(frozen=True)
 class Release:
-    """A trained model with its calibration.
+    """A trained model, whose scores are calibrated.
 
-    `validation` has a row for each bin that calibrated it: id, actual, predicted, and the
-    calibrated probability p<label> of each label.
+    `validation` has a row for each bin that calibrated it: id, group (of siblings), actual,
+    predicted, and the calibrated probability p<label> of each label.
     """
 
     classifier: Classifier
     settings: Settings
     validation: pd.DataFrame
-
-    def calibrated(self, probabilities: NDArray[np.floating]) -> Floats:
-        """Calibrated probabilities [images, labels], from the softmax of the network's scores."""
-        return with_temperature(probabilities, self.settings.temperature)
 
 
 def save_release(
@@ -70,24 +70,25 @@ def save_release(
     classifier: Classifier,
     params: ModelParams,
     resize: Resize,
-    ids: list[str],
-    actual: Counts,
+    validation: pd.DataFrame,
     probabilities: NDArray[np.floating],
     *,
     epoch: int,
 ) -> None:
     """Calibrate a model on the validation bins, and write everything that is needed to use it.
 
-    `actual` [bins] are the quantities of these bins, `probabilities` [bins, labels] the softmax of
-    the network's scores, and `epoch` is the one whose weights the network has. The network is moved
-    to the CPU.
+    `validation` has the columns id, group and actual (the quantity), `probabilities` [bins, labels]
+    are the softmax of the network's scores, and `epoch` is the one whose weights the network has.
+    The network itself is calibrated, and moved to the CPU.
     """
-    save_classifier(classifier, params, folder, resize.fit)
     labels = np.array(classifier.labels)
-    targets = (actual[:, None] == labels).argmax(axis=1)
+    targets = (validation["actual"].to_numpy()[:, None] == labels).argmax(axis=1)
     temperature = fit_temperature(probabilities, targets)
+    # In the weights, so that every program that loads the model gives calibrated probabilities.
+    divide_logits(classifier, temperature)
+    save_classifier(classifier, params, folder, resize.fit)
     settings = Settings(
-        temperature=temperature,
+        folded_temperature=temperature,
         epoch=epoch,
         fit=resize.fit,
         quality=resize.quality,
@@ -95,8 +96,8 @@ def save_release(
     )
     write_json(folder / SETTINGS, settings.model_dump())
     calibrated = with_temperature(probabilities, temperature)
-    predicted = labels[calibrated.argmax(axis=1)]
-    table = pd.DataFrame({"id": ids, "actual": actual, "predicted": predicted})
+    table = validation[["id", "group", "actual"]].copy()
+    table["predicted"] = labels[calibrated.argmax(axis=1)]
     table[probability_columns(classifier.labels)] = calibrated
     # With all digits, because thresholds are chosen among these probabilities, and those of a
     # confident model differ in the last digits only.
@@ -125,7 +126,7 @@ def _read_settings(path: Path) -> Settings:
 
 def _read_validation(path: Path, labels: list[int]) -> pd.DataFrame:
     table = read_csv(path)
-    wanted = {"id", "actual", "predicted", *probability_columns(labels)}
+    wanted = {"id", "group", "actual", "predicted", *probability_columns(labels)}
     if missing := sorted(wanted - set(table.columns)):
         raise damaged(path, f"it has no column {missing[0]}")
     return table

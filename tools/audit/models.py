@@ -89,7 +89,7 @@ class Ensemble:
         for release, normalized in zip(self.releases, self._normalizers, strict=True):
             with inference.autocast(self.device):
                 logits = release.classifier.logits(normalized(scaled))
-            found.append(release.calibrated(logits.float().softmax(1).cpu().numpy()))
+            found.append(logits.double().softmax(1).cpu().numpy())
         mean: Floats = np.mean(found, axis=0)
         return mean
 
