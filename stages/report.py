@@ -25,12 +25,20 @@ from stages.reporting.figures import Picture, Tables, draw_figures
 from stages.reporting.page import PUBLISHED, PUBLISHED_CURVES, REPORT, embedded, render
 from stages.runtime import paths
 from stages.runtime.command import run_stage
-from stages.runtime.errors import UserError
 from stages.runtime.files import write_bytes, write_text
 from stages.runtime.params import load_params
 from stages.runtime.work import publish_folder, scratch
+from stages.scoring.bins import majority_quantity, read_bins
 from stages.scoring.comparison import compare_models
-from stages.scoring.results import METRICS, read_metrics, read_tables
+from stages.scoring.results import (
+    CURVES,
+    ENSEMBLE,
+    METRICS,
+    PLOTS,
+    evaluated,
+    read_metrics,
+    read_tables,
+)
 
 COMPARISON = paths.REPORTS / "comparison.csv"
 FIGURES = paths.REPORTS / "figures"
@@ -39,24 +47,24 @@ PAGE = paths.REPORTS / "index.html"
 
 def main() -> str:
     params = load_params()
-    results = {m: read_metrics(paths.REPORTS / m) for m in params.train if is_evaluated(m)}
-    if not results:
-        raise UserError(
-            "no model has been evaluated: run `dvc repro`, which writes reports/<model>"
-        )
-    tables = tables_by_name(list(results))
+    networks = evaluated(params.train)
+    models = [*networks, ENSEMBLE]
+    results = {model: read_metrics(paths.REPORTS / model) for model in models}
+    tables = tables_by_name(networks)
     bins = read_bins()
-    comparison = compare_models(tables["predictions"], bins.set_index("id")["group"])
+    comparison = compare_models(tables["predictions"])
     write_csv(COMPARISON, comparison)
-    majority = int(bins.loc[bins["set"] == "train", "quantity"].mode().iloc[0])
-    by_majority = majority_metrics(tables["predictions"], majority)
+    majority = majority_quantity(bins)
+    by_majority = majority_metrics(tables["predictions"][ENSEMBLE], majority)
     published_curves = pd.read_csv(PUBLISHED_CURVES)
     figures = draw_figures(bins, by_majority["accuracy"], tables, published_curves)
     write_figures(figures)
-    doubted, some = doubtful(tables), sample(tables["predictions"], params.split.seed)
+    doubted = doubtful(tables["predictions"][ENSEMBLE], tables["validation"][ENSEMBLE])
+    some = sample(tables["predictions"], params.split.seed)
     page = render(
         REPORT,
         params=params,
+        networks=networks,
         # Test only measures, so validation chooses the model of the headline.
         best=max(results, key=lambda model: results[model]["validation_accuracy"]),
         results=results,
@@ -66,7 +74,7 @@ def main() -> str:
         comparison=comparison.to_dict("records"),
         leaks=read_json(paths.LEAKS),
         published=read_csv(PUBLISHED).to_dict("records"),
-        has_published_curves=bool(published_curves["model"].isin(results.keys()).any()),
+        has_published_curves=bool(published_curves["model"].isin(networks).any()),
         figures=figures,
         tables=tables,
         doubtful=doubted,
@@ -76,27 +84,19 @@ def main() -> str:
         sampled=pq.read_metadata(paths.SUBSET).num_rows,
         unusable=len(read_rejects(paths.QUARANTINE)),
         sets=bins["set"].value_counts().to_dict(),
-        training=training_settings(params, list(results)),
-        digests={path.as_posix(): md5(path) for path in identifying_files(results)},
+        training=training_settings(params, networks),
+        digests={path.as_posix(): md5(path) for path in identifying_files(models)},
     )
     write_text(PAGE, page)
     return f"open {PAGE} in a browser"
 
 
-def is_evaluated(model: str) -> bool:
-    return (paths.REPORTS / model / METRICS).exists()
-
-
-def tables_by_name(models: Sequence[str]) -> Tables:
-    of_model = {model: read_tables(paths.REPORTS / model) for model in models}
-    return {name: {m: of_model[m][name] for m in models} for name in of_model[models[0]]}
-
-
-def read_bins() -> pd.DataFrame:
-    """The bins of all sets, with the columns id, quantity, set and group."""
-    with whole_parquet(paths.SUBSET):
-        subset = pd.read_parquet(paths.SUBSET, columns=["id", "quantity"])
-    return subset.merge(read_csv(paths.SPLIT), on="id")
+def tables_by_name(networks: Sequence[str]) -> Tables:
+    """The tables of all models by name, then by model; only networks have curves."""
+    of_model = {name: read_tables(paths.REPORTS / name, (*PLOTS, CURVES)) for name in networks}
+    of_model[ENSEMBLE] = read_tables(paths.REPORTS / ENSEMBLE)
+    names = of_model[networks[0]]
+    return {name: {m: of[name] for m, of in of_model.items() if name in of} for name in names}
 
 
 def write_figures(figures: Mapping[str, Picture]) -> None:
@@ -118,7 +118,7 @@ def read_photographs(ids: Sequence[str]) -> dict[str, str]:
     return photographs
 
 
-def identifying_files(models: Mapping[str, object]) -> list[Path]:
+def identifying_files(models: Sequence[str]) -> list[Path]:
     """The inputs that tell this run from others, and whose MD5s are in dvc.lock."""
     return [paths.SUBSET, paths.SPLIT, *(paths.REPORTS / model / METRICS for model in models)]
 

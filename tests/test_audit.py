@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
@@ -30,6 +31,8 @@ from stages.networks.classifier import Classifier
 from stages.networks.model_files import digests
 from stages.networks.release import FILES, SETTINGS, VALIDATION, load_release, save_release
 from stages.runtime.params import Resize
+from stages.scoring.ensemble import average, ensemble_temperature
+from stages.scoring.scored import Scored
 from stages.scoring.verification import threshold_for
 from tests.builders import (
     SIZE,
@@ -100,9 +103,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             # The model gets one bin wrong, and has no idea about another.
             probabilities[38] = np.roll(probabilities[38], 1)
             probabilities[39] = 0.2
-            save_release(
-                folder / name, classifier, KNOBS, FORM, validation, probabilities, epoch=1
-            )
+            save_release(folder / name, classifier, KNOBS, FORM, validation, probabilities, epoch=1)
     return folder
 
 
@@ -199,10 +200,8 @@ def test_the_chosen_share_of_correct_records_becomes_alarms(
     assert f"probability below {100 * threshold:.3g}%" in Path("audit/index.html").read_text()
 
 
-def right_scores(*folders: Path) -> Any:
-    tables = [read_csv(folder / VALIDATION) for folder in folders]
-    mean = np.mean([table[COLUMNS].to_numpy() for table in tables], axis=0)
-    return mean[np.arange(40), tables[0]["actual"] - 1]
+def right_scores(folder: Path) -> Any:
+    return Scored.from_table(read_csv(folder / VALIDATION)).right_scores
 
 
 def test_models_are_averaged_and_agree_with_evaluation(run: Run, models: Path) -> None:
@@ -214,19 +213,27 @@ def test_models_are_averaged_and_agree_with_evaluation(run: Run, models: Path) -
     with full_precision():
         run("shards", "--false-alarm", 0.4)
         releases = [load_release(models / name) for name in ("one", "two")]
-        one, two = (
-            release.calibrated(
-                inference.evaluate(release.classifier, bins, 7).probabilities.astype(float)
+        members = [
+            Scored(
+                bins.ids,
+                bins.ids,
+                bins.quantities,
+                inference.evaluate(release.classifier, bins, 7).probabilities.astype(float),
+                LABELS,
             )
             for release in releases
-        )
+        ]
 
-    found = audited().set_index("id").loc[bins.ids, COLUMNS].to_numpy()
-    assert np.abs(found - (one + two) / 2).max() < 1e-5
-    assert np.abs(one - two).max() > 0.01
-    of_mean = threshold_for(right_scores(models / "one", models / "two"), 0.4)
+    validation = [Scored.from_table(release.validation) for release in releases]
+    temperature = ensemble_temperature(validation)
+    assert temperature != pytest.approx(1, abs=0.01)
+    expected = average(members).with_temperature(temperature)
+    found = audited().set_index("id").loc[expected.ids, COLUMNS].to_numpy()
+    assert np.abs(found - expected.probabilities).max() < 1e-5
+    assert np.abs(members[0].probabilities - members[1].probabilities).max() > 0.01
+    of_ensemble = average(validation).with_temperature(temperature).right_scores
     page = Path("audit/index.html").read_text()
-    assert f"probability below {100 * of_mean:.3g}%" in page
+    assert f"probability below {100 * threshold_for(of_ensemble, 0.4):.3g}%" in page
     assert "Models (averaged): one, two." in page
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -196,7 +197,7 @@ def test_alarms_are_below_the_threshold_and_equal_scores_in_the_order_of_their_i
     scored.loc[3, "p1"] = 1e-21
     expected = Expected("", counts=dict.fromkeys(ids, 1))
 
-    table = audit_table(scored, expected, [1, 2], threshold=1e-20)
+    table = audit_table(scored, expected, [1, 2], np.array([1e-20, 1e-20]))
 
     assert table["id"].tolist() == ["a", *sorted(set(ids) - {"a"})]
     assert table["alarm"].tolist() == ["yes"] + ["no"] * 303

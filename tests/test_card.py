@@ -10,7 +10,6 @@ from huggingface_hub import ModelCard
 
 from stages.runtime.params import Params
 from stages.scoring.card import LISTED, model_card
-from stages.scoring.verification import precision_table
 from tests.conftest import changed_params
 
 INTERVALS = pd.DataFrame(
@@ -24,9 +23,15 @@ INTERVALS = pd.DataFrame(
 )
 RATES = ["false_alarms", "found", "found_off_by_one", "found_off_by_more"]
 ALARMS = pd.DataFrame(
-    [("chosen", 0.07654, 0.0512, 0.4321, 0.3141, 0.5926), ("1%", 0.01, 0.01, 0.0, 0.0, 0.0)],
-    columns=["alarms", "threshold", *RATES],
+    [("chosen", 0.0512, 0.4321, 0.3141, 0.5926), ("1%", 0.01, 0.0, 0.0, 0.0)],
+    columns=["alarms", *RATES],
 )
+BY_COUNT = pd.DataFrame({"quantity": [1, 2], "threshold": [0.07654, 0.07654]})
+PRECISION = pd.DataFrame(
+    [(0.001, 0.008, 0.007, 0.009), (0.01, 0.078, 0.07, 0.09), (0.05, 0.308, 0.29, 0.33)],
+    columns=["wrong_records", "precision", "low", "high"],
+)
+PRECISION["bins_per_find"] = 1 / PRECISION["precision"]
 OVERLAP = pd.DataFrame(
     [
         ("siblings", "with", 1234, 0.612, 0.6, 0.624),
@@ -43,7 +48,8 @@ CALIBRATION = pd.DataFrame(
 TABLES = {
     "intervals": INTERVALS,
     "alarms": ALARMS,
-    "precision": precision_table(ALARMS, 22_000),
+    "alarms_by_count": BY_COUNT,
+    "precision": PRECISION,
     "overlap": OVERLAP,
     "calibration": CALIBRATION,
 }
@@ -143,8 +149,9 @@ def test_the_text_says_what_was_found_and_what_it_is_good_for() -> None:
     for said in (
         "188,100 bins to train, 9,900 to calibrate and choose thresholds, 22,000 to test",
         "temperature of 1.235, fitted on validation",
-        "The intervals of `found` and `false_alarms` take the threshold as given.",
-        "Claims whose probability is below 0.0765 are alarms",
+        "The intervals of `found`, `false_alarms` and precision take the threshold as given.",
+        "Wrong records are those of the same bin before or after a pick, as if that was not",
+        "Records whose count has a probability below 0.0765 are alarms",
         "5.1% of right records are alarms, and 43.2% of wrong ones",
         "(31.4% of those off by one, 59.3% of those off by more)",
         "the 1,234 test bins with siblings in train or validation: 61.2% (60.0 to 62.4)",
@@ -156,6 +163,14 @@ def test_the_text_says_what_was_found_and_what_it_is_good_for() -> None:
         assert said in text
 
 
+def test_thresholds_of_each_count_are_named() -> None:
+    by_count = BY_COUNT.assign(threshold=[0.07654, 0.1])
+
+    text = plain(card_of(tables={"alarms_by_count": by_count}))
+
+    assert "a probability below 0.0765 (of 1), 0.1 (of 2) are alarms" in text
+
+
 @pytest.mark.parametrize(("model", "has"), [("vit", True), ("resnet34", False)])
 def test_a_model_of_transformers_names_its_pipeline(model: str, has: bool) -> None:
     said = f'`transformers.pipeline("image-classification", "models/{model}")` counts the items'
@@ -164,11 +179,11 @@ def test_a_model_of_transformers_names_its_pipeline(model: str, has: bool) -> No
 
 def test_a_model_that_finds_nothing_and_has_no_siblings_has_a_card() -> None:
     nothing = ALARMS.assign(**dict.fromkeys(RATES, 0.0))
-    precision = precision_table(nothing, 22_000)
+    precision = PRECISION.assign(precision=0.0, low=0.0, high=0.0, bins_per_find=np.inf)
 
     text = card_of(tables={"alarms": nothing, "precision": precision, "overlap": OVERLAP[1:]})
 
-    assert "| 0.1% | 0.00% | - |" in text
+    assert "| 0.1% | 0.00% | 0.00% to 0.00% | - |" in text
     assert "test bins with siblings" not in text
 
 
@@ -177,8 +192,6 @@ def test_each_metric_and_each_precision_has_a_row() -> None:
 
     for name, value, low, high in INTERVALS.itertuples(index=False):
         assert f"| {name} | {value:.4f} | {low:.4f} to {high:.4f} |" in rows
-    for share in (0.001, 0.01, 0.05):
-        # The precision at the chosen threshold.
-        precision = share * 0.4321 / (share * 0.4321 + (1 - share) * 0.0512)
-        assert f"| {100 * share:g}% | {100 * precision:.2f}% | {1 / precision:.0f} |" in rows
+    assert "| 0.1% | 0.80% | 0.70% to 0.90% | 125 |" in rows
+    assert "| 5% | 30.80% | 29.00% to 33.00% | 3 |" in rows
     assert len(rows) == 2 * 2 + len(INTERVALS) + 3

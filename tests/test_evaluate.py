@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import sklearn.metrics
 import torch
@@ -24,6 +25,7 @@ from stages.networks.release import load_release, save_release
 from stages.runtime.errors import UserError
 from stages.runtime.params import load_params
 from stages.scoring import evaluation, results
+from stages.scoring.bins import majority_quantity
 from stages.scoring.bootstrap import intervals
 from tests.builders import (
     SIZE,
@@ -56,7 +58,7 @@ TABLES = [
     "precision",
     "predictions",
 ]
-TABLES += ["reliability_uncalibrated", "validation"]
+TABLES += ["reliability_uncalibrated", "sibling_differences", "validation"]
 CARD = "../../models/vit.md"
 OUTPUTS = [*PLOTS, "metrics.json", *(f"tables/{name}.csv" for name in TABLES), CARD]
 
@@ -88,6 +90,8 @@ def write_data(rows: list[dict[str, Any]], sets: list[str] = SETS) -> None:
     """
     write_resized(Path("data/resized"), rows)
     ids = [row["id"] for row in rows]
+    subset = {"id": ids, "quantity": [row["quantity"] for row in rows]}
+    write_table(Path("data/subset.parquet"), pa.table(subset))
     write_split(Path("data/split.csv"), dict(zip(ids, sets, strict=True)), {"00034": "00001"})
     contents = {row["id"]: (row["quantity"], [f"ASIN {row['id']}"]) for row in rows}
     contents[ids[-1]][1].append(f"ASIN {ids[0]}")
@@ -105,6 +109,7 @@ def write_settings(**changes: Any) -> None:
         "resize.fit": "pad",
         "evaluate.batch_size": 3,
         "evaluate.false_alarm": 0.3,
+        "evaluate.errors": "uniform",
     }
     write_params(
         Path(), settings | {key.replace("__", "."): value for key, value in changes.items()}
@@ -118,14 +123,13 @@ def write_model() -> None:
     )
     classifier = random_classifier(KNOBS, [1, 2, 3])
     fit(classifier, next(load_batches(bins, [np.arange(len(bins))])).images, bins.quantities - 1)
-    scores = score(classifier, validation, 100)
+    scores, ids = score(classifier, validation, 100), validation.ids
     save_release(
         Path("models/vit"),
         classifier,
         KNOBS,
         load_params().resize,
-        validation.ids,
-        validation.quantities,
+        pd.DataFrame({"id": ids, "group": ids, "actual": validation.quantities}),
         scores.probabilities.astype(np.float64),
         epoch=1,
     )
@@ -199,20 +203,19 @@ def test_each_test_bin_has_a_row_with_its_calibrated_scores() -> None:
 
     table = table_of("predictions")
 
-    assert table.columns.tolist() == ["id", "actual", "predicted", *COLUMNS]
+    assert table.columns.tolist() == ["id", "group", "actual", "predicted", *COLUMNS]
     assert table["id"].tolist() == ["00034", "00035", "00036", "00037", "2", "00100", "100"]
     assert table["actual"].tolist() == TEST
-    expected = release.calibrated(scores.probabilities.astype(np.float64))
-    np.testing.assert_allclose(table[COLUMNS], expected, atol=1e-5)
-    assert table["predicted"].tolist() == (expected.argmax(axis=1) + 1).tolist()
+    np.testing.assert_allclose(table[COLUMNS], scores.probabilities, rtol=1e-12)
+    assert table["predicted"].tolist() == (scores.probabilities.argmax(axis=1) + 1).tolist()
     calibration = table_of("calibration")
-    assert calibration["nll"].iloc[0] == pytest.approx(scores.loss, rel=1e-4)
+    assert calibration["nll"].iloc[1] == pytest.approx(scores.loss, rel=1e-4)
     assert calibration["temperature"].iloc[1] == pytest.approx(
-        release.settings.temperature, rel=1e-5
+        release.settings.folded_temperature, rel=1e-5
     )
-    # All digits are the same, because thresholds are chosen among these probabilities.
-    expected = release.calibrated(validation.probabilities.astype(np.float64))
-    np.testing.assert_allclose(release.validation[COLUMNS], expected, rtol=1e-12)
+    # The saved network gives the calibrated probabilities that its thresholds are chosen among.
+    found = release.validation[COLUMNS]
+    np.testing.assert_allclose(found, validation.probabilities, rtol=1e-5)
     pd.testing.assert_frame_equal(table_of("validation"), release.validation)
 
 
@@ -221,7 +224,7 @@ def test_the_metrics_are_those_of_the_predictions() -> None:
     table, validation = table_of("predictions"), table_of("validation")
     actual, predicted = table["actual"], table["predicted"]
     wrong = actual.to_numpy()[:, None] != [1, 2, 3]
-    alarms = table[COLUMNS].to_numpy() < table_of("alarms")["threshold"][0]
+    alarms = table[COLUMNS].to_numpy() < table_of("alarms_by_count")["threshold"][0]
 
     values = metrics()
 
@@ -283,8 +286,8 @@ def test_test_chooses_no_threshold(
 
     evaluate.main("vit")
 
-    thresholds = [table_of("alarms", folder)["threshold"][0] for folder in (other, evaluated)]
-    assert thresholds[0] == thresholds[1]
+    thresholds = [table_of("alarms_by_count", folder)["threshold"] for folder in (other, evaluated)]
+    assert thresholds[0].tolist() == thresholds[1].tolist()
     # The measurements on test differ.
     before, after = files_of(evaluated), files_of(other)
     for name in ("metrics.json", "roc.csv", "tables/predictions.csv", CARD):
@@ -342,11 +345,11 @@ def test_the_folder_of_tables_is_whole_or_absent(
 ) -> None:
     written = []
 
-    def write_some(path: Path, table: pd.DataFrame) -> None:
+    def write_some(path: Path, table: pd.DataFrame, digits: int) -> None:
         written.append(path)
         if len(written) > place:
             raise OSError("no more")
-        write_csv(path, table)
+        write_csv(path, table, digits)
 
     monkeypatch.setattr(results, "write_csv", write_some)
 
@@ -360,14 +363,9 @@ def test_the_folder_of_tables_is_whole_or_absent(
     ("in_train", "majority"), [([1, 3, 3, 2], 3), ([5, 4, 4, 5, 1], 4), ([2], 2)]
 )
 def test_the_majority_is_trains_most_frequent_and_the_smaller_of_equals(
-    in_train: list[int], majority: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    in_train: list[int], majority: int
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    rows = bin_rows([*in_train, 1, 1, 1, 1, 1, 1])
-    # The last bin is in no set, so it is not counted.
-    names = ["train"] * len(in_train) + ["validation"] * 3 + ["test"] * 2
-    write_resized(Path("data/resized"), rows)
-    ids = [row["id"] for row in rows[:-1]]
-    write_split(Path("data/split.csv"), dict(zip(ids, names, strict=True)))
+    sets = ["train"] * len(in_train) + ["validation"] * 3 + ["test"] * 2
+    bins = pd.DataFrame({"quantity": [*in_train, 1, 1, 1, 1, 1], "set": sets})
 
-    assert evaluate.majority_quantity(read_csv(Path("data/split.csv"))) == majority
+    assert majority_quantity(bins) == majority

@@ -10,18 +10,22 @@ import pytest
 import sklearn.metrics
 from scipy.special import log_softmax, softmax
 
+from stages.runtime.params import Evaluate, Threshold
 from stages.scoring import evaluation
 from stages.scoring.bootstrap import group_weights, intervals
+from stages.scoring.claims import Claims
 from stages.scoring.comparison import compare_models
 from stages.scoring.evaluation import (
     Evaluation,
-    Scored,
     accuracy_by_overlap,
     alarm_rates,
+    claims_about,
     evaluate_scores,
     metrics_with_intervals,
     overlap_table,
+    precision_table,
 )
+from stages.scoring.scored import Scored
 from stages.scoring.verification import rates_at, roc_metrics
 from tests.conftest import REPOSITORY
 
@@ -37,9 +41,12 @@ METRICS += [
     "found_at_5",
     "found_at_10",
 ]
-METRICS += ["found", "false_alarms"]
+METRICS += ["auroc_off_by_one", "found", "false_alarms"]
+PRECISION = ["precision_at_0.001", "precision_at_0.01", "precision_at_0.05"]
 PROBABILISTIC = {"rmse_of_mean", "rps", "nll", "calibration_error"}
 SAMPLES = 100
+PARAMS = Evaluate(batch_size=1, false_alarm=0.25, errors="picks", threshold="global")
+DIFFERENCES = pd.DataFrame({"items_off": [1, 2], "pairs": [3, 1], "share": [0.75, 0.25]})
 
 
 @pytest.fixture(autouse=True)
@@ -78,8 +85,13 @@ def random_scores(seed: int, bins: int = 60) -> Scored:
 def evaluated(
     test: Scored, validation: Scored | None = None, temperature: float = 1.0
 ) -> Evaluation:
-    table = (validation or by_hand()).table()
-    return evaluate_scores(table, test, temperature, 0.25, {"siblings": set()})
+    return evaluate_scores(
+        validation or by_hand(), test, temperature, PARAMS, DIFFERENCES, {"siblings": set()}, 2
+    )
+
+
+def picked(scored: Scored) -> Claims:
+    return claims_about(scored, "picks", DIFFERENCES)
 
 
 def test_a_table_has_a_row_per_bin_and_its_labels_need_not_be_in_order() -> None:
@@ -88,15 +100,18 @@ def test_a_table_has_a_row_per_bin_and_its_labels_need_not_be_in_order() -> None
 
     table = scored.table()
 
-    assert table.columns.tolist() == ["id", "actual", "predicted", "p3", "p5", "p2"]
-    assert table.iloc[0].tolist() == ["00001", 2, 2, 0.1, 0.2, 0.7]
-    assert table.iloc[1].tolist() == ["1", 3, 5, 0.3, 0.6, 0.1]
+    assert table.columns.tolist() == ["id", "group", "actual", "predicted", "p3", "p5", "p2"]
+    assert table.iloc[0].tolist() == ["00001", "a", 2, 2, 0.1, 0.2, 0.7]
+    assert table.iloc[1].tolist() == ["1", "b", 3, 5, 0.3, 0.6, 0.1]
+    again = Scored.from_table(table)
+    pd.testing.assert_frame_equal(again.table(), table)
+    assert again.right_scores.tolist() == [0.7, 0.3]
 
 
 def test_calibrating_changes_confidence_and_nothing_else() -> None:
     scored = random_scores(0)
 
-    calibrated = scored.calibrated(2.0)
+    calibrated = scored.with_temperature(2.0)
 
     assert calibrated.predicted.tolist() == scored.predicted.tolist()
     assert (calibrated.ids, calibrated.groups) == (scored.ids, scored.groups)
@@ -110,21 +125,24 @@ def test_calibrating_changes_confidence_and_nothing_else() -> None:
 def test_metrics_have_intervals_of_sibling_groups() -> None:
     scored = random_scores(3)
 
-    table = metrics_with_intervals(scored, threshold=0.2)
+    claims = picked(scored)
+    table = metrics_with_intervals(scored, claims, np.full(3, 0.2))
 
     assert table.columns.tolist() == ["metric", "value", "low", "high"]
-    assert table["metric"].tolist() == METRICS
+    assert table["metric"].tolist() == [*METRICS, *PRECISION]
     rows = table.set_index("metric")
-    rates = rates_at(scored.claims, 0.2, np.ones(60))
-    values = scored.metrics() | roc_metrics(scored.claims, np.ones(60))
+    rates = rates_at(claims, np.full(3, 0.2), np.ones(60))
+    values = scored.metrics() | roc_metrics(claims, np.ones(60))
+    near = roc_metrics(claims.off_by_at_most(1), np.ones(60))
+    values |= {"auroc_off_by_one": near["auroc"]}
     values |= {"found": rates.found, "false_alarms": rates.false_alarms}
-    assert rows["value"].to_dict() == pytest.approx(values)
+    assert rows["value"][list(values)].to_dict() == pytest.approx(values)
     right = scored.predicted == scored.actual
     resampled = group_weights(scored.groups, SAMPLES)
     samples = [np.average(right, weights=weights) for weights in resampled]
     found = (rows["low"]["accuracy"], rows["high"]["accuracy"])
     assert found == pytest.approx(tuple(np.quantile(samples, [0.025, 0.975])))
-    for name in ("accuracy", "rmse", "rps", "nll", "auroc", "found", "false_alarms"):
+    for name in ("accuracy", "rmse", "rps", "nll", "auroc", "found", "false_alarms", *PRECISION):
         assert rows["low"][name] < rows["value"][name] < rows["high"][name], name
 
 
@@ -141,7 +159,8 @@ def confident(seed: int, sharper: float, bins: int = 662) -> Scored:
 
 def calibration_intervals(sharper: float) -> pd.DataFrame:
     """The rows of the calibration error for 24 samples of bins."""
-    tables = [metrics_with_intervals(confident(seed, sharper), 0.2) for seed in range(24)]
+    several = [confident(seed, sharper) for seed in range(24)]
+    tables = [metrics_with_intervals(one, picked(one), np.full(3, 0.2)) for one in several]
     return pd.concat([table[table["metric"] == "calibration_error"] for table in tables])
 
 
@@ -232,36 +251,64 @@ def test_each_kind_of_overlap_has_its_rows() -> None:
 
 
 def test_alarm_rates_worked_by_hand() -> None:
-    # One of validation's four right claims may be an alarm, so the second lowest is the threshold.
-    table = alarm_rates(by_hand().table(), by_hand(), 0.25)
+    claims = claims_about(by_hand(), "uniform", DIFFERENCES)
+
+    table = alarm_rates(by_hand(), claims, np.full(3, 0.5), "global")
 
     assert table["alarms"].tolist() == ["chosen", "1%", "5%", "10%"]
     # These shares of test's four right claims are less than one, so the lowest is the threshold.
-    assert table["threshold"].tolist() == pytest.approx([0.5, 0.25, 0.25, 0.25])
     # One of the eight wrong claims scores 0.5 and raises no alarm; five score below 0.25.
     assert table["false_alarms"].tolist() == [0.25, 0, 0, 0]
     assert table["found"].tolist() == pytest.approx([7 / 8, 5 / 8, 5 / 8, 5 / 8])
 
 
-def test_validation_chooses_the_first_threshold_and_test_only_measures() -> None:
+def test_wrong_records_miss_a_pick_or_are_wrong_in_any_way() -> None:
+    scored = by_hand()
+
+    # Bins 00001 and 00002 are siblings with 1 and 2 items. The other two bins have 3 items, and are
+    # claimed to have 2 in three quarters of the cases.
+    of_picks = rates_at(picked(scored), np.full(3, 0.3), np.ones(4))
+    assert of_picks.found == pytest.approx((1 + 1 + 1 + 0.25) / 4)
+    of_all = rates_at(claims_about(scored, "uniform", DIFFERENCES), np.full(3, 0.3), np.ones(4))
+    assert of_all.found == pytest.approx((2 + 1 + 2 + 1) / 8)
+
+
+def test_the_precision_table_says_how_many_bins_to_look_at() -> None:
+    measured = pd.DataFrame(
+        {"metric": PRECISION, "value": [0.0, 0.2, 0.5], "low": [0, 0.1, 0.3], "high": [0, 0.4, 0.6]}
+    )
+
+    table = precision_table(measured)
+
+    assert table.columns.tolist() == ["wrong_records", "precision", "low", "high", "bins_per_find"]
+    assert table["wrong_records"].tolist() == [0.001, 0.01, 0.05]
+    assert table["precision"].tolist() == [0.0, 0.2, 0.5]
+    assert table["bins_per_find"].tolist() == [np.inf, 5, 2]
+
+
+@pytest.mark.parametrize("kind", ["global", "per_count"])
+def test_validation_chooses_the_thresholds_and_test_only_measures(kind: Threshold) -> None:
     validation, test, other = random_scores(6), random_scores(7), random_scores(8, bins=40)
+    params = PARAMS.model_copy(update={"threshold": kind})
 
-    tables = [evaluated(scored, validation, 1.5).tables for scored in (test, other)]
+    tables = [
+        evaluate_scores(validation, scored, 1.5, params, DIFFERENCES, {"siblings": set()}, 2).tables
+        for scored in (test, other)
+    ]
 
-    thresholds = [table["alarms"]["threshold"] for table in tables]
-    assert thresholds[0][0] == thresholds[1][0] != thresholds[0][1]
-    assert evaluated(test, other, 1.5).tables["alarms"]["threshold"][0] != thresholds[0][0]
-    right = validation.probabilities[np.arange(60), validation.targets]
-    assert np.mean(right < thresholds[0][0]) == pytest.approx(0.25)
+    thresholds = [table["alarms_by_count"]["threshold"].to_numpy() for table in tables]
+    assert thresholds[0].tolist() == thresholds[1].tolist()
+    assert (len({*thresholds[0]}) == 1) == (kind == "global")
+    flagged = validation.right_scores < thresholds[0][validation.targets]
+    assert np.mean(flagged) == pytest.approx(0.25, abs=0.03)
+    if kind == "per_count":
+        shares = [flagged[validation.targets == label].mean() for label in range(3)]
+        assert shares == pytest.approx([0.25] * 3, abs=0.06)
     for scored, table in zip((test, other), tables, strict=True):
         pd.testing.assert_frame_equal(table["validation"], validation.table())
-        after = scored.calibrated(1.5)
-        pd.testing.assert_frame_equal(table["predictions"], after.table())
-        scores = after.probabilities[np.arange(len(after.ids)), after.targets]
-        chosen = table["alarms"].iloc[0]
-        assert chosen["false_alarms"] == pytest.approx(np.mean(scores < chosen["threshold"]))
-        # Test chooses the other thresholds.
-        assert set(table["alarms"]["threshold"][1:]) <= set(scores)
+        pd.testing.assert_frame_equal(table["predictions"], scored.table())
+        alarms = scored.right_scores < thresholds[0][scored.targets]
+        assert table["alarms"]["false_alarms"][0] == pytest.approx(np.mean(alarms))
 
 
 def test_the_metrics_are_those_of_test_and_some_of_validation_to_choose_by() -> None:
@@ -269,12 +316,12 @@ def test_the_metrics_are_those_of_test_and_some_of_validation_to_choose_by() -> 
 
     found = evaluated(test, validation, 2.0)
 
-    after = test.calibrated(2.0)
     headline = {name for name in METRICS if not name.startswith("found_at_")}
-    assert found.metrics.items() >= after.metrics().items()
-    by_name = validation.metrics() | roc_metrics(validation.claims, np.ones(len(validation.ids)))
+    assert found.metrics.items() >= test.metrics().items()
+    by_name = validation.metrics() | roc_metrics(picked(validation), np.ones(60))
     chosen_by = {f"validation_{name}" for name in ("accuracy", "rmse", "nll", "auroc")}
-    assert found.metrics.keys() == headline | chosen_by
+    assert found.metrics.keys() == headline | chosen_by | {"majority_accuracy", "test_bins"}
+    assert found.metrics["majority_accuracy"] == np.mean(test.actual == 2)
     assert {name: found.metrics[name] for name in chosen_by} == pytest.approx(
         {name: by_name[name.removeprefix("validation_")] for name in chosen_by}
     )
@@ -286,8 +333,9 @@ def test_the_metrics_are_those_of_test_and_some_of_validation_to_choose_by() -> 
 
 def test_calibration_is_told_before_and_after() -> None:
     test = by_hand()
+    calibrated = test.with_temperature(2.0)
 
-    tables = evaluated(test, temperature=2.0).tables
+    tables = evaluated(calibrated, temperature=2.0).tables
 
     roots = np.sqrt(test.probabilities)
     of_true = (roots / roots.sum(axis=1, keepdims=True))[range(4), test.targets]
@@ -300,11 +348,11 @@ def test_calibration_is_told_before_and_after() -> None:
     assert tables["reliability_uncalibrated"].to_numpy().tolist() == pytest.approx(
         np.array([[0.5, 0.5, 2], [0.8, 1, 1], [0.9, 1, 1]])
     )
-    errors = [test.metrics(), test.calibrated(2.0).metrics()]
+    errors = [test.metrics(), calibrated.metrics()]
     assert calibration["calibration_error"].tolist() == pytest.approx(
         [metrics["calibration_error"] for metrics in errors]
     )
-    pd.testing.assert_frame_equal(tables["reliability"], test.calibrated(2.0).reliability())
+    pd.testing.assert_frame_equal(tables["reliability"], calibrated.reliability())
 
 
 def test_confusion_and_quantities_are_those_of_the_predictions() -> None:
@@ -331,9 +379,8 @@ def test_confusion_and_quantities_are_those_of_the_predictions() -> None:
 def test_two_models_are_compared_on_the_same_bins() -> None:
     first = answered([1, 1, 2, 3, 3], [1, 1, 2, 3, 1]).table()
     second = answered([1, 1, 2, 3, 3], [1, 2, 3, 3, 3]).table()[::-1]
-    groups = pd.Series(list("aabcd"), index=list("01234"))
 
-    (row,) = compare_models({"one": first, "two": second}, groups).to_dict("records")
+    (row,) = compare_models({"one": first, "two": second}).to_dict("records")
 
     assert (row["first"], row["second"]) == ("one", "two")
     assert row["accuracy"] == pytest.approx(4 / 5 - 3 / 5)

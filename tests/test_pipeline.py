@@ -15,6 +15,9 @@ from dvc.dependency import ParamsDependency
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
+from stages.formats.tables import read_csv
+from stages.scoring.ensemble import average
+from stages.scoring.scored import Scored
 from tests.project import ROOT, Project, copy_working_tree
 
 # DVC's own.
@@ -114,30 +117,42 @@ def nested_keys(value: Any) -> Iterator[str]:
             yield from nested_keys(part)
 
 
-def test_the_report_depends_on_all_reports_of_each_model() -> None:
+def reports_of(*stages: str) -> list[str]:
+    """The outputs of these stages in reports/."""
     paths = [
         path if isinstance(path, str) else next(iter(path))
-        for name in ("train", "evaluate")
+        for name in stages
         for kind in ("outs", "metrics", "plots")
         for path in STAGES[name].get(kind, [])
     ]
-    templates = sorted(path for path in paths if path.startswith("reports/"))
+    return sorted(path for path in paths if path.startswith("reports/"))
+
+
+def test_the_report_depends_on_all_reports_of_each_model() -> None:
+    templates = reports_of("train", "evaluate")
     assert [dep for dep in STAGES["report"]["deps"] if dep.startswith("reports/")] == [
-        path.replace("${key}", model) for model in MODELS for path in templates
+        *reports_of("ensemble"),
+        *(path.replace("${key}", model) for model in MODELS for path in templates),
     ]
     of_models = [key for key in STAGES["report"]["params"] if key.startswith("train.")]
     assert of_models == [f"train.{model}" for model in MODELS]
     assert len(templates) + 1 <= 8, "the lines of a third model in the report's deps and params"
 
 
-FROM_INDEX = "index subset fetch resize split train evaluate report"
-FROM_SUBSET = "subset fetch resize split train evaluate report"
-FROM_FETCH = "fetch resize split train evaluate report"
-FROM_RESIZE = "resize split train evaluate report"
-FROM_SPLIT = "split train evaluate report"
-FROM_PRETRAINED = "pretrained train evaluate report"
-FROM_TRAIN = "train evaluate report"
-FROM_EVALUATE = "evaluate report"
+def test_the_ensemble_depends_on_the_tables_of_each_model() -> None:
+    assert [dep for dep in STAGES["ensemble"]["deps"] if dep.startswith("reports/")] == [
+        f"reports/{model}/{name}" for model in MODELS for name in ("metrics.json", "tables")
+    ]
+
+
+FROM_INDEX = "index subset fetch resize split train evaluate ensemble report"
+FROM_SUBSET = "subset fetch resize split train evaluate ensemble report"
+FROM_FETCH = "fetch resize split train evaluate ensemble report"
+FROM_RESIZE = "resize split train evaluate ensemble report"
+FROM_SPLIT = "split train evaluate ensemble report"
+FROM_PRETRAINED = "pretrained train evaluate ensemble report"
+FROM_TRAIN = "train evaluate ensemble report"
+FROM_EVALUATE = "evaluate ensemble report"
 NOTHING = ""
 # The stages that DVC runs if a key of params.yaml changes: those that depend on it, and later ones
 # if their inputs change. A knob of one model runs only that model.
@@ -284,6 +299,22 @@ def test_each_model_is_trained_evaluated_and_loads(project: Project, model: str)
     assert f"# {model}" in (project.folder / f"models/{model}.md").read_text("utf-8")
 
 
+def test_the_ensemble_is_the_average_that_the_audit_uses(project: Project) -> None:
+    assert project.metrics("ensemble")["test_bins"] == 20
+    of_models = [Scored.from_table(predictions(project, model)) for model in MODELS]
+    ensemble = predictions(project, "ensemble")
+    mean = average(of_models)
+    temperature = read_csv(project.folder / "reports/ensemble/tables/calibration.csv").loc[
+        1, "temperature"
+    ]
+    expected = mean.with_temperature(temperature).table()
+    pd.testing.assert_frame_equal(ensemble, expected, rtol=1e-5)
+
+
+def predictions(project: Project, model: str) -> pd.DataFrame:
+    return read_csv(project.folder / f"reports/{model}/tables/predictions.csv")
+
+
 def test_transformers_loads_the_vit_by_its_folder(project: Project) -> None:
     network = transformers.AutoModelForImageClassification.from_pretrained(
         project.folder / "models/vit"
@@ -300,7 +331,7 @@ def test_nothing_is_left_to_do_and_nothing_unfinished_is_left(project: Project) 
     assert project.run("git", "status", "--porcelain") == ""
     outputs = project.run("git", "ls-files", "data", "models", "reports").split()
     assert {path for path in outputs if not path.endswith(".gitignore")} == {
-        f"reports/{model}/metrics.json" for model in MODELS
+        f"reports/{model}/metrics.json" for model in [*MODELS, "ensemble"]
     }
 
 

@@ -19,9 +19,10 @@ from ruamel.yaml import YAML
 
 from stages.formats.tables import write_csv
 from stages.reporting.plots import LEARNED
+from stages.scoring.claims import make_claims, uniform_errors
 from stages.scoring.evaluation import confusion_table, per_quantity_table
 from stages.scoring.metrics import confusion_matrix, reliability_table
-from stages.scoring.verification import make_claims, roc_table
+from stages.scoring.verification import roc_table
 from tests.browser import DESKTOP, PHONE, Browser, Page, running_browser
 from tests.conftest import REPOSITORY
 from tools import plots_page
@@ -107,7 +108,8 @@ def write_reports(folder: Path, seed: int, epochs: int) -> None:
         confusion = confusion_matrix(actual, predicted, LABELS)
         confidence = chance.uniform(0.3, 1, 300)
         curves = {"epoch": range(1, epochs + 1)} | {name: chance.random(epochs) for name in CURVES}
-        claims = make_claims(chance.dirichlet(np.ones(len(LABELS)), 300), actual, LABELS)
+        probabilities = chance.dirichlet(np.ones(len(LABELS)), 300)
+        claims = make_claims(probabilities, actual, LABELS, uniform_errors(actual, LABELS))
         for name, table in {
             "curves": pd.DataFrame(curves),
             "confusion": confusion_table(confusion, LABELS),

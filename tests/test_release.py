@@ -112,8 +112,8 @@ def without(path: Path, key: str) -> None:
     ("file", "damage", "reason"),
     [
         ("inference.json", lambda path: path.write_text("{"), "not JSON"),
-        ("inference.json", lambda path: without(path, "folded_temperature"), "folded_temperature: Field req"),
-        ("validation.csv", lambda path: path.write_text("id,actual\n1,1\n"), "it has no column group"),
+        ("inference.json", lambda path: without(path, "epoch"), "epoch: Field required"),
+        ("validation.csv", lambda path: path.write_text("id,actual\n1,1\n"), "it has no column g"),
     ],
 )
 def test_what_is_damaged_beside_the_network_is_named(

@@ -1,22 +1,20 @@
-"""Claims and alarms, compared with scikit-learn, plain loops and results worked by hand."""
+"""Alarms, compared with scikit-learn, plain loops and results worked by hand."""
 
 from itertools import product
 
 import numpy as np
-import pandas as pd
 import pytest
 import sklearn.metrics
 from numpy.typing import NDArray
 
+from stages.scoring.claims import Claims, make_claims, uniform_errors
 from stages.scoring.verification import (
-    Claims,
     Rates,
-    make_claims,
+    choose_thresholds,
     precision,
-    precision_table,
+    precision_at,
     rates_at,
     rates_by_count,
-    right_probabilities,
     roc_curve,
     roc_metrics,
     roc_table,
@@ -37,8 +35,12 @@ def synthetic_bins(seed: int, bins: int = 40, digits: int = 15) -> tuple[Floats,
     return (scores / scores.sum(axis=1, keepdims=True)).round(digits), actual
 
 
+def uniform_claims(probabilities: Floats, actual: Counts, labels: list[int]) -> Claims:
+    return make_claims(probabilities, actual, labels, uniform_errors(actual, labels))
+
+
 def random_claims(seed: int, bins: int = 40, digits: int = 15) -> Claims:
-    return make_claims(*synthetic_bins(seed, bins, digits), LABELS)
+    return uniform_claims(*synthetic_bins(seed, bins, digits), LABELS)
 
 
 def random_weights(seed: int, bins: int = 40) -> Floats:
@@ -48,27 +50,10 @@ def random_weights(seed: int, bins: int = 40) -> Floats:
 def hand_claims() -> Claims:
     """The claims about three bins with 1, 2 and 3 items."""
     probabilities = np.array([[0.7, 0.2, 0.1], [0.3, 0.3, 0.4], [0.1, 0.0, 0.9]])
-    return make_claims(probabilities, np.array([1, 2, 3]), [1, 2, 3])
+    return uniform_claims(probabilities, np.array([1, 2, 3]), [1, 2, 3])
 
 
 every_seed = pytest.mark.parametrize(("seed", "digits"), list(product(range(3), (1, 2, 15))))
-
-
-@pytest.mark.parametrize("labels", [LABELS, [5, 2, 4, 1, 3]], ids=str)
-def test_each_count_is_claimed_once_of_each_bin_in_the_order_of_scores(labels: list[int]) -> None:
-    probabilities, actual = synthetic_bins(0)
-
-    claims = make_claims(probabilities, actual, labels)
-
-    expected = sorted(
-        (float(probabilities[position, number]), position, abs(label - int(count)))
-        for position, count in enumerate(actual)
-        for number, label in enumerate(labels)
-    )
-    found = [claims.scores.tolist(), claims.bins.tolist(), claims.errors.tolist()]
-    assert list(zip(*found, strict=True)) == expected
-    assert claims.right.tolist() == [error == 0 for _, _, error in expected]
-    assert claims.right.sum() == len(actual)
 
 
 @every_seed
@@ -83,7 +68,7 @@ def test_the_roc_curve_and_its_area_are_scikit_learns(
     metrics = roc_metrics(claims, weights)
 
     # The positives are the wrong claims, which should score low.
-    wrong, of_claim = ~claims.right, weights[claims.bins]
+    wrong, of_claim = ~claims.right, claims.weights * weights[claims.bins]
     false_alarms, found, _ = sklearn.metrics.roc_curve(
         wrong, -claims.scores, sample_weight=of_claim, drop_intermediate=False
     )
@@ -94,13 +79,6 @@ def test_the_roc_curve_and_its_area_are_scikit_learns(
     for share in (0.01, 0.05, 0.10):
         most = found[false_alarms <= share + 1e-12].max()
         assert metrics[f"found_at_{100 * share:.0f}"] == pytest.approx(most)
-
-
-def test_right_probabilities_are_those_of_the_actual_counts() -> None:
-    columns = {"id": ["00001", "1", "2"], "actual": [3, 1, 3], "predicted": [1, 1, 3]}
-    table = pd.DataFrame(columns | {"p3": [0.4, 0.3, 1.0], "p1": [0.6, 0.7, 0.0]})
-
-    assert right_probabilities(table).tolist() == [0.4, 0.7, 1.0]
 
 
 def highest_threshold(scores: Floats, share: float) -> float:
@@ -147,30 +125,33 @@ def counted_rates(
 @every_seed
 def test_rates_are_those_of_a_plain_loop(seed: int, digits: int) -> None:
     probabilities, actual = synthetic_bins(seed, digits=digits)
-    claims = make_claims(probabilities, actual, LABELS)
+    claims = uniform_claims(probabilities, actual, LABELS)
 
     for threshold in (0.0, 0.1, 0.2, 0.35, 0.9, 1.1):
         for weights in (np.ones(40), random_weights(seed)):
             expected = counted_rates(probabilities, actual, threshold, weights)
-            assert rates_at(claims, threshold, weights) == pytest.approx(expected, abs=1e-12)
+            found = rates_at(claims, np.full(5, threshold), weights)
+            assert found == pytest.approx(expected, abs=1e-12)
 
 
 def test_rates_worked_by_hand() -> None:
     claims = hand_claims()
 
     # The right claims score 0.7, 0.3 and 0.9; a score at the threshold raises no alarm.
-    assert rates_at(claims, 0.3, np.ones(3)) == pytest.approx((0, 4 / 6, 2 / 4, 2 / 2))
-    assert rates_at(claims, 0.31, np.ones(3)) == pytest.approx((1 / 3, 5 / 6, 3 / 4, 2 / 2))
+    assert rates_at(claims, np.full(3, 0.3), np.ones(3)) == pytest.approx((0, 4 / 6, 2 / 4, 2 / 2))
+    assert rates_at(claims, np.full(3, 0.31), np.ones(3)) == pytest.approx(
+        (1 / 3, 5 / 6, 3 / 4, 2 / 2)
+    )
     # The first bin counts twice and the second one not at all.
     weights = np.array([2.0, 0.0, 1.0])
-    assert rates_at(claims, 0.15, weights) == pytest.approx((0, 4 / 6, 1 / 3, 3 / 3))
+    assert rates_at(claims, np.full(3, 0.15), weights) == pytest.approx((0, 4 / 6, 1 / 3, 3 / 3))
 
 
 def test_rates_without_such_claims_are_0() -> None:
-    claims = make_claims(np.array([[0.4, 0.6]]), np.array([1]), [1, 2])
+    claims = uniform_claims(np.array([[0.4, 0.6]]), np.array([1]), [1, 2])
 
-    assert rates_at(claims, 0.7, np.ones(1)) == (1, 1, 1, 0)
-    assert rates_at(claims, 0.7, np.zeros(1)) == (0, 0, 0, 0)
+    assert rates_at(claims, np.full(2, 0.7), np.ones(1)) == (1, 1, 1, 0)
+    assert rates_at(claims, np.full(2, 0.7), np.zeros(1)) == (0, 0, 0, 0)
 
 
 def test_precision_worked_by_hand() -> None:
@@ -184,42 +165,22 @@ def test_precision_worked_by_hand() -> None:
     np.testing.assert_allclose(found, [5 / 104, 0])
 
 
-def test_the_precision_table_says_how_many_bins_to_look_at() -> None:
-    verification = pd.DataFrame(
-        {
-            "alarms": ["chosen", "none"],
-            "threshold": [0.2, 0.0],
-            "false_alarms": [0.1, 0.0],
-            "found": [0.5, 0.0],
-            "found_off_by_one": [0.4, 0.0],
-            "found_off_by_more": [0.8, 0.0],
-        }
-    )
+def test_precision_at_each_share_of_wrong_records() -> None:
+    found = precision_at(Rates(0.1, 0.5, 0.4, 0.8), 1000)
 
-    table = precision_table(verification, 1000)
-
-    columns = ["alarms", "wrong_records", "found", "precision", "bins_per_find"]
-    assert table.columns.tolist() == columns
-    assert table["alarms"].tolist() == ["chosen"] * 3 + ["none"] * 3
-    assert table["wrong_records"].tolist() == [0.001, 0.01, 0.05] * 2
-    assert table["found"].tolist() == [0.5] * 3 + [0.0] * 3
     # 0.5, 5 and 25 wrong records are found among 1000.
-    looks = [(0.5 + 99.9) / 0.5, (5 + 99) / 5, (25 + 95) / 25]
-    assert table["bins_per_find"].tolist() == pytest.approx([*looks, *[np.inf] * 3])
-    shares = [1 / look for look in looks]
-    assert table["precision"].tolist() == pytest.approx([*shares, 0, 0, 0])
+    shares = {0.001: 0.5 / (0.5 + 99.9), 0.01: 5 / (5 + 99), 0.05: 25 / (25 + 95)}
+    assert found == pytest.approx(shares)
+    assert precision_at(Rates(0.1, 0.0, 0.0, 0.0), 1000) == dict.fromkeys(shares, 0)
 
 
 def test_no_false_alarm_so_far_is_not_taken_for_none_ever() -> None:
-    rates = {"false_alarms": 0.0, "found": 0.5, "found_off_by_one": 0.5, "found_off_by_more": 0.5}
-    verification = pd.DataFrame([{"alarms": "chosen", "threshold": 0.2} | rates])
-
-    table = precision_table(verification, 300)
+    rates = Rates(0.0, 0.5, 0.5, 0.5)
 
     # 1 of 1000 records is wrong, and found in half of the cases; 1 in 100 of the others may alarm.
-    assert table["precision"].iloc[0] == pytest.approx(0.5 / (0.5 + 9.99))
+    assert precision_at(rates, 300)[0.001] == pytest.approx(0.5 / (0.5 + 9.99))
     # With fewer than 3 right claims, all of them may be false alarms.
-    assert precision_table(verification, 2)["precision"].iloc[0] == pytest.approx(0.5 / 999.5)
+    assert precision_at(rates, 2)[0.001] == pytest.approx(0.5 / 999.5)
 
 
 def curve_points(claims: Claims, bins: int) -> set[tuple[float, float]]:
@@ -250,11 +211,15 @@ def test_the_table_of_the_roc_curve_has_points_of_it_from_end_to_end(
 
 def test_rates_by_count_worked_by_hand() -> None:
     probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8]])
+    claims = uniform_claims(probabilities, np.array([1, 1, 2]), [1, 2])
 
-    table = rates_by_count(probabilities, np.array([1, 1, 2]), [1, 2], 0.5)
+    table = rates_by_count(claims, [1, 2], np.array([0.5, 0.7]))
 
-    # Of the bins with 1 item, the second is an alarm; so is the third, if its record says 1.
-    assert table.to_numpy().tolist() == [[1, 2, 0.5, 1.0], [2, 1, 0.0, 0.5]]
+    columns = ["quantity", "threshold", "right_records", "false_alarms", "found"]
+    assert table.columns.tolist() == columns
+    # Of the bins with 1 item, the second is an alarm; so is the third, if its record says 1. The
+    # higher threshold of 2 flags both bins whose wrong records say 2.
+    assert table.to_numpy().tolist() == [[1, 0.5, 2, 0.5, 1.0], [2, 0.7, 1, 0.0, 1.0]]
 
 
 @pytest.mark.parametrize("threshold", [0.05, 0.2, 0.6])
@@ -262,16 +227,31 @@ def test_rates_by_count_are_those_of_all_claims_in_the_mean(threshold: float) ->
     chance = np.random.default_rng(5)
     labels = [1, 2, 5]
     probabilities = chance.dirichlet([1, 1, 1], 90)
-    actual = chance.choice(labels, 90)
+    claims = uniform_claims(probabilities, chance.choice(labels, 90), labels)
 
-    table = rates_by_count(probabilities, actual, labels, threshold)
+    table = rates_by_count(claims, labels, np.full(3, threshold))
 
-    rates = rates_at(make_claims(probabilities, actual, labels), threshold, np.ones(90))
+    rates = rates_at(claims, np.full(3, threshold), np.ones(90))
     right = table["right_records"]
     assert np.average(table["false_alarms"], weights=right) == pytest.approx(rates.false_alarms)
     assert np.average(table["found"], weights=90 - right) == pytest.approx(rates.found)
 
 
 def test_a_count_that_does_not_occur_has_no_false_alarms() -> None:
-    table = rates_by_count(np.array([[0.9, 0.1]]), np.array([1]), [1, 2], 0.5)
+    claims = uniform_claims(np.array([[0.9, 0.1]]), np.array([1]), [1, 2])
+
+    table = rates_by_count(claims, [1, 2], np.full(2, 0.5))
+
     assert table["false_alarms"].isna().tolist() == [False, True]
+    assert table["found"].isna().tolist() == [True, False]
+
+
+def test_each_count_can_have_its_own_threshold() -> None:
+    right_scores, columns = np.arange(1, 201) / 200, np.repeat([0, 1], 100)
+
+    one = choose_thresholds(right_scores, columns, 3, 0.05, "global")
+    each = choose_thresholds(right_scores, columns, 3, 0.05, "per_count")
+
+    assert one.tolist() == pytest.approx([11 / 200] * 3)
+    # Each flags 5 of its 100 records; the third count has no records, and so the global threshold.
+    assert each.tolist() == pytest.approx([6 / 200, 106 / 200, 11 / 200])

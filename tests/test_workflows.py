@@ -61,7 +61,7 @@ def test_another_clone_makes_the_same_bytes(
 
 def test_a_knob_of_one_model_runs_that_model_only(clone: Clone) -> None:
     text = clone.experiment(f"{LEARNING_RATE}=1e-4")
-    assert clone.stages_run(text) == ["train@vit", "evaluate@vit", "report"]
+    assert clone.stages_run(text) == ["train@vit", "evaluate@vit", "ensemble", "report"]
 
 
 def test_dvc_status_names_the_stages_that_changed_knobs_run(clone: Clone) -> None:
@@ -238,7 +238,7 @@ def test_a_colleague_pulls_one_evaluation_with_its_model(colleague: Clone) -> No
 def test_a_colleague_evaluates_again_with_only_the_needed_data(colleague: Clone) -> None:
     words = ["--pull", "--allow-missing", "--set-param", "evaluate.false_alarm=0.1"]
     text = colleague.run("dvc", "exp", "run", *words)
-    assert colleague.stages_run(text) == ["evaluate@resnet34", "evaluate@vit", "report"]
+    assert colleague.stages_run(text) == ["evaluate@resnet34", "evaluate@vit", "ensemble", "report"]
     there = pulled(colleague)
     assert {"data/resized", "models/vit", "reports/vit/curves.csv", "reports/index.html"} < there
     # 13 GB that are not needed for this.

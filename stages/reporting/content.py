@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stages.reporting.figures import Tables
 from stages.runtime.params import Params
 from stages.sampling.order import shuffled
 from stages.scoring.metrics import counting_metrics
-from stages.scoring.verification import right_probabilities
+from stages.scoring.scored import Scored
 
 DOUBTFUL, SAMPLE = 20, 20
 
@@ -23,31 +22,22 @@ def by_metric(intervals: Mapping[str, pd.DataFrame]) -> dict[str, dict[Hashable,
     return {model: table.set_index("metric").to_dict("index") for model, table in intervals.items()}
 
 
-def majority_metrics(predictions: Mapping[str, pd.DataFrame], majority: int) -> dict[str, float]:
+def majority_metrics(predictions: pd.DataFrame, majority: int) -> dict[str, float]:
     """The metrics of always answering `majority`."""
-    actual = next(iter(predictions.values()))["actual"].to_numpy()
+    actual = predictions["actual"].to_numpy()
     labels = sorted({majority, *actual.tolist()})
     return counting_metrics(actual, np.full_like(actual, majority), labels)
 
 
-def doubtful(tables: Tables) -> Rows:
-    """The test and validation bins whose records the models together contradict most confidently.
+def doubtful(*held_out: pd.DataFrame) -> Rows:
+    """The bins whose records a model contradicts most confidently.
 
-    No model was trained on these bins. `belief` is the mean of the models' calibrated probabilities
-    of the record's count, and `seen` the count with the highest mean. The record with the least
-    belief comes first.
+    `held_out` are tables of bins that it was not trained on. `belief` is its probability of the
+    record's count. The record with the least belief comes first.
     """
-    held_out = [
-        pd.concat([tables["predictions"][model], tables["validation"][model]])
-        for model in tables["predictions"]
-    ]
-    mean = pd.concat(held_out).groupby(["id", "actual"]).mean(numeric_only=True).reset_index()
-    probabilities = mean.filter(regex=r"^p\d+$")
-    labels = probabilities.columns.str.removeprefix("p").astype(int)
-    bins = mean[["id", "actual"]].assign(
-        belief=right_probabilities(mean), seen=labels[probabilities.to_numpy().argmax(axis=1)]
-    )
-    bins = bins[bins["seen"] != bins["actual"]].sort_values(["belief", "id"])
+    scored = Scored.from_table(pd.concat(held_out))
+    bins = scored.table()[["id", "actual", "predicted"]].assign(belief=scored.right_scores)
+    bins = bins[bins["predicted"] != bins["actual"]].sort_values(["belief", "id"])
     return bins[:DOUBTFUL].to_dict("records")
 
 

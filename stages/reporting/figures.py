@@ -7,6 +7,7 @@ import pandas as pd
 
 from stages.reporting import plots
 from stages.reporting.page import embedded
+from stages.scoring.results import ENSEMBLE
 
 # Tables by the name of their file in reports/<model>, then by model.
 Tables = Mapping[str, Mapping[str, pd.DataFrame]]
@@ -36,9 +37,8 @@ def draw_figures(
         known = published[published["model"] == model]
         figure = plots.curves_figure(model, curves, known, majority_accuracy)
         figures[f"curves_{model}"] = figure, curves_text(model, curves, known)
-        confusion = tables["confusion"][model].pivot_table(
-            "test_bins", "actual", "predicted", aggfunc="sum"
-        )
+    for model, table in tables["confusion"].items():
+        confusion = table.pivot_table("test_bins", "actual", "predicted", aggfunc="sum")
         figure = plots.confusion_figure(model, confusion.to_numpy(), confusion.index.tolist())
         figures[f"confusion_{model}"] = figure, confusion_text(model, confusion)
     text = "Recall per quantity; the tables below have the numbers."
@@ -47,7 +47,7 @@ def draw_figures(
     figures["reliability"] = figure, reliability_text(tables["calibration"])
     figures["roc"] = plots.roc_figure(tables["roc"]), roc_text(tables["alarms"])
     text = "Precision by wrong records found; the tables below have some of its points."
-    figures["precision"] = plots.precision_figure(tables["roc"]), text
+    figures["precision"] = plots.precision_figure(tables["roc"][ENSEMBLE]), text
     return {name: Picture(plots.as_png(figure), text) for name, (figure, text) in figures.items()}
 
 

@@ -164,25 +164,24 @@ def roc_figure(roc: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def precision_figure(roc: Mapping[str, pd.DataFrame]) -> Figure:
-    """Precision by wrong records found, for each of PREVALENCES.
+def precision_figure(roc: pd.DataFrame) -> Figure:
+    """The ensemble's precision by wrong records found, for each of PREVALENCES.
 
-    `roc` has the rows of roc.csv by model. Precision spans decades, so its axis is logarithmic.
+    `roc` has the rows of its roc.csv. Precision spans decades, so its axis is logarithmic.
     """
     figure, (axes,) = _figure(height=WIDTH)
-    for (model, table), color in zip(roc.items(), cycle(MODELS), strict=False):
-        found, false_alarms = table["found"].to_numpy(), table["false_alarms"].to_numpy()
-        for prevalence, style in zip(PREVALENCES, (":", "--", "-"), strict=True):
-            shares = precision(found, false_alarms, prevalence)
-            label = f"{model}, {prevalence:.1%}"
-            some = false_alarms > 0
-            axes.plot(found[some], shares[some], color=color, linestyle=style, label=label)
+    found, false_alarms = roc["found"].to_numpy(), roc["false_alarms"].to_numpy()
+    some = false_alarms > 0
+    for prevalence, color in zip(PREVALENCES, MODELS, strict=False):
+        shares = precision(found, false_alarms, prevalence)
+        label = f"{prevalence:.1%} of records wrong"
+        axes.plot(found[some], shares[some], color=color, label=label)
     axes.set(xlabel="wrong records found", ylabel="alarms that are wrong records")
     axes.set(
         xlim=(0, 1),
         ylim=(5e-4, 1),
         yscale="log",
-        title="Precision and recall (upper right is better)",
+        title="Precision and recall of the ensemble (upper right is better)",
     )
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")

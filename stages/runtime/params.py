@@ -82,6 +82,8 @@ ModelName = Annotated[str, _like("[a-z0-9][a-z0-9_-]*", "vit or my-net2")]
 ListName = Annotated[
     str, _like(r"[A-Za-z0-9][A-Za-z0-9._-]*\.csv", "mine.csv, a file in the folder lists")
 ]
+Errors = Literal["picks", "uniform"]
+Threshold = Literal["global", "per_count"]
 _PART = "[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
@@ -195,6 +197,8 @@ class Run(Block):
 class Evaluate(Block):
     batch_size: Count
     false_alarm: ProperShare
+    errors: Errors
+    threshold: Threshold
 
 
 class Params(Block):
@@ -220,8 +224,8 @@ class Params(Block):
     def _check_together(self) -> Self:
         if not self.train:
             raise ValueError("train has no model: give it a block for each")
-        # models/pretrained and reports/figures are folders of other stages.
-        for name in {"pretrained", "figures"} & self.train.keys():
+        # These are folders of other stages, in models/ and reports/.
+        for name in {"pretrained", "figures", "ensemble", "baseline"} & self.train.keys():
             raise ValueError(f"train.{name} has the name of another stage's folder: rename it")
         wanted = self.split.train + self.split.validation + self.split.test
         sized = self.subset.ids is None and self.split.by != "file"

@@ -21,7 +21,6 @@ def model_card(
     `epoch` is the one whose weights the model has; `tables` are those of evaluate_scores, by name.
     """
     intervals = tables["intervals"].set_index("metric").to_dict("index")
-    precision = tables["precision"]
     model_params = params.model(model)
     front_matter = ModelCardData(
         model_name=model,
@@ -52,11 +51,20 @@ def model_card(
         sets=sets["set"].value_counts().to_dict(),
         intervals=intervals,
         alarms=tables["alarms"].to_dict("records")[0],
-        precision=precision[precision["alarms"] == "chosen"].to_dict("records"),
+        thresholds=thresholds_in_words(tables["alarms_by_count"]),
+        precision=tables["precision"].to_dict("records"),
         overlap=tables["overlap"].to_dict("records"),
         temperature=tables["calibration"]["temperature"].iloc[-1],
     )
     return str(card).rstrip("\n") + "\n"
+
+
+def thresholds_in_words(by_count: pd.DataFrame) -> str:
+    """Like "0.05", or if each count has its own, "0.05 (of 1), 0.07 (of 2)"."""
+    if by_count["threshold"].nunique() == 1:
+        return f"{by_count['threshold'].iloc[0]:.3g}"
+    pairs = zip(by_count["threshold"], by_count["quantity"], strict=True)
+    return ", ".join(f"{threshold:.3g} (of {quantity})" for threshold, quantity in pairs)
 
 
 def chosen_by(params: Params) -> str:

@@ -10,28 +10,24 @@ from stages.networks.calibration import Floats
 from stages.scoring.bootstrap import intervals, mcnemar
 
 
-def compare_models(
-    predictions: Mapping[str, pd.DataFrame], groups: "pd.Series[str]"
-) -> pd.DataFrame:
+def compare_models(predictions: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """A row per pair of models.
 
     `accuracy` and `rmse` (in items) are the first model's value minus the second's, each with the
     95% interval of a bootstrap of sibling groups. `p_value` is that of McNemar's test.
-    `predictions` has the rows of predictions.csv by model, `groups` each bin's sibling group by id.
+    `predictions` has the rows of predictions.csv by model.
     """
     return pd.DataFrame(
         [
             {"first": first, "second": second}
-            | compare_two(predictions[first], predictions[second], groups)
+            | compare_two(predictions[first], predictions[second])
             for first, second in combinations(predictions, 2)
         ]
     )
 
 
-def compare_two(
-    first: pd.DataFrame, second: pd.DataFrame, groups: "pd.Series[str]"
-) -> dict[str, float]:
-    both = first.merge(second, on=["id", "actual"], validate="1:1")
+def compare_two(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, float]:
+    both = first.merge(second, on=["id", "group", "actual"], validate="1:1")
     errors = [(both[name] - both["actual"]).to_numpy() for name in ("predicted_x", "predicted_y")]
 
     def differences(weights: Floats) -> dict[str, float]:
@@ -40,7 +36,7 @@ def compare_two(
         return {"accuracy": accuracy[0] - accuracy[1], "rmse": rmse[0] - rmse[1]}
 
     compared: dict[str, float] = {}
-    for row in intervals(differences, groups[both["id"]].tolist()).to_dict("records"):
+    for row in intervals(differences, both["group"].tolist()).to_dict("records"):
         name = row["metric"]
         compared |= {name: row["value"], f"{name}_low": row["low"], f"{name}_high": row["high"]}
     test = mcnemar(errors[0] == 0, errors[1] == 0)

@@ -1,88 +1,31 @@
-"""A model's scores of bins with known counts, and the metrics and tables computed from them."""
+"""The metrics and tables of a model, computed from its scores of bins with known counts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from stages.networks.calibration import Counts, Floats, probability_columns, with_temperature
+from stages.networks.calibration import Floats
+from stages.runtime.params import Errors, Evaluate, Threshold
 from stages.scoring.bootstrap import intervals
-from stages.scoring.metrics import (
-    confusion_matrix,
-    counting_metrics,
-    probability_metrics,
-    recall_and_precision,
-    reliability_table,
-    squared_calibration_error,
-)
+from stages.scoring.claims import Claims, make_claims, pick_errors, uniform_errors
+from stages.scoring.metrics import recall_and_precision
+from stages.scoring.scored import Scored
 from stages.scoring.verification import (
     FALSE_ALARMS,
-    Claims,
-    make_claims,
-    precision_table,
+    PREVALENCES,
+    choose_thresholds,
+    precision_at,
     rates_at,
     rates_by_count,
-    right_probabilities,
     roc_metrics,
     roc_table,
-    threshold_for,
-    verification_table,
 )
 
 # The columns of overlap.csv.
 OVERLAP = ["shared", "half", "test_bins", "accuracy", "low", "high"]
-
-
-@dataclass(frozen=True)
-class Scored:
-    """`actual` [bins] and `probabilities` [bins, labels]; `groups` has each bin's sibling group."""
-
-    ids: list[str]
-    groups: list[str]
-    actual: Counts
-    probabilities: Floats
-    labels: list[int]
-
-    @cached_property
-    def predicted(self) -> Counts:
-        predicted: Counts = np.array(self.labels)[self.probabilities.argmax(axis=1)]
-        return predicted
-
-    @cached_property
-    def targets(self) -> Counts:
-        """The position of each bin's count in `labels`."""
-        positions: Counts = (self.actual[:, None] == np.array(self.labels)).argmax(axis=1)
-        return positions
-
-    @cached_property
-    def claims(self) -> Claims:
-        return make_claims(self.probabilities, self.actual, self.labels)
-
-    def calibrated(self, temperature: float) -> "Scored":
-        return replace(self, probabilities=with_temperature(self.probabilities, temperature))
-
-    def metrics(self, weights: Floats | None = None) -> dict[str, float]:
-        counted = counting_metrics(self.actual, self.predicted, self.labels, weights)
-        return counted | probability_metrics(self.actual, self.probabilities, self.labels, weights)
-
-    def squared_calibration_error(self, weights: Floats) -> float:
-        right, confidence = self.predicted == self.actual, self.probabilities.max(axis=1)
-        return squared_calibration_error(right, confidence, weights)
-
-    def reliability(self) -> pd.DataFrame:
-        return reliability_table(self.predicted == self.actual, self.probabilities.max(axis=1))
-
-    def confusion(self) -> Floats:
-        return confusion_matrix(self.actual, self.predicted, self.labels)
-
-    def table(self) -> pd.DataFrame:
-        """A row per bin: id, actual, predicted, and the probability of each label."""
-        columns = {"id": self.ids, "actual": self.actual, "predicted": self.predicted}
-        probabilities = zip(probability_columns(self.labels), self.probabilities.T, strict=True)
-        return pd.DataFrame(columns | dict(probabilities))
 
 
 @dataclass(frozen=True)
@@ -92,72 +35,101 @@ class Evaluation:
     metrics: dict[str, float]
     tables: dict[str, pd.DataFrame]
 
+    @property
+    def summary(self) -> str:
+        return ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
+
 
 def evaluate_scores(
-    validation: pd.DataFrame,
+    validation: Scored,
     test: Scored,
     temperature: float,
-    false_alarm: float,
+    params: Evaluate,
+    differences: pd.DataFrame,
     shared: Mapping[str, set[str]],
+    majority: int,
 ) -> Evaluation:
-    """Compute all metrics and tables from a model's scores.
+    """Compute all metrics and tables from a model's calibrated scores.
 
-    `validation` has calibrated scores, with the columns of Scored.table; they choose the threshold
-    for a share of `false_alarm`. `test` has the network's own scores, which are calibrated by
-    `temperature` and only measured. `shared` maps "siblings" and "products" to the ids of the test
-    bins that have some in train or validation.
+    Validation chooses the thresholds of alarms; test is only measured. `temperature` is the one
+    that calibrated the scores, and `differences` the table of sibling_differences of train.
+    `shared` maps "siblings" and "products" to the ids of the test bins that have some in train or
+    validation, and `majority` is the most frequent count of train.
     """
-    uncalibrated, test = test, test.calibrated(temperature)
-    alarms = alarm_rates(validation, test, false_alarm)
-    threshold = float(alarms["threshold"].iloc[0])
-    measured = metrics_with_intervals(test, threshold)
+    claims = claims_about(test, params.errors, differences)
+    thresholds = thresholds_of(validation, params.false_alarm, params.threshold)
+    measured = metrics_with_intervals(test, claims, thresholds)
+    uncalibrated = test.with_temperature(1 / temperature)
     confusion = test.confusion()
-    pairs = zip(measured["metric"], measured["value"], strict=True)
-    # A table of experiments has room for few columns; intervals.csv has the others.
-    metrics = {name: value for name, value in pairs if not name.startswith("found_at_")}
     tables = {
-        "alarms": alarms,
-        "alarms_by_count": rates_by_count(test.probabilities, test.actual, test.labels, threshold),
+        "alarms": alarm_rates(test, claims, thresholds, params.threshold),
+        "alarms_by_count": rates_by_count(claims, test.labels, thresholds),
         "calibration": calibration_table(uncalibrated, test, temperature),
         "confusion": confusion_table(confusion, test.labels),
         "intervals": measured,
         "overlap": overlap_table(test, shared),
         "per_quantity": per_quantity_table(confusion, test.labels),
-        "precision": precision_table(alarms, len(test.ids)),
+        "precision": precision_table(measured),
         "predictions": test.table(),
         "reliability": test.reliability(),
         "reliability_uncalibrated": uncalibrated.reliability(),
-        "roc": roc_table(test.claims),
-        "validation": validation,
+        "roc": roc_table(claims),
+        "sibling_differences": differences,
+        "validation": validation.table(),
     }
-    return Evaluation(metrics | validation_metrics(validation, test.labels), tables)
+    pairs = zip(measured["metric"], measured["value"], strict=True)
+    # A table of experiments has room for few columns; intervals.csv has the others.
+    metrics = {name: value for name, value in pairs if "_at_" not in name}
+    metrics |= validation_metrics(validation, claims_about(validation, params.errors, differences))
+    metrics |= {
+        "majority_accuracy": float((test.actual == majority).mean()),
+        "test_bins": len(test.ids),
+    }
+    return Evaluation(metrics, tables)
 
 
-def validation_metrics(validation: pd.DataFrame, labels: list[int]) -> dict[str, float]:
+def claims_about(scored: Scored, errors: Errors, differences: pd.DataFrame) -> Claims:
+    """The right claims about the bins, and wrong ones of this kind."""
+    actual, labels = scored.actual, scored.labels
+    if errors == "picks":
+        wrong = pick_errors(scored.ids, scored.groups, actual, labels, differences)
+    else:
+        wrong = uniform_errors(actual, labels)
+    return make_claims(scored.probabilities, actual, labels, wrong)
+
+
+def thresholds_of(scored: Scored, false_alarm: float, kind: Threshold) -> Floats:
+    """The thresholds, by label, that take a share `false_alarm` of these records for wrong."""
+    labels = len(scored.labels)
+    return choose_thresholds(scored.right_scores, scored.targets, labels, false_alarm, kind)
+
+
+def validation_metrics(validation: Scored, claims: Claims) -> dict[str, float]:
     """The metrics that models and params are compared by, so that test chooses nothing."""
-    actual, predicted = validation["actual"].to_numpy(), validation["predicted"].to_numpy()
-    probabilities = validation[probability_columns(labels)].to_numpy()
-    metrics = (
-        counting_metrics(actual, predicted, labels)
-        | probability_metrics(actual, probabilities, labels)
-        | roc_metrics(make_claims(probabilities, actual, labels), np.ones(len(validation)))
-    )
+    metrics = validation.metrics() | roc_metrics(claims, np.ones(len(validation.ids)))
     return {f"validation_{name}": metrics[name] for name in ("accuracy", "rmse", "nll", "auroc")}
 
 
-def metrics_with_intervals(test: Scored, threshold: float) -> pd.DataFrame:
+def metrics_with_intervals(test: Scored, claims: Claims, thresholds: Floats) -> pd.DataFrame:
     """Each metric's value with its 95% interval.
 
-    `found` and `false_alarms` are measured at the threshold. Their intervals take it as given,
-    although other validation bins would have given another one. The calibration error is resampled
-    as its square, which is unbiased.
+    `found`, `false_alarms` and precision are measured at the thresholds. Their intervals take these
+    as given, although other validation bins would have given others. The calibration error is
+    resampled as its square, which is unbiased.
     """
+    near = claims.off_by_at_most(1)
 
     def statistics(weights: Floats) -> dict[str, float]:
-        rates = rates_at(test.claims, threshold, weights)
-        verified = {"found": rates.found, "false_alarms": rates.false_alarms}
-        squared = {"calibration_error": test.squared_calibration_error(weights)}
-        return test.metrics(weights) | squared | roc_metrics(test.claims, weights) | verified
+        rates = rates_at(claims, thresholds, weights)
+        precision = precision_at(rates, len(test.ids))
+        return (
+            test.metrics(weights)
+            | {"calibration_error": test.squared_calibration_error(weights)}
+            | roc_metrics(claims, weights)
+            | {"auroc_off_by_one": roc_metrics(near, weights)["auroc"]}
+            | {"found": rates.found, "false_alarms": rates.false_alarms}
+            | {f"precision_at_{share:g}": value for share, value in precision.items()}
+        )
 
     table = intervals(statistics, test.groups, centred=["calibration_error"]).set_index("metric")
     table.loc["calibration_error"] = table.loc["calibration_error"].clip(lower=0) ** 0.5
@@ -214,12 +186,27 @@ def standardized_accuracies(
     ]
 
 
-def alarm_rates(validation: pd.DataFrame, test: Scored, false_alarm: float) -> pd.DataFrame:
-    """Rates on test: at validation's threshold, and at test's own for each of FALSE_ALARMS."""
-    chosen = {"chosen": threshold_for(right_probabilities(validation), false_alarm)}
-    right = test.claims.scores[test.claims.right]
-    of_test = {f"{share:.0%}": threshold_for(right, share) for share in FALSE_ALARMS}
-    return verification_table(test.claims, chosen | of_test)
+def alarm_rates(test: Scored, claims: Claims, thresholds: Floats, kind: Threshold) -> pd.DataFrame:
+    """Rates on test: at validation's thresholds, and at test's own for each of FALSE_ALARMS."""
+    chosen = {"chosen": thresholds}
+    of_test = {f"{share:.0%}": thresholds_of(test, share, kind) for share in FALSE_ALARMS}
+    weights = np.ones(len(test.ids))
+    return pd.DataFrame(
+        {"alarms": name} | rates_at(claims, one, weights)._asdict()
+        for name, one in (chosen | of_test).items()
+    )
+
+
+def precision_table(measured: pd.DataFrame) -> pd.DataFrame:
+    """The precision of the chosen alarms by the share of wrong records, with its interval.
+
+    `bins_per_find` is the number of alarms a person looks at for each wrong record found, `inf` if
+    none is found. `measured` is the table of metrics_with_intervals.
+    """
+    rows = measured.set_index("metric").loc[[f"precision_at_{share:g}" for share in PREVALENCES]]
+    table = rows.rename(columns={"value": "precision"}).reset_index(drop=True)
+    table.insert(0, "wrong_records", PREVALENCES)
+    return table.assign(bins_per_find=1 / table["precision"])
 
 
 def calibration_table(before: Scored, after: Scored, temperature: float) -> pd.DataFrame:

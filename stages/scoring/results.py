@@ -1,31 +1,83 @@
-"""The files of reports/<model>, which evaluate writes and report reads."""
+"""The files of reports/<model>: an evaluation writes them, the stages after it read them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from stages.formats.tables import read_csv, read_json, write_csv, write_json
+from stages.runtime import paths
+from stages.runtime.errors import UserError
+from stages.runtime.params import Evaluate
 from stages.runtime.work import publish_folder, scratch
+from stages.scoring.bins import (
+    differences_in_train,
+    majority_quantity,
+    read_bins,
+    read_products,
+    shared_with_training,
+)
+from stages.scoring.evaluation import Evaluation, evaluate_scores
+from stages.scoring.scored import Scored
 
 METRICS = "metrics.json"
 TABLES = "tables"
-#: Tables that dvc.yaml plots. Each is a file next to the folder with the other tables.
+#: The tables of a network that dvc.yaml plots. Each is a file next to the folder with the others.
 PLOTS = ("confusion", "per_quantity", "reliability", "roc")
-# The table that train writes.
+#: The table that train writes.
 CURVES = "curves"
+#: The average of all models, which is evaluated like a model.
+ENSEMBLE = "ensemble"
+# Thresholds are chosen among these probabilities, and those of a confident model differ in the last
+# digits only.
+_EXACT = ("predictions", "validation")
 
 
-def write_results(
-    reports: Path, metrics: Mapping[str, float], tables: Mapping[str, pd.DataFrame]
-) -> None:
+def publish_evaluation(
+    model: str,
+    validation: Scored,
+    test: Scored,
+    temperature: float,
+    params: Evaluate,
+    plots: Collection[str] = (),
+) -> Evaluation:
+    """Evaluate a model's calibrated scores, see evaluate_scores, and write reports/<model>.
+
+    The tables in `plots` become files next to the folder with the others.
+    """
+    bins = read_bins()
+    evaluation = evaluate_scores(
+        validation,
+        test,
+        temperature,
+        params,
+        differences_in_train(bins),
+        shared_with_training(bins, read_products()),
+        majority_quantity(bins),
+    )
+    write_results(paths.REPORTS / model, evaluation, plots)
+    return evaluation
+
+
+def write_results(reports: Path, evaluation: Evaluation, plots: Collection[str]) -> None:
     """Write a model's metrics and tables. The folder of tables is complete or absent."""
     with scratch(f"tables {reports.name}") as folder:
-        for name, table in tables.items():
-            write_csv((reports if name in PLOTS else folder) / f"{name}.csv", table)
+        for name, table in evaluation.tables.items():
+            parent = reports if name in plots else folder
+            write_csv(parent / f"{name}.csv", table, digits=17 if name in _EXACT else 6)
         publish_folder(folder, reports / TABLES)
-    write_json(reports / METRICS, metrics)
+    write_json(reports / METRICS, evaluation.metrics)
+
+
+def evaluated(models: Iterable[str]) -> list[str]:
+    """Those of the models that have been evaluated. Raises UserError if there is none."""
+    found = [model for model in models if (paths.REPORTS / model / METRICS).exists()]
+    if not found:
+        raise UserError(
+            "no model has been evaluated: run `dvc repro`, which writes reports/<model>"
+        )
+    return found
 
 
 def read_metrics(reports: Path) -> dict[str, Any]:
@@ -33,8 +85,11 @@ def read_metrics(reports: Path) -> dict[str, Any]:
     return metrics
 
 
-def read_tables(reports: Path) -> dict[str, pd.DataFrame]:
-    """A model's tables by name, with its curves. Raises FileNotFoundError if files are missing."""
-    plots = [reports / f"{name}.csv" for name in (*PLOTS, CURVES)]
-    others = [path for path in (reports / TABLES).iterdir() if path.suffix == ".csv"]
-    return {path.stem: read_csv(path) for path in (*plots, *others)}
+def read_tables(reports: Path, others: Iterable[str] = ()) -> dict[str, pd.DataFrame]:
+    """The tables of a model's folder by name, and `others` beside it.
+
+    Raises FileNotFoundError if one of these or the folder is missing.
+    """
+    paths_of_others = [reports / f"{name}.csv" for name in others]
+    in_folder = [path for path in (reports / TABLES).iterdir() if path.suffix == ".csv"]
+    return {path.stem: read_csv(path) for path in (*in_folder, *paths_of_others)}

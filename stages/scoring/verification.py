@@ -1,42 +1,23 @@
 """Does a bin hold what its record says? Telling right claims from wrong ones.
 
-For every bin each count is claimed once: its record's, which counts as right, and every other as a
-wrong record, so each error is as frequent as the quantities make it. The score of a claim is the
-calibrated probability of the claimed count. A score below a threshold is an alarm. Records that are
-wrong in the data itself count as right here, which makes every rate look a little worse than it is.
+The score of a claim is the calibrated probability of the claimed count. A score below the threshold
+of its count is an alarm.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-Counts = NDArray[np.int64]
-Floats = NDArray[np.float64]
+from stages.networks.calibration import Counts, Floats
+from stages.runtime.params import Threshold
+from stages.scoring.claims import Claims
 
 FALSE_ALARMS = (0.01, 0.05, 0.10)
 #: Shares of wrong records for which the precision of alarms is predicted.
 PREVALENCES = (0.001, 0.01, 0.05)
 _POINTS = 200
-
-
-@dataclass(frozen=True)
-class Claims:
-    """Claims in the order of their scores, lowest first, one entry for each.
-
-    `bins` has the positions of their bins, `errors` how many items they are off.
-    """
-
-    bins: Counts
-    errors: Counts
-    scores: Floats
-
-    @property
-    def right(self) -> NDArray[np.bool_]:
-        right: NDArray[np.bool_] = self.errors == 0
-        return right
 
 
 class Rates(NamedTuple):
@@ -48,20 +29,23 @@ class Rates(NamedTuple):
     found_off_by_more: float
 
 
-def make_claims(probabilities: Floats, actual: Counts, labels: list[int]) -> Claims:
-    """All claims about bins with `probabilities` [bins, labels] and true counts `actual`."""
-    bins, columns = (indices.ravel() for indices in np.indices(probabilities.shape))
-    errors = np.abs(np.array(labels)[columns] - actual[bins])
-    scores = probabilities.ravel().astype(np.float64)
-    order = np.argsort(scores, kind="stable")
-    return Claims(bins[order], errors[order], scores[order])
+def choose_thresholds(
+    right_scores: Floats,
+    columns: Counts,
+    labels: int,
+    false_alarms: float,
+    kind: Threshold,
+) -> Floats:
+    """The threshold of each label, below which `false_alarms` of the right claims lie.
 
-
-def right_probabilities(table: pd.DataFrame) -> Floats:
-    """The probability of each row's actual count; `table` has `actual` and p<label> columns."""
-    columns = table.columns.get_indexer(pd.Index([f"p{count}" for count in table["actual"]]))
-    chosen: Floats = table.to_numpy()[np.arange(len(table)), columns].astype(np.float64)
-    return chosen
+    `right_scores` are those of the bins' own records, `columns` their positions among the labels. A
+    global threshold is the same for all labels. A label without bins has the global one.
+    """
+    thresholds = np.full(labels, threshold_for(right_scores, false_alarms))
+    if kind == "per_count":
+        for column in np.unique(columns):
+            thresholds[column] = threshold_for(right_scores[columns == column], false_alarms)
+    return thresholds
 
 
 def threshold_for(right_scores: Floats, false_alarms: float) -> float:
@@ -72,10 +56,10 @@ def threshold_for(right_scores: Floats, false_alarms: float) -> float:
     return float(ordered[min(below, len(ordered) - 1)])
 
 
-def rates_at(claims: Claims, threshold: float, weights: Floats) -> Rates:
-    """The rates at a threshold, with a weight for each bin; 0 if there are no such claims."""
-    alarms = claims.scores < threshold
-    of_claim = weights[claims.bins]
+def rates_at(claims: Claims, thresholds: Floats, weights: Floats) -> Rates:
+    """The rates at a threshold per label, with a weight per bin; 0 if there are no such claims."""
+    alarms = claims.scores < thresholds[claims.columns]
+    of_claim = claims.weights * weights[claims.bins]
 
     def share(chosen: NDArray[np.bool_]) -> float:
         total = of_claim[chosen].sum()
@@ -85,28 +69,30 @@ def rates_at(claims: Claims, threshold: float, weights: Floats) -> Rates:
     return Rates(share(errors == 0), share(errors > 0), share(errors == 1), share(errors > 1))
 
 
-def rates_by_count(
-    probabilities: Floats, actual: Counts, labels: list[int], threshold: float
-) -> pd.DataFrame:
+def rates_by_count(claims: Claims, labels: list[int], thresholds: Floats) -> pd.DataFrame:
     """A row per quantity: the shares of right and of wrong records with it that raise an alarm.
 
-    One threshold for all counts hides that wrong records of some counts are hardly ever found. The
+    One threshold for all counts hides that wrong records of some counts are hardly ever found. A
     share is missing if there are no such records.
     """
-    alarms = probabilities < threshold
+    alarms = claims.scores < thresholds[claims.columns]
     rows = []
     for column, label in enumerate(labels):
-        right = actual == label
+        right, wrong = (
+            (claims.columns == column) & (claims.right == is_right) for is_right in (True, False)
+        )
         rates = [
-            alarms[chosen, column].mean() if chosen.any() else np.nan for chosen in (right, ~right)
+            np.average(alarms[chosen], weights=claims.weights[chosen]) if chosen.any() else np.nan
+            for chosen in (right, wrong)
         ]
-        rows.append((label, int(right.sum()), *rates))
-    return pd.DataFrame(rows, columns=["quantity", "right_records", "false_alarms", "found"])
+        rows.append((label, thresholds[column], int(right.sum()), *rates))
+    columns = ["quantity", "threshold", "right_records", "false_alarms", "found"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def roc_curve(claims: Claims, weights: Floats) -> tuple[Floats, Floats]:
     """The share of false alarms and the share of wrong claims found, at every threshold."""
-    of_claim = weights[claims.bins]
+    of_claim = claims.weights * weights[claims.bins]
     # Claims with equal scores become alarms together.
     last_of_score = np.flatnonzero(np.diff(claims.scores, append=np.inf))
     curves = []
@@ -138,32 +124,15 @@ def precision(found: Floats | float, false_alarms: Floats | float, prevalence: f
     return np.divide(true_alarms, alarms, out=np.zeros_like(alarms), where=alarms > 0)
 
 
-def verification_table(claims: Claims, thresholds: dict[str, float]) -> pd.DataFrame:
-    """A row with the rates at each threshold; `thresholds` are given by name."""
-    weights = np.ones(claims.bins.max() + 1)
-    return pd.DataFrame(
-        {"alarms": name, "threshold": threshold} | rates_at(claims, threshold, weights)._asdict()
-        for name, threshold in thresholds.items()
-    )
+def precision_at(rates: Rates, right_claims: int) -> dict[float, float]:
+    """The precision of alarms by PREVALENCES.
 
-
-def precision_table(verification: pd.DataFrame, right_claims: int) -> pd.DataFrame:
-    """The precision of each row's alarms for each of PREVALENCES.
-
-    `bins_per_find` is the number of alarms a person looks at for each wrong record found, `inf` if
-    none is found. If none of the `right_claims` raised an alarm, the share of false alarms is taken
-    to be its upper 95% bound, 3 / right_claims (Hanley and Lippman-Hand, If Nothing Goes Wrong, Is
-    Everything All Right?, JAMA 1983).
+    If none of the `right_claims` raised an alarm, the share of false alarms is taken to be its
+    upper 95% bound, 3 / right_claims (Hanley and Lippman-Hand, If Nothing Goes Wrong, Is Everything
+    All Right?, JAMA 1983).
     """
-    rows = []
-    names = ("alarms", "found", "false_alarms")
-    for alarms, found, false_alarms in zip(*(verification[name] for name in names), strict=True):
-        for prevalence in PREVALENCES:
-            false = false_alarms or min(1.0, 3 / right_claims)
-            share = float(precision(found, false, prevalence))
-            rows.append((alarms, prevalence, found, share, 1 / share if share else np.inf))
-    columns = ["alarms", "wrong_records", "found", "precision", "bins_per_find"]
-    return pd.DataFrame(rows, columns=columns)
+    false = rates.false_alarms or min(1.0, 3 / right_claims)
+    return {share: float(precision(rates.found, false, share)) for share in PREVALENCES}
 
 
 def roc_table(claims: Claims) -> pd.DataFrame:

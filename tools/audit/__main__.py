@@ -10,10 +10,11 @@ import argparse
 import sys
 import traceback
 from pathlib import Path
-from typing import Never
+from typing import Never, get_args
 
 from stages.runtime.command import explain
 from stages.runtime.machine import allow_open_files
+from stages.runtime.params import Threshold
 
 EPILOG = """\
 where expected counts come from without --expected:
@@ -98,6 +99,13 @@ def make_parser() -> argparse.ArgumentParser:
         default=0.05,
         metavar="SHARE",
         help="the share of correct records that may be flagged; default: 0.05",
+    )
+    parser.add_argument(
+        "--threshold",
+        choices=get_args(Threshold),
+        default="global",
+        help="per_count flags the same share of correct records for each count, while one global"
+        " threshold flags few records of the middle counts; default: global",
     )
     parser.add_argument(
         "--top",

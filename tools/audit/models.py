@@ -12,12 +12,16 @@ import torch
 
 from stages.imaging import jpeg
 from stages.networks import inference
-from stages.networks.calibration import Floats, probability_columns
+from stages.networks.calibration import Floats, with_temperature
 from stages.networks.release import SETTINGS, Release, load_release
 from stages.runtime.errors import UserError
 from stages.runtime.files import digest
 from stages.runtime.paths import MODELS
-from stages.scoring.verification import rates_by_count, right_probabilities, threshold_for
+from stages.scoring.claims import sibling_differences
+from stages.scoring.ensemble import average, ensemble_temperature
+from stages.scoring.evaluation import claims_about
+from stages.scoring.scored import Scored
+from stages.scoring.verification import rates_by_count
 
 
 @dataclass(frozen=True)
@@ -40,30 +44,25 @@ class Ensemble:
         """Changes with anything that decides the probabilities; settings hold SHA-256 digests."""
         return digest(*(release.settings for release in self.releases))
 
-    @property
-    def validation_ids(self) -> set[str]:
-        return set(self.releases[0].validation["id"])
+    @cached_property
+    def _members(self) -> list[Scored]:
+        """The models' calibrated scores of the validation bins."""
+        return [Scored.from_table(release.validation) for release in self.releases]
 
     @cached_property
-    def validation(self) -> pd.DataFrame:
-        """A row for each validation bin: actual, predicted, and p<label> for each label."""
-        columns = probability_columns(self.labels)
-        tables = [release.validation.sort_values("id") for release in self.releases]
-        mean = np.mean([table[columns].to_numpy() for table in tables], axis=0)
-        found = pd.DataFrame(mean, columns=columns)
-        found["actual"] = tables[0]["actual"].to_numpy()
-        found["predicted"] = np.array(self.labels)[mean.argmax(axis=1)]
-        return found
+    def temperature(self) -> float:
+        return ensemble_temperature(self._members)
 
-    def threshold(self, false_alarm: float) -> float:
-        """The score below which this share of the correct validation records lies."""
-        return threshold_for(right_probabilities(self.validation), false_alarm)
+    @cached_property
+    def validation(self) -> Scored:
+        """The validation bins with the calibrated average of the models' probabilities."""
+        return average(self._members).with_temperature(self.temperature)
 
-    def flagged_by_count(self, threshold: float) -> pd.DataFrame:
-        """The table of rates_by_count for the validation bins."""
-        probabilities = self.validation[probability_columns(self.labels)].to_numpy()
-        actual = self.validation["actual"].to_numpy()
-        return rates_by_count(probabilities, actual, self.labels, threshold)
+    def flagged_by_count(self, thresholds: Floats) -> pd.DataFrame:
+        """The table of rates_by_count for the validation bins, if wrong records miss a pick."""
+        bins = self.validation
+        differences = sibling_differences(bins.ids, bins.groups, bins.actual)
+        return rates_by_count(claims_about(bins, "picks", differences), self.labels, thresholds)
 
     def pixels(self, data: bytes) -> jpeg.Pixels:
         """A photograph as the resize stage prepares it, [size, size, 3]. Raises ImageError."""
@@ -80,7 +79,7 @@ class Ensemble:
 
     @torch.inference_mode()
     def probabilities(self, images: jpeg.Pixels) -> Floats:
-        """Each label's calibrated probability, averaged over the models: [images, labels].
+        """Each label's probability, averaged over the models and calibrated: [images, labels].
 
         `images` are uint8 [images, size, size, 3].
         """
@@ -90,8 +89,7 @@ class Ensemble:
             with inference.autocast(self.device):
                 logits = release.classifier.logits(normalized(scaled))
             found.append(logits.double().softmax(1).cpu().numpy())
-        mean: Floats = np.mean(found, axis=0)
-        return mean
+        return with_temperature(np.mean(found, axis=0), self.temperature)
 
 
 def load_ensemble(folders: Sequence[Path]) -> Ensemble:

@@ -33,12 +33,11 @@ class Facts(NamedTuple):
     models: list[str]
     validation_bins: int
     false_alarm: float
-    threshold: float
     #: Bins of the training set: those left out, and those that were audited all the same.
     left_out: int = 0
     trained_on: int = 0
     warning: str = ""
-    #: By the count in the record: the shares of correct and of wrong records that are flagged.
+    #: The rows of rates_by_count for the validation bins.
     by_count: Sequence[Mapping[Any, Any]] = ()
 
 

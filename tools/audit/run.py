@@ -7,10 +7,13 @@ import pandas as pd
 
 from stages.collecting.advice import explained_at
 from stages.formats.tables import write_csv
+from stages.networks.calibration import Floats
 from stages.runtime.errors import UserError
 from stages.runtime.files import digest, digest_files, write_text
+from stages.runtime.params import Threshold
 from stages.runtime.paths import SPLIT
 from stages.runtime.work import resumable
+from stages.scoring.evaluation import thresholds_of
 from tools.audit.expected import Expected, find_expected
 from tools.audit.models import Ensemble, load_ensemble
 from tools.audit.page import Facts, make_thumbnails, render_page
@@ -30,6 +33,7 @@ def audit(
     model: Sequence[Path],
     out: Path,
     false_alarm: float,
+    threshold: Threshold,
     top: int,
     endpoint: str | None,
     region: str,
@@ -50,8 +54,9 @@ def audit(
             "audit", digest(source.identity, ensemble.identity, code_version())
         ) as folder:
             scored = score_photographs(source, ensemble, folder)
-            table = audit_table(scored, counts, ensemble.labels, ensemble.threshold(false_alarm))
-            facts = gather_facts(source, counts, ensemble, table, false_alarm, left_out)
+            thresholds = thresholds_of(ensemble.validation, false_alarm, threshold)
+            table = audit_table(scored, counts, ensemble.labels, thresholds)
+            facts = gather_facts(source, counts, ensemble, table, false_alarm, thresholds, left_out)
             shown = table.loc[table["alarm"] == "yes", "id"].head(top).tolist()
             # Only these photographs are read again, for the page.
             thumbnails = make_thumbnails(source.pick(shown))
@@ -112,20 +117,19 @@ def gather_facts(
     ensemble: Ensemble,
     table: pd.DataFrame,
     false_alarm: float,
+    thresholds: Floats,
     left_out: int,
 ) -> Facts:
-    threshold = ensemble.threshold(false_alarm)
     return Facts(
         photographs=source.place,
         expected=counts.place,
         models=[path.name for path in ensemble.folders],
-        validation_bins=len(ensemble.validation),
+        validation_bins=len(ensemble.validation.ids),
         false_alarm=false_alarm,
-        threshold=threshold,
         left_out=left_out,
         trained_on=len(training_ids(ensemble).intersection(source.ids)),
-        warning=warn(table, false_alarm, ensemble.validation),
-        by_count=ensemble.flagged_by_count(threshold).to_dict("records"),
+        warning=warn(table, false_alarm, ensemble.validation.table()),
+        by_count=ensemble.flagged_by_count(thresholds).to_dict("records"),
     )
 
 

@@ -5,24 +5,27 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from stages.networks.calibration import probability_columns
+from stages.networks.calibration import Floats, probability_columns
 from tools.audit.expected import NO_COUNT, Expected
 
 
 def audit_table(
-    scored: pd.DataFrame, expected: Expected, labels: Sequence[int], threshold: float
+    scored: pd.DataFrame, expected: Expected, labels: Sequence[int], thresholds: Floats
 ) -> pd.DataFrame:
     """A row for each bin with a photograph or an expected count, the most suspicious first.
 
-    A record's score is the probability of its count. A score below the threshold is an alarm;
-    suspicion is 1 - score. Bins that cannot be judged come last, by id, with a reason instead of
-    suspicion and alarm. `scored` has the columns id, p<label> for each label, and problem.
+    A record's score is the probability of its count. A score below the threshold of that count is
+    an alarm; suspicion is 1 - score. Bins that cannot be judged come last, by id, with a reason
+    instead of suspicion and alarm. `scored` has the columns id, p<label> for each label, and
+    problem; `thresholds` are in the order of `labels`.
     """
     columns = probability_columns(list(labels))
     bins = scored.merge(expected_table(expected), on="id", how="outer")
-    score = pd.Series(np.nan, bins.index)
-    for label, column in zip(labels, columns, strict=True):
-        score = score.mask(bins["expected"].eq(label).fillna(value=False), bins[column])
+    score, threshold = pd.Series(np.nan, bins.index), pd.Series(np.nan, bins.index)
+    for label, column, of_label in zip(labels, columns, thresholds, strict=True):
+        has_label = bins["expected"].eq(label).fillna(value=False)
+        score = score.mask(has_label, bins[column])
+        threshold = threshold.mask(has_label, of_label)
     most_probable = np.array(labels)[bins[columns].fillna(0.0).to_numpy().argmax(axis=1)]
     seen = pd.Series(most_probable, bins.index, dtype="Int64").where(bins[columns[0]].notna())
     bins["seen"] = seen

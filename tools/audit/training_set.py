@@ -17,7 +17,7 @@ def training_ids(ensemble: Ensemble) -> set[str]:
         return set()
     split = read_csv(SPLIT)
     ids = {name: set(split.loc[split["set"] == name, "id"]) for name in ("train", "validation")}
-    return ids["train"] if ids["validation"] == ensemble.validation_ids else set()
+    return ids["train"] if ids["validation"] == {*ensemble.validation.ids} else set()
 
 
 def project_ids(photographs: Photographs) -> set[str]:
