@@ -25,6 +25,7 @@ from stages.reporting.figures import Picture, Tables, draw_figures
 from stages.reporting.page import PUBLISHED, PUBLISHED_CURVES, REPORT, embedded, render
 from stages.runtime import paths
 from stages.runtime.command import run_stage
+from stages.runtime.counts import open_label
 from stages.runtime.files import write_bytes, write_text
 from stages.runtime.params import load_params
 from stages.runtime.work import publish_folder, scratch
@@ -57,13 +58,16 @@ def main() -> str:
     majority = majority_quantity(bins)
     by_majority = majority_metrics(tables["predictions"][ENSEMBLE], majority)
     published_curves = pd.read_csv(PUBLISHED_CURVES)
-    figures = draw_figures(bins, by_majority["accuracy"], tables, published_curves)
+    names = {int(label): str(label) for label in params.subset.quantities}
+    figures = draw_figures(bins, by_majority["accuracy"], tables, published_curves, names)
     write_figures(figures)
     doubted = doubtful(tables["predictions"][ENSEMBLE], tables["validation"][ENSEMBLE])
     some = sample(tables["predictions"], params.split.seed)
     page = render(
         REPORT,
         params=params,
+        names=names,
+        open=open_label(params.subset.quantities),
         networks=networks,
         # Test only measures, so validation chooses the model of the headline.
         best=max(results, key=lambda model: results[model]["validation_accuracy"]),

@@ -8,6 +8,7 @@ from stages.formats.items import ASINS, asins_by_bin
 from stages.formats.shards import whole_parquet, write_table
 from stages.runtime import paths
 from stages.runtime.command import run_stage
+from stages.runtime.counts import open_label
 from stages.runtime.errors import UserError
 from stages.runtime.params import Subset, load_params
 from stages.sampling.lists import read_list, refuse_unknown, some
@@ -34,12 +35,17 @@ def main() -> str:
 def with_groups(index: pa.Table, quantities: list[int]) -> pa.Table:
     """The index with the column group, found over all bins, since a chain may pass through any.
 
-    Empty bins join their neighbours only if the experiment has empty bins.
+    Empty bins join their neighbours only if the experiment has empty bins. Counts that belong to an
+    open class, like 6+, become that of its name.
     """
     empty = index.filter(pc.equal(index["quantity"], 0))["id"].to_pylist()
     ids = index["id"].to_pylist()
     groups = sibling_groups(ids, asins_by_bin(index), empty if 0 in quantities else ())
-    return index.append_column("group", pa.array(groups, pa.string())).select(COLUMNS)
+    grouped = index.append_column("group", pa.array(groups, pa.string())).select(COLUMNS)
+    if (highest := open_label(quantities)) is None:
+        return grouped
+    counts = pc.min_element_wise(grouped["quantity"], pa.scalar(highest, pa.int32()))
+    return grouped.set_column(COLUMNS.index("quantity"), "quantity", counts)
 
 
 def sample(index: pa.Table, params: Subset) -> pa.Table:

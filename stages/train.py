@@ -79,7 +79,7 @@ def make_trainer(params: Params, model: str, work: Path, processes: Processes) -
     train_bins, validation_bins = share_bins(
         paths.RESIZED, paths.SPLIT, names, size, work, processes
     )
-    labels = sorted(params.subset.quantities)
+    labels = params.subset.quantities
     torch.manual_seed(model_params.seed)
     classifier = build_classifier(model_params, paths.PRETRAINED / model, labels, size)
     place(classifier, processes.device, deterministic=params.run.deterministic)

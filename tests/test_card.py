@@ -135,7 +135,7 @@ def test_the_hub_reads_the_front_matter(model: str, library: str) -> None:
             {"train.vit.keep": "best"},
             "The weights after epoch 3, the best by accuracy on validation, are kept.",
         ),
-        ({"evaluate.false_alarm": 0.025}, "chosen on validation for 2.5% false alarms"),
+        ({"evaluate.false_alarm": 0.025}, "as validation chose for 2.5% false alarms"),
     ],
     ids=str,
 )

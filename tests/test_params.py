@@ -138,6 +138,13 @@ REFUSED = [
             ({1: 2}, "should be text"),
         )
     ],
+    # Quantities.
+    *[
+        ("subset.quantities", [1, value], "should be a whole number, or like 6+")
+        for value in (-1, 2.0, True, "6", "0+", "+6", None, [2])
+    ],
+    ("subset.quantities", [1, "2+", 3], "has 3, which is among 2+"),
+    ("subset.quantities", [1, 2, "2+"], "has 2 more than once"),
     ("index", {"max_rejects": 0.5, 1: 2}, "should be a key that is text, not 1"),
     # Names of files.
     *[

@@ -304,10 +304,8 @@ def test_the_ensemble_is_the_average_that_the_audit_uses(project: Project) -> No
     of_models = [Scored.from_table(predictions(project, model)) for model in MODELS]
     ensemble = predictions(project, "ensemble")
     mean = average(of_models)
-    temperature = read_csv(project.folder / "reports/ensemble/tables/calibration.csv").loc[
-        1, "temperature"
-    ]
-    expected = mean.with_temperature(temperature).table()
+    calibration = read_csv(project.folder / "reports/ensemble/tables/calibration.csv")
+    expected = mean.with_temperature(calibration["temperature"].iloc[1]).table()
     pd.testing.assert_frame_equal(ensemble, expected, rtol=1e-5)
 
 

@@ -46,6 +46,7 @@ from tests.builders import bin_rows, write_params, write_resized, write_split
 FIGURES = ["confusion_ensemble", "confusion_resnet34", "confusion_vit", "curves_resnet34"]
 FIGURES += ["curves_vit", "precision", "quantities", "recall", "reliability", "roc"]
 LABELS = [1, 2, 3, 4, 5]
+COUNTS = {label: str(label) for label in LABELS}
 THRESHOLDS = [0.5, 0.1, 0.1, 0.1, 0.1]
 # The share of test in published work.
 TEST_SHARE = 0.1
@@ -491,7 +492,7 @@ def test_the_same_inputs_give_the_same_bytes(made: Path) -> None:
 def test_the_figures_show_their_data() -> None:
     bins = read_bins()
     published = pd.read_csv(PUBLISHED_CURVES)
-    before = draw_figures(bins, 0.2, report.tables_by_name(NETWORKS), published)
+    before = draw_figures(bins, 0.2, report.tables_by_name(NETWORKS), published, COUNTS)
 
     for name, column, figures in (
         ("curves", "validation_loss", {"curves_vit"}),
@@ -503,13 +504,13 @@ def test_the_figures_show_their_data() -> None:
     ):
         tables = report.tables_by_name(NETWORKS)
         tables[name]["vit"][column] += 0.25 if column != "test_bins" else tables[name]["vit"].index
-        after = draw_figures(bins, 0.2, tables, published)
+        after = draw_figures(bins, 0.2, tables, published, COUNTS)
         assert {name for name in FIGURES if after[name].png != before[name].png} == figures
     tables = report.tables_by_name(NETWORKS)
     tables["roc"][ENSEMBLE]["found"] += 0.25
-    after = draw_figures(bins, 0.2, tables, published)
+    after = draw_figures(bins, 0.2, tables, published, COUNTS)
     assert after["precision"].png != before["precision"].png
-    after = draw_figures(bins[:-1], 0.3, report.tables_by_name(NETWORKS), published)
+    after = draw_figures(bins[:-1], 0.3, report.tables_by_name(NETWORKS), published, COUNTS)
     changed = {name for name in FIGURES if after[name].png != before[name].png}
     assert changed == {"quantities", "curves_resnet34", "curves_vit"}
 
@@ -760,7 +761,7 @@ def test_the_texts_of_a_confusion_fit_into_its_cells(quantities: int, lines: int
     confusion[0] = 0
     confusion[0, 0] = 22_222
 
-    figure = plots.confusion_figure("vit", confusion, list(range(quantities)))
+    figure = plots.confusion_figure("vit", confusion, [*map(str, range(quantities))])
 
     figure.draw_without_rendering()
     (panel,) = figure.axes

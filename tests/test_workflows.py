@@ -93,6 +93,29 @@ def test_another_size_resizes_and_so_does_the_previous_one(clone: Clone) -> None
         assert sizes == {(size, size)}
 
 
+def test_empty_bins_and_an_open_class_go_through_everything(clone: Clone) -> None:
+    text = clone.experiment("subset.quantities=[0,1,2,3,4,5,6+]")
+    assert clone.stages_run(text)[-2:] == ["ensemble", "report"]
+    tables = clone.folder / "reports/vit/tables"
+    assert "p5,p6+" in (tables / "predictions.csv").read_text("utf-8").partition("\n")[0]
+    page = (clone.folder / "reports/index.html").read_text("utf-8")
+    assert "0, 1, 2, 3, 4, 5, 6+" in page
+    assert "Bins with 6+ items have no known count" in page
+    config = json.loads((clone.folder / "models/resnet34/config.json").read_text("utf-8"))
+    assert list(config["id2label"].values()) == ["0", "1", "2", "3", "4", "5", "6+"]
+    audited = [sys.executable, "-m", "tools.audit", "data/raw", "--all"]
+    done = subprocess.run(
+        audited,
+        cwd=clone.folder,
+        env=clone.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "70 photographs" in done.stdout, done.stderr
+    assert "the models count only" not in (clone.folder / "audit/audit.csv").read_text("utf-8")
+
+
 def test_a_third_model_is_a_block_of_params_yaml(clone: Clone) -> None:
     # A copy of a model's block, and then its differences.
     clone.run("dvc", "exp", "run", "-S", "+train.third=${train.vit}", "pretrained@third")

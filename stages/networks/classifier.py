@@ -11,6 +11,7 @@ from stages.formats.tables import write_json
 from stages.networks.libraries import library_of
 from stages.networks.model_files import CONFIG, PREPROCESSOR, damaged, read_json, reason_of
 from stages.networks.pretrained import check_pretrained
+from stages.runtime.counts import parse_label
 from stages.runtime.errors import UserError
 from stages.runtime.machine import machine_error
 from stages.runtime.params import ModelParams
@@ -21,7 +22,8 @@ class Classifier:
     """A network with everything that is needed to use it.
 
     `network` takes float images [batch, 3, size, size] with values from 0 to 1, normalized by
-    `mean` and `std` per channel. Its output i is the score of the quantity `labels[i]`.
+    `mean` and `std` per channel. Its output i is the score of the quantity `labels[i]`, or if that
+    is AndMore, of it and all higher ones.
     """
 
     network: nn.Module
@@ -134,7 +136,7 @@ def load_classifier(folder: Path) -> Classifier:
     library = library_of(config.get("library", "transformers"))
     try:
         names = config["id2label"]
-        labels = [int(names[str(number)]) for number in range(len(names))]
+        labels = [parse_label(names[str(number)]) for number in range(len(names))]
         network = library.load(folder, labels)
         size = preparation["crop_size"]["height"]
         _check_scores(network, labels, size)

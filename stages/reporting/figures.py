@@ -25,13 +25,18 @@ class Picture(NamedTuple):
 
 
 def draw_figures(
-    bins: pd.DataFrame, majority_accuracy: float, tables: Tables, published: pd.DataFrame
+    bins: pd.DataFrame,
+    majority_accuracy: float,
+    tables: Tables,
+    published: pd.DataFrame,
+    names: Mapping[int, str],
 ) -> dict[str, Picture]:
     """Plot each figure; the result is by the name of its file.
 
-    `bins` has the quantity and set of each bin, `published` the rows of published_curves.csv.
+    `bins` has the quantity and set of each bin, `published` the rows of published_curves.csv, and
+    `names` what each quantity is called.
     """
-    quantities = pd.crosstab(bins["quantity"], bins["set"])
+    quantities = pd.crosstab(bins["quantity"], bins["set"]).rename(index=names)
     figures = {"quantities": (plots.quantities_figure(quantities), quantities_text(quantities))}
     for model, curves in tables["curves"].items():
         known = published[published["model"] == model]
@@ -39,10 +44,11 @@ def draw_figures(
         figures[f"curves_{model}"] = figure, curves_text(model, curves, known)
     for model, table in tables["confusion"].items():
         confusion = table.pivot_table("test_bins", "actual", "predicted", aggfunc="sum")
+        confusion = confusion.rename(index=names, columns=names)
         figure = plots.confusion_figure(model, confusion.to_numpy(), confusion.index.tolist())
         figures[f"confusion_{model}"] = figure, confusion_text(model, confusion)
     text = "Recall per quantity; the tables below have the numbers."
-    figures["recall"] = plots.recall_figure(tables["per_quantity"]), text
+    figures["recall"] = plots.recall_figure(tables["per_quantity"], list(names.values())), text
     figure = plots.reliability_figure(tables["reliability_uncalibrated"], tables["reliability"])
     figures["reliability"] = figure, reliability_text(tables["calibration"])
     figures["roc"] = plots.roc_figure(tables["roc"]), roc_text(tables["alarms"])

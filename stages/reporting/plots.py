@@ -37,9 +37,7 @@ def quantities_figure(quantities: pd.DataFrame) -> Figure:
     figure, (axes,) = _figure(height=3.2)
     bottom = np.zeros(len(quantities))
     for name, color in SETS.items():
-        axes.bar(
-            quantities.index.astype(str), quantities[name], bottom=bottom, color=color, label=name
-        )
+        axes.bar(quantities.index, quantities[name], bottom=bottom, color=color, label=name)
         bottom += quantities[name].to_numpy()
     axes.set(xlabel="items in the record", ylabel="bins", title="Bins per quantity")
     _legend(figure, axes)
@@ -85,7 +83,7 @@ def _plot_curve(
         panel.plot(epochs, values, style, color=color, markersize=4, label=label)
 
 
-def confusion_figure(model: str, confusion: NDArray[np.int64], labels: Sequence[int]) -> Figure:
+def confusion_figure(model: str, confusion: NDArray[np.int64], labels: Sequence[str]) -> Figure:
     """The share of each row's bins, and their number if the cells have room for both."""
     figure, (panel,) = _figure(height=WIDTH)
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
@@ -98,15 +96,15 @@ def confusion_figure(model: str, confusion: NDArray[np.int64], labels: Sequence[
         if len(labels) <= MOST_COUNTED:
             text += f"\n{confusion[row, column]:,}"
         panel.text(column, row, text, ha="center", va="center", color=color, fontsize=size)
-    panel.set_xticks(range(len(labels)), map(str, labels))
-    panel.set_yticks(range(len(labels)), map(str, labels))
+    panel.set_xticks(range(len(labels)), labels)
+    panel.set_yticks(range(len(labels)), labels)
     panel.set(title=f"Counts of {model} (the diagonal is right)")
     panel.set(xlabel="predicted items", ylabel="items in the record")
     panel.spines[:].set_visible(False)
     return figure
 
 
-def recall_figure(per_quantity: Mapping[str, pd.DataFrame]) -> Figure:
+def recall_figure(per_quantity: Mapping[str, pd.DataFrame], labels: Sequence[str]) -> Figure:
     """A group of bars per quantity; `per_quantity` has the rows of per_quantity.csv by model."""
     figure, (axes,) = _figure(height=3.4)
     width = 0.8 / len(per_quantity)
@@ -114,7 +112,7 @@ def recall_figure(per_quantity: Mapping[str, pd.DataFrame]) -> Figure:
         positions = np.arange(len(table)) + (number - (len(per_quantity) - 1) / 2) * width
         color = MODELS[number % len(MODELS)]
         axes.bar(positions, table["recall"], width, color=color, label=model)
-        axes.set_xticks(range(len(table)), table["quantity"].astype(str))
+    axes.set_xticks(range(len(labels)), labels)
     axes.set(
         xlabel="items in the record",
         ylabel="recall",

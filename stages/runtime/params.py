@@ -11,11 +11,13 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    PlainValidator,
     ValidationError,
     model_validator,
 )
 from ruamel.yaml import YAML
 
+from stages.runtime.counts import AndMore, parse_label
 from stages.runtime.errors import UserError
 
 PARAMS_FILE = Path("params.yaml")
@@ -47,12 +49,24 @@ def _compared(value: Any) -> Any:
     return value
 
 
+def _quantity(value: Any) -> int:
+    """A count, or text like 6+, which stands for all counts from 6 on."""
+    if isinstance(value, str) and re.fullmatch(r"[1-9]\d{0,3}\+", value):
+        return parse_label(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"should be a whole number, or like 6+, not {_shown(value)}")
+    return value
+
+
 def _classes(quantities: list[int]) -> list[int]:
     if len(quantities) < 2:
         raise ValueError(f"should have two or more quantities, not {len(quantities)}")
     if twice := sorted({one for one in quantities if quantities.count(one) > 1}):
-        raise ValueError(f"has {twice[0]} more than once")
-    return quantities
+        raise ValueError(f"has {int(twice[0])} more than once")
+    for one in quantities:
+        if isinstance(one, AndMore) and one != max(quantities):
+            raise ValueError(f"has {max(quantities)}, which is among {one}")
+    return sorted(quantities)
 
 
 def _per_channel(values: list[float]) -> list[float]:
@@ -66,6 +80,7 @@ ProperShare = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Quantity = Annotated[int, PlainValidator(_quantity)]
 # numpy's and torch's generators take 32 and 64 bits.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 BucketUrl = Annotated[
@@ -107,7 +122,7 @@ class Index(Block):
 
 
 class Subset(Block):
-    quantities: Annotated[list[Natural], AfterValidator(_classes)]
+    quantities: Annotated[list[Quantity], AfterValidator(_classes)]
     bins: Count
     order: Literal["random", "listing"]
     seed: Seed

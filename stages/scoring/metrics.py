@@ -10,6 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from stages.networks.calibration import Counts, Floats, negative_log_likelihood
+from stages.runtime.counts import open_label
 
 CONFIDENCE_INTERVALS = 10
 
@@ -35,12 +36,15 @@ def counting_metrics(
 ) -> dict[str, float]:
     """How far predicted counts are from the records' counts.
 
-    RMSE and MAE are in items; accuracy and within_one are shares of 1. macro_f1 is the mean F1 over
+    RMSE and MAE are in items; accuracy and within_one are shares of 1. RMSE, MAE and within_one
+    leave out records of an open label, like 6+, which do not say a count; a prediction of it counts
+    as the lowest. macro_f1 is the mean F1 over
     the labels that occur; F1 is 0 for a label that is never predicted correctly. kappa is Cohen's
     with quadratic weights (Psychological Bulletin 1968): 1 is perfect, and 0 is as good as chance.
     It is also 0 if all records and predictions have the same count.
     """
     weights = np.ones(len(actual)) if weights is None else weights
+    known = closed_weights(actual, labels, weights)
     error = np.abs(predicted - actual)
     confusion = confusion_matrix(actual, predicted, labels, weights)
     recall, precision = recall_and_precision(confusion)
@@ -49,12 +53,17 @@ def counting_metrics(
     occurs = confusion.sum(axis=0) + confusion.sum(axis=1) > 0
     return {
         "accuracy": float(np.average(error == 0, weights=weights)),
-        "rmse": float(np.sqrt(np.average(error**2, weights=weights))),
-        "mae": float(np.average(error, weights=weights)),
-        "within_one": float(np.average(error <= 1, weights=weights)),
+        "rmse": float(np.sqrt(np.average(error**2, weights=known))),
+        "mae": float(np.average(error, weights=known)),
+        "within_one": float(np.average(error <= 1, weights=known)),
         "macro_f1": float(f1[occurs].mean()),
         "kappa": _quadratic_kappa(confusion, labels),
     }
+
+
+def closed_weights(actual: Counts, labels: list[int], weights: Floats) -> Floats:
+    """The weights of the bins, 0 if a bin's record is of an open label."""
+    return np.where(actual == open_label(labels), 0.0, weights)
 
 
 def _quadratic_kappa(confusion: Floats, labels: list[int]) -> float:
@@ -71,9 +80,11 @@ def probability_metrics(
 
     rmse_of_mean is the RMSE of the distribution's expected count, which need not be whole, in
     items; rps is the mean of ranked_probability_scores, in items; nll is the negative
-    log-likelihood in nats; calibration_error is the root of squared_calibration_error, or 0.
+    log-likelihood in nats; calibration_error is the root of squared_calibration_error, or 0. The
+    first two leave out records of an open label, like 6+, which do not say a count.
     """
     weights = np.ones(len(actual)) if weights is None else weights
+    known = closed_weights(actual, labels, weights)
     predicted = probabilities.argmax(axis=1)
     targets = (actual[:, None] == np.array(labels)).argmax(axis=1)
     error = probabilities @ np.array(labels) - actual
@@ -82,8 +93,8 @@ def probability_metrics(
     right, confidence = predicted == targets, probabilities.max(axis=1)
     squared = squared_calibration_error(right, confidence, weights)
     return {
-        "rmse_of_mean": float(np.sqrt(np.average(error**2, weights=weights))),
-        "rps": float(np.average(scores, weights=weights)),
+        "rmse_of_mean": float(np.sqrt(np.average(error**2, weights=known))),
+        "rps": float(np.average(scores, weights=known)),
         "nll": float(np.average(loss, weights=weights)),
         "calibration_error": max(0.0, squared) ** 0.5,
     }

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from stages.networks.calibration import Counts, Floats, probability_columns, with_temperature
+from stages.runtime.counts import parse_label
 from stages.scoring.metrics import (
     confusion_matrix,
     counting_metrics,
@@ -29,13 +30,13 @@ class Scored:
     @classmethod
     def from_table(cls, table: pd.DataFrame) -> "Scored":
         """The bins of a table with the columns of Scored.table."""
-        columns = table.columns[table.columns.str.fullmatch(r"p\d+")]
+        columns = table.columns[table.columns.str.fullmatch(r"p\d+\+?")]
         return cls(
             ids=table["id"].tolist(),
             groups=table["group"].tolist(),
             actual=table["actual"].to_numpy(),
             probabilities=table[columns].to_numpy(),
-            labels=[int(column.removeprefix("p")) for column in columns],
+            labels=[parse_label(column.removeprefix("p")) for column in columns],
         )
 
     def table(self) -> pd.DataFrame:

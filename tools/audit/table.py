@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from stages.networks.calibration import Floats, probability_columns
+from stages.runtime.counts import AndMore
 from tools.audit.expected import NO_COUNT, Expected
 
 
@@ -23,7 +24,10 @@ def audit_table(
     bins = scored.merge(expected_table(expected), on="id", how="outer")
     score, threshold = pd.Series(np.nan, bins.index), pd.Series(np.nan, bins.index)
     for label, column, of_label in zip(labels, columns, thresholds, strict=True):
-        has_label = bins["expected"].eq(label).fillna(value=False)
+        counts = bins["expected"]
+        has_label = (counts.ge(label) if isinstance(label, AndMore) else counts.eq(label)).fillna(
+            value=False
+        )
         score = score.mask(has_label, bins[column])
         threshold = threshold.mask(has_label, of_label)
     most_probable = np.array(labels)[bins[columns].fillna(0.0).to_numpy().argmax(axis=1)]
@@ -61,7 +65,7 @@ def reasons(bins: pd.DataFrame, unjudged: pd.Series, labels: Sequence[int]) -> p
 
 
 def describe_labels(labels: Sequence[int]) -> str:
-    """Like "1 to 5" or "0, 2, 7"."""
+    """Like "1 to 5", "0, 2, 7" or "0 to 6+"."""
     ordered = sorted(labels)
     if ordered[-1] - ordered[0] == len(ordered) - 1:
         return f"{ordered[0]} to {ordered[-1]}"
