@@ -34,6 +34,7 @@ from stages.runtime.params import Resize
 from stages.scoring.ensemble import average, ensemble_temperature
 from stages.scoring.scored import Scored
 from stages.scoring.verification import threshold_for
+from tests.browser import running_browser
 from tests.builders import (
     SIZE,
     TINY_VIT,
@@ -49,8 +50,10 @@ from tests.builders import (
     write_split,
 )
 from tests.conftest import REPOSITORY, S3, jpeg_file, objects_of, record_json
+from tests.test_audit_deciding import press, reload, saved
 from tools.audit import __main__ as audit
 from tools.audit import run as audit_run
+from tools.audit.decisions import COLUMNS as DECISION_COLUMNS
 from tools.audit.models import Ensemble
 from tools.audit.plausibility import ADVICE, EITHER, PHOTOGRAPHS, RECORDS
 from tools.s3 import serving
@@ -420,7 +423,7 @@ def test_a_killed_audit_continues_and_ends_with_the_same_bytes() -> None:
     assert killed[:2] == [-signal.SIGKILL, 3]
     assert resumed[:2] == [1, 8]
     assert undisturbed[:2] == [1, 10]
-    for name in ("audit.csv", "index.html"):
+    for name in ("audit.csv", "index.html", "audit.json"):
         assert Path("audit", name).read_bytes() == Path("undisturbed", name).read_bytes()
     assert not list(Path(".cache").iterdir())
 
@@ -596,6 +599,166 @@ def test_the_page_shows_the_first_alarms_with_their_photographs(run: Run) -> Non
     assert page.count("data:image/jpeg;base64,") == 7
     assert all(f"Photograph of bin {bin_id}" in page for bin_id in audited()["id"][:7])
     assert "Showing 7 of 30; audit.csv lists them all." in page
+
+
+def write_night() -> dict[str, int]:
+    """Photographs and records of 40 bins, of which three are wrong. Returns the true counts."""
+    rows = bin_rows(QUANTITIES)
+    write_photographs({row["id"]: row["image"] for row in rows})
+    counts = {row["id"]: row["quantity"] for row in rows}
+    write_counts(counts | {"00007": 4, "00031": 5, "00002": 3})
+    return counts
+
+
+def listed_bins() -> list[dict[str, Any]]:
+    """What the page knows about the bins on its list."""
+    text = Path("audit/index.html").read_text("utf-8")
+    found = re.search(r'<script type="application/json" id="page">(.*?)</script>', text)
+    assert found
+    data = json.loads(found[1])
+    return [one | {"audit": data["audit"]} for one in data["bins"]]
+
+
+def write_decisions(counted: Mapping[str, int | None], day: int = 1) -> Path:
+    """A file as the page of the last audit saves it; None is a count that nobody could tell."""
+    rows = []
+    for one in listed_bins():
+        if one["id"] not in counted:
+            continue
+        count = counted[one["id"]]
+        right = count == one["expected"]
+        decision = "unclear" if count is None else "right" if right else "wrong"
+        time = f"2026-01-{day:02d}T08:00:00.000Z"
+        rows.append(one | {"counted": count, "decision": decision, "decided_at": time})
+    path = Path(f"decisions-{day}.csv")
+    pd.DataFrame(rows)[[*DECISION_COLUMNS]].to_csv(path, index=False)
+    return path
+
+
+def test_a_decided_bin_is_not_asked_again_until_its_photograph_or_record_changes(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    true = write_night()
+    assert run(*WITH_COUNTS, *SURE) == 1
+    assert [one["id"] for one in listed_bins()] == audited()["id"][:3].tolist()
+    decided = write_decisions(true | {"00031": None})
+    capsys.readouterr()
+
+    again = [*WITH_COUNTS, *SURE, "--decisions", decided]
+    assert run(*again) == 0
+
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "audit: of the last list, 2 of 2 checked alarms were right"
+    assert out[-1] == (
+        "audit: 40 photographs, 3 alarms (7.5%), 3 of them decided before, 0 not judged;"
+        " audit/index.html"
+    )
+    page = Path("audit/index.html").read_text("utf-8")
+    assert "None that was not decided before." in page
+    assert page.count("<td>record is wrong</td><td>2026-01-01</td>") == 2
+    assert page.count("<td>cannot tell</td><td>2026-01-01</td>") == 1
+
+    # A new photograph of one bin, and another record of another one.
+    Path("photographs/00007.jpg").write_bytes(square(true["00007"], 999))
+    write_counts(true | {"00007": 4, "00031": 5, "00002": 4})
+    assert run(*again) == 1
+    assert {one["id"] for one in listed_bins()} == {"00007", "00002"}
+
+    later = write_decisions({"00007": true["00007"]}, day=2)
+    assert run(*again, "--decisions", later) == 1
+    assert {one["id"] for one in listed_bins()} == {"00002"}
+    assert Path("audit/audit.json").read_text("utf-8").count('"decided_before": 2') == 1
+
+
+def test_other_bins_are_drawn_into_the_list_and_say_how_many_records_are_wrong(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    true = write_night()
+    assert run(*WITH_COUNTS, *SURE, "--sample", 10) == 1
+    first = listed_bins()
+    assert len(first) == 13
+    assert {one["part_bins"] for one in first} == {3, 37}
+    with_seed = [one["id"] for one in first]
+    assert run(*WITH_COUNTS, *SURE, "--sample", 10, "--seed", 1) == 1
+    assert {one["id"] for one in listed_bins()} != set(with_seed)
+    assert run(*WITH_COUNTS, *SURE, "--sample", 10) == 1
+    assert listed_bins() == first
+    decided = write_decisions(true)
+    capsys.readouterr()
+
+    assert run(*WITH_COUNTS, *SURE, "--decisions", decided) == 0
+
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "audit: of the last list, 3 of 3 checked alarms were right (100%, 95% interval 100% to"
+        " 100%); about 3 records are wrong in all (3 to 12); the list finds 100% of them (25% to"
+        " 100%); the best balance is at --false-alarm 0.03"
+    )
+
+
+def test_a_summary_for_machines_lies_beside_the_page(run: Run) -> None:
+    write_night()
+    run(*WITH_COUNTS, *SURE, "--sample", 5)
+
+    found = json.loads(Path("audit/audit.json").read_text("utf-8"))
+
+    assert found["bins"] == {
+        "photographs": 40,
+        "judged": 40,
+        "not_judged": 0,
+        "left_out": 0,
+        "alarms": 3,
+        "open_alarms": 3,
+        "decided_before": 0,
+        "listed": 8,
+        "drawn": 5,
+    }
+    sha256 = json.loads(Path("models/one", SETTINGS).read_text())["sha256"]
+    assert found["models"] == [{"folder": "models/one", "sha256": sha256}]
+    assert (found["table"], found["page"]) == ("audit.csv", "index.html")
+    assert found["decided"] is None
+    assert (found["false_alarm"], found["expected"]) == (0.03, "counts.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,expected\n1,2\n", "decisions.csv: the first line is 'id,expected', but should name"),
+        (None, "decisions.csv': check this path"),
+    ],
+)
+def test_decisions_that_cannot_be_read_are_named_before_anything_is_scored(
+    run: Run, text: str | None, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_night()
+    if text is not None:
+        Path("decisions.csv").write_text(text)
+    assert run(*WITH_COUNTS, "--decisions", "decisions.csv") == 2
+    assert message in capsys.readouterr().err
+    assert not Path("audit/audit.csv").exists()
+
+
+@pytest.mark.slow
+def test_one_night_and_the_next_in_a_browser(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    true = write_night()
+    assert run(*WITH_COUNTS, *SURE, "--sample", 4) == 1
+    with running_browser() as browser:
+        page = browser.open(Path("audit/index.html").absolute())
+        press(page, "j")
+        for one in listed_bins()[:-1]:
+            right = true[one["id"]] == one["expected"]
+            press(page, *("r" if right else [str(true[one["id"]]), "Enter"]))
+        reload(page)
+        decided = saved(page, Path.cwd())
+    capsys.readouterr()
+
+    code = run(*WITH_COUNTS, *SURE, "--sample", 4, "--decisions", decided)
+
+    last = listed_bins()
+    assert code == (1 if "flagged" in {one["part"] for one in last} else 0)
+    assert " checked alarms were right (100%, 95% interval " in capsys.readouterr().out
+    summary = json.loads(Path("audit/audit.json").read_text("utf-8"))
+    assert summary["bins"]["decided_before"] == 6
+    assert summary["decided"]["checked"] >= 2
 
 
 @pytest.mark.parametrize(

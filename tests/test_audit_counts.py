@@ -113,9 +113,15 @@ def test_files_from_spreadsheets_and_exports_are_read(data: str | bytes, form: s
         ("\n\n", "the first line is ''"),
         ("id expected\n7 3\n", "the first line is 'id expected'"),
         ("id,expected,a;id;expected\n7,3,a;8;4\n", "the first line is 'id,expected,a;id;expected'"),
-        ("id,expected,quantity\n7,3,4\n", "two columns could be the count, expected and quantity"),
-        ("id,Expected,expected\n7,3,3\n", "two columns could be the count, expected and expected"),
-        ("id,ID,expected\n7,8,3\n", "two columns are called id: keep one"),
+        (
+            "id,expected,quantity\n7,3,4\n",
+            "two columns could be expected: expected and quantity; keep one",
+        ),
+        (
+            "id,Expected,expected\n7,3,3\n",
+            "two columns could be expected: expected and expected; keep",
+        ),
+        ("id,ID,expected\n7,8,3\n", "two columns could be id: id and id; keep one"),
         (b"id,expected\n\xff,3\n", r"line 2: '\\xff' is not a bin's id"),
         (b"PK\x03\x04\x00\x00id,expected\n7,3\n", "this is not a text file: save or export"),
         (codecs.BOM_UTF32_LE + "id,expected\n".encode("utf-32-le"), "this is not a text file"),

@@ -1,9 +1,10 @@
 """Find bins whose inventory record is probably wrong, judging by their photographs.
 
-Writes two files into a folder: audit.csv, with the expected count of every bin and the count that
-its photograph shows, and index.html, a page of the flagged bins with their photographs, the most
-suspicious first. A bin is flagged (an alarm) when its recorded count is less likely than those of
-95% of correct records; --false-alarm changes that share.
+Writes three files into a folder: audit.csv, with the expected count of every bin and the count that
+its photograph shows; index.html, a page of the flagged bins with their photographs, where somebody
+who checks them notes what they found; and audit.json, a summary for other programs. A bin is
+flagged (an alarm) when its recorded count is less likely than those of 95% of correct records;
+--false-alarm changes that share.
 """
 
 import argparse
@@ -27,11 +28,12 @@ lost their leading zeros in a spreadsheet are matched if only one photograph fit
 examples:
   python -m tools.audit photographs --expected counts.csv
   python -m tools.audit s3://aft-vbi-pds --model models/vit
+  python -m tools.audit photographs --expected counts.csv --decisions decisions.csv --sample 50
   python -m tools.audit data/resized --false-alarm 0.01 --out nightly
 
 exit codes, for a nightly job:
-  0    no bin is flagged
-  1    at least one bin is flagged
+  0    no bin is flagged that was not decided before
+  1    at least one such bin is flagged
   2    an error: there is no result
   130  stopped by Ctrl-C
 
@@ -78,6 +80,16 @@ def make_parser() -> argparse.ArgumentParser:
         " <id>.json",
     )
     parser.add_argument(
+        "--decisions",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a file decisions.csv that the page of an earlier audit has saved: bins that were"
+        " decided are not asked again while photograph and record are the same; repeat the option"
+        " for several files, of which the later decision about a bin holds",
+    )
+    parser.add_argument(
         "--model",
         type=Path,
         action="append",
@@ -91,7 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("audit"),
         metavar="FOLDER",
-        help="where to write the two files; default: audit",
+        help="where to write the three files; default: audit",
     )
     parser.add_argument(
         "--false-alarm",
@@ -113,6 +125,21 @@ def make_parser() -> argparse.ArgumentParser:
         default=200,
         metavar="BINS",
         help="show at most this many flagged bins on the page; default: 200",
+    )
+    parser.add_argument(
+        "--sample",
+        type=whole,
+        default=0,
+        metavar="BINS",
+        help="list also so many of the other bins, drawn at random and not told apart, to learn how"
+        " many records are wrong in all; default: 0",
+    )
+    parser.add_argument(
+        "--seed",
+        type=whole,
+        default=0,
+        metavar="NUMBER",
+        help="another number draws other bins; default: 0",
     )
     parser.add_argument(
         "--all",

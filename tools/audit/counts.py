@@ -1,4 +1,4 @@
-"""CSV files of counts as spreadsheets and databases export them: from bytes to a count per id.
+"""CSV files as spreadsheets and databases export them: from bytes to cells, ids and counts.
 
 Only what is unambiguous is read. A count that could be two numbers, or a row that could mean two
 bins, would cause a false alarm or hide a wrong record.
@@ -8,13 +8,15 @@ import csv
 import io
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from stages.collecting.ids import is_bin_id
 
-COUNT_NAMES = ("expected", "quantity")
+Value = TypeVar("Value")
+#: The columns of a file of counts, each with the names that it may have.
+COUNTS = (("id",), ("expected", "quantity"))
 _SEPARATORS = {",": "", ";": "semicolon-separated", "\t": "tab-separated", "|": "pipe-separated"}
 # How databases and spreadsheets export an empty cell.
 _EMPTY = ("", "null", "nan", "n/a", "#n/a")
@@ -24,6 +26,14 @@ class CountsError(Exception):
     """The file cannot be read without guessing; the text says where, why, and what to do."""
 
 
+class Sheet(NamedTuple):
+    """The wanted cells of each row, with its line number, and how the file was read if unusual."""
+
+    rows: list[tuple[int, list[str]]]
+    separator: str
+    form: str
+
+
 class Listed(NamedTuple):
     """The count of each id, None where its cell is empty, and how the file was read if unusual."""
 
@@ -31,34 +41,60 @@ class Listed(NamedTuple):
     form: str
 
 
-class Matched(NamedTuple):
-    """`Listed.rows`, but with the ids of the photographs.
+class Matched(NamedTuple, Generic[Value]):
+    """What the rows hold, by the ids of the photographs.
 
     `padded` is the number of ids whose lost leading zeros were restored. `unclear` explains, by id,
     why a bin was not matched: several rows could mean it, or its row could mean several bins.
     """
 
-    rows: dict[str, int | None]
+    rows: dict[str, Value]
     padded: int
     unclear: dict[str, str]
+
+    @property
+    def notes(self) -> list[str]:
+        """What was unusual about the ids."""
+        notes = []
+        if self.padded:
+            notes.append(f"ids whose lost leading zeros were restored: {self.padded}")
+        if self.unclear:
+            notes.append(
+                f"bins left out, since ids lost their leading zeros: {len(self.unclear)}"
+                f" ({next(iter(self.unclear.values()))}); export the column id as text"
+            )
+        return notes
 
 
 def parse_counts(data: bytes) -> Listed:
     """Read the bytes of a CSV file. Raises CountsError if it is unusable or ambiguous."""
-    text, encoding = decode(data)
-    # Excel's first line `sep=;` is emptied rather than removed, so that lines keep their numbers.
-    text = re.sub(r"\Asep=.(?=[\r\n])", "", text, flags=re.IGNORECASE)
-    separator, id_column, count_column = find_columns(text)
+    sheet = read_sheet(data, COUNTS)
     rows: dict[str, int | None] = {}
-    for line, cells in read_rows(text, separator):
-        bin_id = parse_id(line, cells[id_column])
+    for line, (id_cell, count_cell) in sheet.rows:
+        bin_id = parse_id(line, id_cell)
         if bin_id in rows:
             # Even with the same count, since an export of items has several rows per bin.
             raise CountsError(
                 f"line {line} lists the bin {bin_id} again: keep one row for each bin"
             )
-        rows[bin_id] = parse_count(line, bin_id, cells[count_column], separator)
-    return Listed(rows, ", ".join(filter(None, [encoding, _SEPARATORS[separator]])))
+        rows[bin_id] = parse_count(line, bin_id, count_cell, sheet.separator)
+    return Listed(rows, sheet.form)
+
+
+def read_sheet(data: bytes, columns: Sequence[Sequence[str]]) -> Sheet:
+    """The cells of these columns, each given by the names that it may have.
+
+    Raises CountsError if the file is not a CSV or lacks a column.
+    """
+    text, encoding = decode(data)
+    # Excel's first line `sep=;` is emptied rather than removed, so that lines keep their numbers.
+    text = re.sub(r"\Asep=.(?=[\r\n])", "", text, flags=re.IGNORECASE)
+    separator, positions = find_columns(text, columns)
+    rows = [
+        (line, [plain(cells[position]) for position in positions])
+        for line, cells in read_rows(text, separator)
+    ]
+    return Sheet(rows, separator, ", ".join(filter(None, [encoding, _SEPARATORS[separator]])))
 
 
 def decode(data: bytes) -> tuple[str, str]:
@@ -84,31 +120,38 @@ def decode_utf(data: bytes) -> tuple[str, str]:
     return data.decode("utf-8-sig"), ""
 
 
-def find_columns(text: str) -> tuple[str, int, int]:
-    """The separator, found from the first row, and the positions of the id and count columns."""
+def find_columns(text: str, columns: Sequence[Sequence[str]]) -> tuple[str, list[int]]:
+    """The separator, found from the first row, and the positions of the columns."""
     found = []
     for separator in _SEPARATORS:
         with suppress(csv.Error, StopIteration):
             _, header = next(split(text, separator))
             names = [plain(cell).casefold() for cell in header]
-            if "id" in names and not {*COUNT_NAMES}.isdisjoint(names):
+            if not any({*allowed}.isdisjoint(names) for allowed in columns):
                 found.append((separator, names))
     if len(found) != 1:
         first = text.lstrip().partition("\n")[0].rstrip()
         raise CountsError(
-            f"the first line is {first!a:.80}, but should name the columns id and expected"
-            " (or quantity)"
+            f"the first line is {first!a:.80}, but should name the columns {describe(columns)}"
         )
     ((separator, names),) = found
-    ids = [position for position, name in enumerate(names) if name == "id"]
-    counts = [position for position, name in enumerate(names) if name in COUNT_NAMES]
-    if len(ids) > 1:
-        raise CountsError("two columns are called id: keep one")
-    if len(counts) > 1:
+    return separator, [find_column(names, allowed) for allowed in columns]
+
+
+def find_column(names: Sequence[str], allowed: Sequence[str]) -> int:
+    """The only position of an allowed name."""
+    position, *others = [number for number, name in enumerate(names) if name in allowed]
+    if others:
         raise CountsError(
-            f"two columns could be the count, {names[counts[0]]} and {names[counts[1]]}: keep one"
+            f"two columns could be {allowed[0]}: {names[position]} and {names[others[0]]}; keep one"
         )
-    return separator, ids[0], counts[0]
+    return position
+
+
+def describe(columns: Sequence[Sequence[str]]) -> str:
+    """Like "id and expected (or quantity)"."""
+    *others, last = [f"{name} (or {', '.join(more)})" if more else name for name, *more in columns]
+    return f"{', '.join(others)} and {last}"
 
 
 def split(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
@@ -143,35 +186,35 @@ def plain(cell: str) -> str:
 
 def parse_id(line: int, cell: str) -> str:
     """The id, which may be written as the name of its photograph."""
-    bin_id = re.sub(r"\.jpe?g$", "", plain(cell), flags=re.IGNORECASE)
+    bin_id = re.sub(r"\.jpe?g$", "", cell, flags=re.IGNORECASE)
     if not is_bin_id(bin_id):
-        raise CountsError(f"line {line}: {plain(cell)!a:.80} is not a bin's id")
+        raise CountsError(f"line {line}: {cell!a:.80} is not a bin's id")
     return bin_id
 
 
 def parse_count(line: int, bin_id: str, cell: str, separator: str) -> int | None:
     """A whole number. Zeros as decimals are allowed, but not three, which could mean thousands."""
-    count = plain(cell)
-    if count.casefold() in _EMPTY:
+    if cell.casefold() in _EMPTY:
         return None
     point = "[.]" if separator == "," else "[.,]"
-    whole = re.fullmatch(rf"([0-9]{{1,9}})(?:{point}(?:0|00|0000+))?", count)
+    whole = re.fullmatch(rf"([0-9]{{1,9}})(?:{point}(?:0|00|0000+))?", cell)
     if not whole:
         raise CountsError(
-            f"line {line}: the count of {bin_id} is {count!a:.80}, which is not clearly a whole"
+            f"line {line}: the count of {bin_id} is {cell!a:.80}, which is not clearly a whole"
             " number: write it like 12"
         )
     return int(whole[1])
 
 
-def match_ids(rows: Mapping[str, int | None], photographs: Iterable[str]) -> Matched:
+def match_ids(rows: Mapping[str, Value], photographs: Iterable[str]) -> Matched[Value]:
     """Restore the leading zeros of ids that a spreadsheet has read as numbers."""
     meanings = find_meanings(rows, photographs)
     claims = defaultdict(list)
     for row, bins in meanings.items():
         for bin_id in bins:
             claims[bin_id].append(row)
-    matched, unclear = {}, {}
+    matched: dict[str, Value] = {}
+    unclear = {}
     for bin_id, claiming in claims.items():
         meant = meanings[claiming[0]]
         if len(claiming) == len(meant) == 1:

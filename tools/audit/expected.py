@@ -14,7 +14,7 @@ from stages.collecting.bucket import RECORDS
 from stages.collecting.ids import RECORD
 from stages.collecting.records import Record, RecordError, parse_record
 from stages.runtime.errors import UserError
-from tools.audit.counts import CountsError, Listed, Matched, match_ids, parse_counts
+from tools.audit.counts import CountsError, match_ids, parse_counts
 from tools.audit.photographs import Content, Files, Photographs, Shards, open_folder
 
 NO_COUNT = "no expected count"
@@ -110,23 +110,11 @@ def read_counts(path: Path, photographs: Iterable[str]) -> Expected:
         raise UserError(f"{path}: {error}") from None
     matched = match_ids(listed.rows, photographs)
     problems = dict.fromkeys(matched.unclear, UNCLEAR)
-    found = Expected(str(path), problems=problems, notes=describe(listed, matched))
+    notes = [f"read as {listed.form}"] if listed.form else []
+    found = Expected(str(path), problems=problems, notes=[*notes, *matched.notes])
     for bin_id, count in matched.rows.items():
         if count is None:
             found.problems[bin_id] = NO_COUNT
         else:
             found.counts[bin_id] = count
     return found
-
-
-def describe(listed: Listed, matched: Matched) -> list[str]:
-    """What was unusual about reading a CSV file."""
-    notes = [f"read as {listed.form}"] if listed.form else []
-    if matched.padded:
-        notes.append(f"ids whose lost leading zeros were restored: {matched.padded}")
-    if matched.unclear:
-        notes.append(
-            f"bins left out, since ids lost their leading zeros: {len(matched.unclear)}"
-            f" ({next(iter(matched.unclear.values()))}); export the column id as text"
-        )
-    return notes

@@ -1,5 +1,7 @@
-"""The page of an audit: the flagged bins with their photographs, the most suspicious first."""
+"""The page of an audit: the bins to check, with their photographs, and what people decide."""
 
+import base64
+import hashlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -7,20 +9,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+from markupsafe import Markup
 from PIL import Image
 
 from stages.imaging import jpeg
 from stages.networks.calibration import probability_columns
 from stages.reporting.page import embedded, render
+from stages.runtime.counts import AndMore
+from stages.runtime.files import digest
+from tools.audit.decisions import COLUMNS, Decision, fingerprint
 from tools.audit.photographs import Content
+from tools.audit.work_list import WorkList
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-# The longer side in pixels, and the JPEG quality: about 12 kB each.
-THUMBNAIL = 320
+SCRIPT = Path(__file__).with_suffix(".js")
+# The longer side in pixels, at which real photographs keep their details, and the JPEG quality:
+# about 21 kB each.
+LONGER_SIDE = 640
 QUALITY = 75
+# As many as are in sight when the page opens.
+FIRST_PICTURES = 12
 _NAME_LETTERS = 70
 _ITEMS = 5
 _EXAMPLES = 5
+_VERDICTS = {"right": "record is right", "wrong": "record is wrong", "unclear": "cannot tell"}
 
 Items = Mapping[str, list[dict[str, Any]]]
 
@@ -41,17 +53,31 @@ class Facts(NamedTuple):
     by_count: Sequence[Mapping[Any, Any]] = ()
 
 
+class Picture(NamedTuple):
+    """A small copy of a photograph as a data URL ("" if it cannot be read), and its fingerprint."""
+
+    url: str
+    fingerprint: str
+
+
 def render_page(
     facts: Facts,
     table: pd.DataFrame,
     labels: Sequence[int],
-    top: int,
-    thumbnails: Mapping[str, str],
+    work: WorkList,
+    pictures: Mapping[str, Picture],
     items: Items,
+    carried: Sequence[Decision] = (),
 ) -> str:
-    """`table` is that of audit_table; `thumbnails` (URLs) and `items` (as parsed) are by id."""
+    """The page that lists the bins of `work`.
+
+    `table` is that of audit_table; `pictures` and `items` (as parsed) are by id. `carried` are
+    earlier decisions that the page saves together with its own.
+    """
     judged = table[table["alarm"] != ""]
-    alarms = table[table["alarm"] == "yes"]
+    alarms = judged[judged["alarm"] == "yes"]
+    rows = table.set_index("id", drop=False).loc[work.ids].to_dict("records")
+    script = SCRIPT.read_text("utf-8")
     return render(
         TEMPLATE,
         percent=percent,
@@ -59,24 +85,79 @@ def render_page(
         judged=len(judged),
         alarms=len(alarms),
         expected_false=round(facts.false_alarm * len(judged)),
+        open_alarms=int((~alarms["id"].isin(work.settled.keys())).sum()),
         unjudged=unjudged(table),
-        bins=[card(row, labels, items) for row in alarms[:top].to_dict("records")],
-        thumbnails=thumbnails,
+        work=work,
+        drawn=len(work.ids) - len(work.flagged),
+        bins=[card(row, labels, items, pictures) for row in rows],
+        first_pictures=FIRST_PICTURES,
+        verdicts=_VERDICTS,
+        data=page_data(rows, work, pictures, carried),
+        script=Markup(script),  # noqa: S704 - our own file
+        script_hash=content_hash(script),
     )
 
 
-def card(row: Mapping[Any, Any], labels: Sequence[int], items: Items) -> dict[str, Any]:
+def content_hash(script: str) -> str:
+    """By which the page's Content-Security-Policy allows this script, and no other."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+def page_data(
+    rows: Sequence[Mapping[Any, Any]],
+    work: WorkList,
+    pictures: Mapping[str, Picture],
+    carried: Sequence[Decision],
+) -> dict[str, Any]:
+    """What the page's script needs, in the words of decisions.csv."""
+    parts = {"flagged": len(work.flagged), "other": work.others}
+    bins = []
+    for row in rows:
+        bin_id = row["id"]
+        part = "flagged" if bin_id in work.flagged else "other"
+        bins.append(
+            {
+                "id": bin_id,
+                "expected": int(row["expected"]),
+                "photograph": pictures[bin_id].fingerprint if bin_id in pictures else "",
+                "part": part,
+                "part_bins": parts[part] if work.sampled else None,
+                "flagged_at": work.flagged.get(bin_id),
+            }
+        )
+    return {
+        # The browser keeps decisions by it: another list must not show those about this one.
+        "audit": f"audit-{digest(bins)[:12]}",
+        "bins": bins,
+        "parts": parts,
+        "sampled": work.sampled,
+        "first_pictures": FIRST_PICTURES,
+        "columns": COLUMNS,
+        "earlier": [decision._asdict() for decision in carried],
+    }
+
+
+def card(
+    row: Mapping[Any, Any], labels: Sequence[int], items: Items, pictures: Mapping[str, Picture]
+) -> dict[str, Any]:
     ordered = sorted(labels)
     shares = [row[column] for column in probability_columns(ordered)]
     listed = items.get(row["id"], [])
     return {
         "id": row["id"],
         "expected": row["expected"],
-        "seen": row["seen"],
+        "expected_label": label_of(row["expected"], ordered),
+        "seen": next(label for label in ordered if label == row["seen"]),
         "probabilities": dict(zip(ordered, shares, strict=True)),
+        "picture": pictures[row["id"]].url if row["id"] in pictures else "",
         "items": [describe_item(item) for item in listed[:_ITEMS]],
         "more_items": max(0, len(listed) - _ITEMS),
     }
+
+
+def label_of(count: int, labels: Sequence[int]) -> int:
+    """The label that a count belongs to, which is its own unless one stands for all above it."""
+    return next(one for one in labels if one == count or (isinstance(one, AndMore) and count > one))
 
 
 def describe_item(item: Mapping[str, Any]) -> str:
@@ -108,20 +189,23 @@ def percent(share: float) -> str:
     return f"{share:.0%}"
 
 
-def make_thumbnails(contents: Iterable[Content]) -> dict[str, str]:
-    """Small copies by id, as data URLs; photographs that can no longer be read are left out."""
-    thumbnails = {}
+def make_pictures(contents: Iterable[Content]) -> dict[str, Picture]:
+    """By id; photographs that can no longer be read are left out."""
+    pictures = {}
     for content in contents:
+        url = ""
         # The file may have changed since it was scored.
         with suppress(jpeg.ImageError):
-            thumbnails[content.id] = embedded("image/jpeg", make_thumbnail(content.data))
-    return thumbnails
+            url = embedded("image/jpeg", make_copy(content.data))
+        if not content.problem:
+            pictures[content.id] = Picture(url, fingerprint(content.data))
+    return pictures
 
 
-def make_thumbnail(data: bytes) -> bytes:
-    """Encoded again, so that nothing but the pixels of a file gets into the page."""
+def make_copy(data: bytes) -> bytes:
+    """A copy that is encoded again, so that only the pixels of a file get into the page."""
     image = Image.fromarray(jpeg.decode(data))
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.thumbnail((LONGER_SIDE, LONGER_SIDE))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=QUALITY)
     return buffer.getvalue()

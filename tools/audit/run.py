@@ -1,12 +1,13 @@
-"""An audit from start to finish: read, score, compare, write."""
+"""An audit from start to finish: read, score, compare, list, write."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from stages.collecting.advice import explained_at
-from stages.formats.tables import write_csv
+from stages.formats.tables import write_csv, write_json
 from stages.networks.calibration import Floats
 from stages.runtime.errors import UserError
 from stages.runtime.files import digest, digest_files, write_text
@@ -14,42 +15,53 @@ from stages.runtime.params import Threshold
 from stages.runtime.paths import SPLIT
 from stages.runtime.work import resumable
 from stages.scoring.evaluation import thresholds_of
+from tools.audit.decisions import Decided, read_decisions, still_hold
 from tools.audit.expected import Expected, find_expected
 from tools.audit.models import Ensemble, load_ensemble
-from tools.audit.page import Facts, make_thumbnails, render_page
+from tools.audit.page import Facts, make_pictures, render_page
 from tools.audit.photographs import OPTIONS, Photographs, open_photographs
 from tools.audit.plausibility import warn
 from tools.audit.scores import score_photographs
 from tools.audit.table import audit_table
 from tools.audit.training_set import project_ids, training_ids
+from tools.audit.work_list import WorkList, flagged_at, make_list
+from tools.audit.worth import describe, worth_of
 
 TABLE = "audit.csv"
 PAGE = "index.html"
+SUMMARY = "audit.json"
 
 
 def audit(
     photographs: str,
     expected: Path | None,
+    decisions: Sequence[Path],
     model: Sequence[Path],
     out: Path,
     false_alarm: float,
     threshold: Threshold,
     top: int,
+    sample: int,
+    seed: int,
     endpoint: str | None,
     region: str,
     *,
     signed: bool,
     with_trained: bool,
 ) -> int:
-    """Write the table and the page into `out` and return the number of alarms. See --help."""
+    """Write the table, the page and the summary into `out`. See --help.
+
+    Returns the number of alarms that nobody has decided on.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with explained_at(photographs, OPTIONS, anonymous=not signed):
         source = open_photographs(photographs, endpoint, region, signed=signed)
         counts = find_expected(expected, source)
         refuse_strangers(source, counts)
+        decided = read_decisions(decisions, source.ids)
         ensemble = load_ensemble(model)
         left_out = 0 if with_trained else leave_out_trained(source, counts, ensemble)
-        announce(source, counts, ensemble, left_out)
+        announce(source, counts, decided, ensemble, left_out)
         with resumable(
             "audit", digest(source.identity, ensemble.identity, code_version())
         ) as folder:
@@ -57,13 +69,29 @@ def audit(
             thresholds = thresholds_of(ensemble.validation, false_alarm, threshold)
             table = audit_table(scored, counts, ensemble.labels, thresholds)
             facts = gather_facts(source, counts, ensemble, table, false_alarm, thresholds, left_out)
-            shown = table.loc[table["alarm"] == "yes", "id"].head(top).tolist()
+            alarms = flagged_at(scored, counts, ensemble, false_alarm, threshold, alarms_of(table))
+            settled = still_hold(decided.by_id, counts.counts, source)
+            work = make_list(table, alarms, settled, top, sample, seed)
             # Only these photographs are read again, for the page.
-            thumbnails = make_thumbnails(source.pick(shown))
-            page = render_page(facts, table, ensemble.labels, top, thumbnails, counts.items(shown))
+            pictures = make_pictures(source.pick(work.ids))
+            # Others may be in another audit; those about changed bins are over.
+            carried = [
+                one
+                for one in decided.by_id.values()
+                if one.id in settled or one.id not in counts.counts
+            ]
+            page = render_page(
+                facts, table, ensemble.labels, work, pictures, counts.items(work.ids), carried
+            )
             write_csv(out / TABLE, table)
             write_text(out / PAGE, page)
-    return summarize(facts, len(source.ids), table, out)
+    return summarize(facts, ensemble, len(source.ids), table, work, decided, out)
+
+
+def alarms_of(table: pd.DataFrame) -> list[str]:
+    """The flagged bins of audit_table, the most suspicious first."""
+    alarms: list[str] = table.loc[table["alarm"] == "yes", "id"].tolist()
+    return alarms
 
 
 def refuse_strangers(source: Photographs, counts: Expected) -> None:
@@ -89,7 +117,9 @@ def leave_out_trained(source: Photographs, counts: Expected, ensemble: Ensemble)
     return len(trained)
 
 
-def announce(source: Photographs, counts: Expected, ensemble: Ensemble, trained: int) -> None:
+def announce(
+    source: Photographs, counts: Expected, decided: Decided, ensemble: Ensemble, trained: int
+) -> None:
     """Print what will be compared, and what is left out: files, and `trained` bins."""
     if left_out := [*source.left_out, *counts.left_out]:
         print(
@@ -98,6 +128,10 @@ def announce(source: Photographs, counts: Expected, ensemble: Ensemble, trained:
         )
     if counts.notes:
         print(f"audit: {counts.place}: {'; '.join(counts.notes)}")
+    for note in decided.notes:
+        print(f"audit: {note}")
+    if worth := worth_of(decided.by_id.values()):
+        print(f"audit: of the last list, {describe(worth)}")
     if trained:
         print(
             f"audit: bins left out, since the models were trained on them ({SPLIT}): {trained};"
@@ -120,6 +154,7 @@ def gather_facts(
     thresholds: Floats,
     left_out: int,
 ) -> Facts:
+    by_count = ensemble.flagged_by_count(thresholds).to_dict("records")
     return Facts(
         photographs=source.place,
         expected=counts.place,
@@ -129,7 +164,10 @@ def gather_facts(
         left_out=left_out,
         trained_on=len(training_ids(ensemble).intersection(source.ids)),
         warning=warn(table, false_alarm, ensemble.validation.table()),
-        by_count=ensemble.flagged_by_count(thresholds).to_dict("records"),
+        by_count=[
+            row | {"quantity": str(label)}
+            for row, label in zip(by_count, ensemble.labels, strict=True)
+        ],
     )
 
 
@@ -138,17 +176,64 @@ def code_version() -> str:
     return digest_files(sorted(Path(__file__).parent.glob("*.py")))
 
 
-def summarize(facts: Facts, photographs: int, table: pd.DataFrame, out: Path) -> int:
-    """Print the last line and return the alarms. Raises UserError if no bin could be judged."""
-    alarms = int((table["alarm"] == "yes").sum())
+def summarize(
+    facts: Facts,
+    ensemble: Ensemble,
+    photographs: int,
+    table: pd.DataFrame,
+    work: WorkList,
+    decided: Decided,
+    out: Path,
+) -> int:
+    """Write audit.json, print the last line and return the open alarms.
+
+    Raises UserError if no bin could be judged.
+    """
+    alarms = alarms_of(table)
+    still_open = [bin_id for bin_id in alarms if bin_id not in work.settled]
     not_judged = int((table["alarm"] == "").sum())
     if not_judged == len(table):
         reason = table["reason"].mode().iloc[0]
         raise UserError(f"no bin could be judged (mostly: {reason}): see {out / TABLE}")
+    bins = {
+        "photographs": photographs,
+        "judged": len(table) - not_judged,
+        "not_judged": not_judged,
+        "left_out": facts.left_out,
+        "alarms": len(alarms),
+        "open_alarms": len(still_open),
+        "decided_before": len(work.settled),
+        "listed": len(work.ids),
+        "drawn": len(work.ids) - len(work.flagged),
+    }
+    write_json(out / SUMMARY, summary(facts, ensemble, bins, decided))
     left_out = f", {facts.left_out} left out (trained on)" if facts.left_out else ""
+    settled = f", {len(alarms) - len(still_open)} of them decided before" if work.settled else ""
     print(
-        f"audit: {photographs} photographs, {alarms} alarms"
-        f" ({alarms / (len(table) - not_judged):.1%}), {not_judged} not judged{left_out};"
+        f"audit: {photographs} photographs, {len(alarms)} alarms"
+        f" ({len(alarms) / bins['judged']:.1%}){settled}, {not_judged} not judged{left_out};"
         f" {out / PAGE}" + (f". {facts.warning}" if facts.warning else "")
     )
-    return alarms
+    return len(still_open)
+
+
+def summary(
+    facts: Facts, ensemble: Ensemble, bins: dict[str, int], decided: Decided
+) -> dict[str, Any]:
+    """What audit.json says, which docs/audit.md describes."""
+    worth = worth_of(decided.by_id.values())
+    return {
+        "photographs": facts.photographs,
+        "expected": facts.expected,
+        "models": [
+            {"folder": str(folder), "sha256": release.settings.sha256}
+            for folder, release in zip(ensemble.folders, ensemble.releases, strict=True)
+        ],
+        "false_alarm": facts.false_alarm,
+        "thresholds": {row["quantity"]: row["threshold"] for row in facts.by_count},
+        "bins": bins,
+        "warning": facts.warning,
+        "decided": None if worth is None else worth.as_dict(),
+        "table": TABLE,
+        "page": PAGE,
+    }
