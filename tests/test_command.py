@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from stages import split
 from stages.runtime.command import run_stage
 from stages.runtime.errors import Stopped, UserError
-from stages.runtime.machine import allow_open_files, machine_error, usable_cores
+from stages.runtime.machine import allow_open_files, machine_error
 from tests.conftest import REPOSITORY, write_params
 
 MISSING = "make the stage's inputs with `dvc repro` or `dvc pull`"
@@ -190,17 +190,6 @@ def test_a_stage_may_open_as_many_files_as_this_machine_allows(
     allow_open_files()
     allow_open_files()
     assert limits == [(256, hard), (allowed, hard)]
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
-def test_only_the_cores_given_to_the_process_are_usable() -> None:
-    given = os.sched_getaffinity(0)
-    assert usable_cores() == len(given)
-    os.sched_setaffinity(0, {min(given)})
-    try:
-        assert usable_cores() == 1
-    finally:
-        os.sched_setaffinity(0, given)
 
 
 @pytest.mark.parametrize(

@@ -584,6 +584,14 @@ def test_only_full_batches_go_to_the_compiled_network(
     assert sizes == [8, 8, 8]
 
 
+def test_the_first_line_says_with_how_many_threads_a_cpu_computes(
+    sets: Sets, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report_start("vit", new_trainer(sets, settings_with(epochs=1)), resumed=False)
+
+    assert f" on 1 x cpu (threads: {torch.get_num_threads()}), 1 ep" in capsys.readouterr().out
+
+
 def test_a_training_that_could_not_be_compiled_says_so_in_one_line(
     sets: Sets, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,14 +1,20 @@
 """The messages of a training: a line at its start, and one after each epoch."""
 
+import torch
+
 from stages.training.compilation import NEEDS
 from stages.training.engine import Epoch, Trainer
 
 
 def report_start(model: str, trainer: Trainer, *, resumed: bool) -> None:
     state, params, steps = trainer.state, trainer.params, trainer.steps
+    device = trainer.classifier.device.type
+    if device == "cpu":
+        # Another number of threads gives other bytes.
+        device = f"cpu (threads: {torch.get_num_threads()})"
     print(
-        f"{model}: {len(trainer.train_bins)} bins on {trainer.processes.size} x"
-        f" {trainer.classifier.device.type}, {params.epochs} epochs of {steps} steps",
+        f"{model}: {len(trainer.train_bins)} bins on {trainer.processes.size} x {device},"
+        f" {params.epochs} epochs of {steps} steps",
         flush=True,
     )
     if resumed:
