@@ -1,7 +1,9 @@
 """Divide the bins into train, validation and test, siblings together: data/split.csv.
 
 data/split.json says how many test bins have siblings in train or validation, and how many would
-under the other protocol.
+under the other protocol. Counts that people corrected replace the records' from here on: split.csv
+has the count to learn, and beside it the recorded one. They are applied as late as this because no
+photograph has to be fetched or resized again for them.
 """
 
 from contextlib import suppress
@@ -14,6 +16,7 @@ from stages.runtime import paths
 from stages.runtime.command import run_stage
 from stages.runtime.errors import UserError
 from stages.runtime.params import load_params
+from stages.sampling.corrections import correct
 from stages.sampling.splitting import count_leaks, split
 
 
@@ -21,7 +24,12 @@ def main() -> str:
     params = load_params().split
     with whole_parquet(paths.SUBSET):
         bins = pd.read_parquet(paths.SUBSET, columns=["id", "quantity", "group"])
-    unusable = {reject.id for reject in read_rejects(paths.QUARANTINE)}
+    quarantined = {reject.id for reject in read_rejects(paths.QUARANTINE)}
+    unusable, corrected = quarantined, ""
+    if params.corrections is not None:
+        classes = load_params().subset.quantities
+        bins, dropped, corrected = correct(bins, params.corrections, classes)
+        unusable = quarantined | dropped
     sets = split(bins, unusable, params)
     leaks = {params.by: count_leaks(sets)}
     if params.by != "file":
@@ -29,12 +37,15 @@ def main() -> str:
         # Groups may be too large for sizes that bins fit into; then only this protocol is counted.
         with suppress(UserError):
             leaks[other.by] = count_leaks(split(bins, unusable, other))
+    if params.corrections is not None:
+        sets = sets.merge(bins[["id", "quantity", "recorded"]], on="id")
     write_csv(paths.SPLIT, sets)
     write_json(paths.LEAKS, leaks)
     counts = sets["set"].value_counts()
     done = f"{counts['train']} train, {counts['validation']} validation, {counts['test']} test"
     others = len(bins) - len(sets) - len(unusable)
-    return f"{done}; {len(unusable)} unusable" + (f", {others} in no set" if others else "")
+    left_out = f"{len(quarantined)} unusable" + (f", {others} in no set" if others else "")
+    return "; ".join(filter(None, [done, left_out, corrected]))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ import pytest
 
 from stages import split, subset
 from stages.formats.shards import Reject, write_rejects, write_table
+from stages.imaging.loader import load_bins
 from stages.runtime.errors import UserError
+from tests.builders import SIZE, square, write_resized
 from tests.conftest import index_of, write_params
 
 # 00001 and 00002 are siblings, as are 00004 and 00005; 7 and 00007 are two bins.
@@ -217,3 +219,90 @@ def test_one_file_serves_as_both() -> None:
     )
     subset.main()
     assert split.main() == "2 train, 1 validation, 2 test; 0 unusable"
+
+
+DECIDED = "id,expected,counted,decision,decided_at\n"
+
+
+def run_with_corrections(text: str, quantities: tuple[int | str, ...] = (1, 2, 3)) -> str:
+    """Split all fitting bins by the sets of a file, with the counts of this list."""
+    run_subset("\n".join(["id", *FITTING]))
+    write_list(listing(ALL_SETS | {"00005": "train", "00008": "train", "7": "train"}))
+    Path("lists/decisions.csv").write_text(DECIDED + text)
+    write_params(
+        {
+            "subset.quantities": list(quantities),
+            "split.by": "file",
+            "split.file": "mine.csv",
+            "split.corrections": "decisions.csv",
+        }
+    )
+    return split.main()
+
+
+def test_corrected_counts_replace_the_records_which_stay_beside_them() -> None:
+    line = run_with_corrections("00001,1,3,wrong,x\n00002,2,2,right,x\n00004,2,,unclear,x\n")
+
+    sets = pd.read_csv("data/split.csv", dtype=str).set_index("id")
+    assert [*sets.loc["00001", ["set", "quantity", "recorded"]]] == ["train", "3", "1"]
+    others = sets[sets.index != "00001"]
+    assert (others["quantity"] == others["recorded"]).all()
+    assert "00004" not in sets.index
+    assert line == (
+        "4 train, 1 validation, 2 test; 0 unusable; lists/decisions.csv: 1 corrected, 1 left out"
+        " (nobody could tell)"
+    )
+    # Later stages read these counts, and not those of the photographs' shards.
+    shards = [{"id": bin_id, "quantity": 9, "image": square(1, 0)} for bin_id in sets.index]
+    write_resized(Path("data/resized"), shards)
+    (train,) = load_bins(Path("data/resized"), Path("data/split.csv"), "train", size=SIZE)
+    assert train.quantities[train.ids.index("00001")] == 3
+
+
+def test_counts_of_an_open_class_are_compared_as_its_lowest_count() -> None:
+    text = "00002,5,4,wrong,x\n00001,1,7,wrong,x\n00007,2,2,right,x\n"
+    line = run_with_corrections(text, quantities=(1, "2+"))
+
+    assert line.endswith(": 1 corrected, 0 left out (nobody could tell)")
+    sets = pd.read_csv("data/split.csv", dtype=str).set_index("id")
+    assert sets.loc[["00001", "00002"], "quantity"].tolist() == ["2", "2"]
+
+
+def test_corrections_of_unknown_bins_and_changed_records_are_named_and_not_applied() -> None:
+    line = run_with_corrections("00099,1,2,wrong,x\n00001,2,3,wrong,x\n00005,1,9,wrong,x\n")
+
+    assert line.endswith(
+        "lists/decisions.csv: 1 corrected, 0 left out (nobody could tell), 1 left out (not in"
+        " subset.quantities), not applied (their records have changed): '00001', not applied (not"
+        " in data/subset.parquet): '00099'"
+    )
+    sets = pd.read_csv("data/split.csv", dtype=str).set_index("id")
+    assert sets.loc["00001", "quantity"] == "1"
+    assert "00005" not in sets.index
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "00001,1,x,wrong,x",
+        "00001,1,,wrong,x",
+        "00001,1,1,wrong,x",
+        "00001,1,2,right,x",
+        "00001,1,2,unclear,x",
+        "00001,one,2,wrong,x",
+        "00001,1,2,=1+1,x",
+        "00001,1,\u0663,wrong,x",
+    ],
+)
+def test_a_row_that_is_not_a_decision_is_named(row: str) -> None:
+    with pytest.raises(UserError) as caught:
+        run_with_corrections(f"00002,2,2,right,x\n{row}\n")
+    assert str(caught.value).startswith(
+        "lists/decisions.csv: the row of '00001' is not a decision: expected and counted should be"
+    )
+    assert str(caught.value).isprintable()
+
+
+def test_without_corrections_the_split_has_no_counts() -> None:
+    run_split(listing(ALL_SETS))
+    assert list(pd.read_csv("data/split.csv")) == ["id", "set", "group"]

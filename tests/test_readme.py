@@ -54,6 +54,9 @@ ELSEWHERE = {
     "dvc repro --force index": "test_readme.py::test_the_bucket_is_listed_again_by_force",
     "dvc exp run -S bucket.url=": "test_workflows.py::test_another_clone_makes_the_same_bytes",
     "dvc exp run -S split.by=": "test_pipeline.py::test_a_knob_runs_the_stages_that_it_changes",
+    "dvc exp run -S split.corrections=": (
+        "test_corrections.py::test_a_model_gets_better_with_the_corrections_of_its_spoiled_records"
+    ),
     "dvc exp run -S train.vit.": "test_workflows.py::test_a_knob_of_one_model_runs_that_model_only",
     "dvc exp run -S +train.vit.config": "project.py::experiment",
     "dvc exp run -S '+train.third": (

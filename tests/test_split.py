@@ -26,7 +26,9 @@ By = Literal["group", "image"]
 
 
 def settings(train: int, test: int, seed: int = 0, by: By = "group", validation: int = 90) -> Split:
-    return Split(train=train, validation=validation, test=test, by=by, file=None, seed=seed)
+    return Split(
+        train=train, validation=validation, test=test, by=by, file=None, seed=seed, corrections=None
+    )
 
 
 def synthetic_bins(count: int, seed: int = 0) -> pd.DataFrame:

@@ -81,6 +81,8 @@ def load_bins(
 ) -> list[Bins]:
     """The bins that `split` (a CSV of id and set) puts in each set, for one process.
 
+    If it has a column quantity, as with corrected counts, that replaces the shards' own.
+
     Their photographs are packed in the scratch folder of `stage`. Raises what pack_bins raises.
     """
     with scratch(stage) as folder:
@@ -97,7 +99,7 @@ def pack_bins(
     Raises UserError if a set is empty, a bin is missing from the shards, or the photographs are not
     `size` pixels wide and high.
     """
-    sets = pa.Table.from_pandas(read_csv(split)[["id", "set"]], preserve_index=False)
+    sets = pa.Table.from_pandas(read_csv(split), preserve_index=False)
     sets = sets.filter(pc.is_in(sets["set"], pa.array(set_names)))
     for name in set_names:
         if name not in sets["set"].unique().to_pylist():
@@ -119,6 +121,9 @@ def pack_bins(
         missing = pc.filter(sets["id"], pc.invert(pc.is_in(sets["id"], bins["id"])))[0]
         raise UserError(f"{resized} lacks {len(sets) - len(bins)} bins of {split}, like {missing}")
     bins = bins.append_column("set", sets["set"].take(bins["row"]))
+    if "quantity" in sets.column_names:
+        corrected = sets["quantity"].take(bins["row"]).cast(pa.int32())
+        bins = bins.drop_columns("quantity").append_column("quantity", corrected)
     ends = pc.cumulative_sum(pc.cast(bins["length"], pa.int64()))
     bins = bins.append_column("offset", pc.subtract(ends, bins["length"]))
     write_table(folder / TABLE, bins.drop_columns("row"))

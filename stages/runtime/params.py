@@ -149,6 +149,7 @@ class Split(Block):
     by: Literal["group", "image", "file"]
     file: ListName | None
     seed: Seed
+    corrections: ListName | None
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

@@ -13,9 +13,13 @@ from stages.scoring.claims import sibling_differences
 
 def read_bins() -> pd.DataFrame:
     """The bins of all sets, with the columns id, quantity, set and group."""
+    sets = read_csv(paths.SPLIT)
+    if "quantity" in sets:
+        # Counts were corrected.
+        return sets
     with whole_parquet(paths.SUBSET):
         subset = pd.read_parquet(paths.SUBSET, columns=["id", "quantity"])
-    return subset.merge(read_csv(paths.SPLIT), on="id")
+    return subset.merge(sets, on="id")
 
 
 def read_products() -> pd.DataFrame:
