@@ -182,6 +182,7 @@ def test_a_wrong_element_is_named_by_its_position() -> None:
         ("split.file", "mine.csv", "split: file is mine.csv, but by is group: set by to file too"),
         ("train", {}, "train has no model: give it a block for each"),
         ("train.figures", FILE["train"]["vit"], "train.figures has the name of"),
+        ("train.baseline", FILE["train"]["vit"], "train.baseline has the name of"),
     ],
 )
 def test_values_that_do_not_go_together_are_named(key: str, value: Any, problem: str) -> None:

@@ -145,14 +145,15 @@ def test_the_ensemble_depends_on_the_tables_of_each_model() -> None:
     ]
 
 
-FROM_INDEX = "index subset fetch resize split train evaluate ensemble report"
-FROM_SUBSET = "subset fetch resize split train evaluate ensemble report"
-FROM_FETCH = "fetch resize split train evaluate ensemble report"
-FROM_RESIZE = "resize split train evaluate ensemble report"
-FROM_SPLIT = "split train evaluate ensemble report"
+FROM_INDEX = "index subset fetch resize split train evaluate baseline ensemble report"
+FROM_SUBSET = "subset fetch resize split train evaluate baseline ensemble report"
+FROM_FETCH = "fetch resize split train evaluate baseline ensemble report"
+FROM_RESIZE = "resize split train evaluate baseline ensemble report"
+FROM_SPLIT = "split train evaluate baseline ensemble report"
 FROM_PRETRAINED = "pretrained train evaluate ensemble report"
 FROM_TRAIN = "train evaluate ensemble report"
-FROM_EVALUATE = "evaluate ensemble report"
+FROM_EVALUATE = "evaluate baseline ensemble report"
+FROM_BATCH_SIZE = "evaluate ensemble report"
 NOTHING = ""
 # The stages that DVC runs if a key of params.yaml changes: those that depend on it, and later ones
 # if their inputs change. A knob of one model runs only that model.
@@ -170,8 +171,9 @@ RUNS = {
     "train.MODEL.pretrained": FROM_PRETRAINED,
     "run": NOTHING,
     "run.deterministic": FROM_TRAIN,
-    # Also for batch_size, which only affects speed, as DVC cannot know.
     "evaluate": FROM_EVALUATE,
+    # It only affects speed, as DVC cannot know.
+    "evaluate.batch_size": FROM_BATCH_SIZE,
 }
 
 
@@ -329,7 +331,7 @@ def test_nothing_is_left_to_do_and_nothing_unfinished_is_left(project: Project) 
     assert project.run("git", "status", "--porcelain") == ""
     outputs = project.run("git", "ls-files", "data", "models", "reports").split()
     assert {path for path in outputs if not path.endswith(".gitignore")} == {
-        f"reports/{model}/metrics.json" for model in [*MODELS, "ensemble"]
+        f"reports/{model}/metrics.json" for model in [*MODELS, "baseline", "ensemble"]
     }
 
 

@@ -72,6 +72,7 @@ ELSEWHERE = {
     "dvc exp pull origin": "test_workflows.py::test_a_colleague_takes_an_experiment",
     "dvc remote modify --local storage": "project.py::__init__",
     "python -m tools.queue_workers": "test_workflows.py::test_each_of_our_workers_has_its_own_gpu",
+    "python -m tools.seeds": "test_seeds.py::test_the_recipe_of_three_seeds",
     "git clone": "project.py::clone",
     "dvc push": "test_workflows.py::workplace",
     "dvc push --run-cache": "test_workflows.py::shared",

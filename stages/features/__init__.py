@@ -1,0 +1,1 @@
+"""Features of photographs that are computed without training."""
