@@ -25,13 +25,11 @@ from stages.runtime import paths
 from stages.runtime.command import run_stage
 from stages.runtime.errors import UserError
 from stages.runtime.params import load_params
-from stages.scoring.results import publish_evaluation
+from stages.scoring.results import BASELINE, publish_evaluation
 from stages.scoring.scored import Scored
 
 Features = NDArray[np.float32]
 
-#: The baseline's name, and that of its folder in reports/.
-NAME = "baseline"
 # The images of a batch. This is no setting, because rounding depends on it.
 BATCH = 256
 # At most this many bins of train fit the projection, so that memory is bounded.
@@ -56,14 +54,14 @@ def main() -> str:
     params = load_params()
     sets, labels = read_csv(paths.SPLIT), params.subset.quantities
     names, size = ["train", "validation", "test"], params.resize.size
-    loaded = load_bins(paths.RESIZED, paths.SPLIT, *names, size=size, stage=NAME)
+    loaded = load_bins(paths.RESIZED, paths.SPLIT, *names, size=size, stage=BASELINE)
     projection = fit_projection(loaded[0])
     train, validation, test = (make_examples(projection, bins, labels) for bins in loaded)
     classifier = choose_classifier(train, validation, labels)
     scored = [score(classifier, examples, labels, sets) for examples in (validation, test)]
     temperature = fit_temperature(scored[0].probabilities, scored[0].targets)
     validated, tested = (some.with_temperature(temperature) for some in scored)
-    return publish_evaluation(NAME, validated, tested, temperature, params.evaluate).summary
+    return publish_evaluation(BASELINE, validated, tested, temperature, params.evaluate).summary
 
 
 def fit_projection(train: Bins) -> Pipeline:
@@ -85,7 +83,10 @@ def make_examples(projection: Pipeline, bins: Bins, labels: list[int]) -> Exampl
 def feature_batches(bins: Bins, rows: NDArray[np.int64]) -> Iterator[Features]:
     """The features of the bins at these rows, one batch after another."""
     batches = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
-    with closing(load_batches(bins, batches)) as loaded, progress_bar(len(rows), NAME) as progress:
+    with (
+        closing(load_batches(bins, batches)) as loaded,
+        progress_bar(len(rows), BASELINE) as progress,
+    ):
         for batch in loaded:
             yield photograph_features(batch.images).numpy()
             progress.update(len(batch.rows))
@@ -137,4 +138,4 @@ def score(
 
 
 if __name__ == "__main__":
-    run_stage(NAME, main)
+    run_stage(BASELINE, main)

@@ -32,6 +32,7 @@ from stages.runtime.work import publish_folder, scratch
 from stages.scoring.bins import majority_quantity, read_bins
 from stages.scoring.comparison import compare_models
 from stages.scoring.results import (
+    BASELINE,
     CURVES,
     ENSEMBLE,
     METRICS,
@@ -49,7 +50,7 @@ PAGE = paths.REPORTS / "index.html"
 def main() -> str:
     params = load_params()
     networks = evaluated(params.train)
-    models = [*networks, ENSEMBLE]
+    models = [*networks, ENSEMBLE, BASELINE]
     results = {model: read_metrics(paths.REPORTS / model) for model in models}
     tables = tables_by_name(networks)
     bins = read_bins()
@@ -98,7 +99,7 @@ def main() -> str:
 def tables_by_name(networks: Sequence[str]) -> Tables:
     """The tables of all models by name, then by model; only networks have curves."""
     of_model = {name: read_tables(paths.REPORTS / name, (*PLOTS, CURVES)) for name in networks}
-    of_model[ENSEMBLE] = read_tables(paths.REPORTS / ENSEMBLE)
+    of_model |= {name: read_tables(paths.REPORTS / name) for name in (ENSEMBLE, BASELINE)}
     names = of_model[networks[0]]
     return {name: {m: of[name] for m, of in of_model.items() if name in of} for name in names}
 

@@ -131,6 +131,7 @@ def reports_of(*stages: str) -> list[str]:
 def test_the_report_depends_on_all_reports_of_each_model() -> None:
     templates = reports_of("train", "evaluate")
     assert [dep for dep in STAGES["report"]["deps"] if dep.startswith("reports/")] == [
+        *reports_of("baseline"),
         *reports_of("ensemble"),
         *(path.replace("${key}", model) for model in MODELS for path in templates),
     ]

@@ -27,8 +27,8 @@ TABLES = "tables"
 PLOTS = ("confusion", "per_quantity", "reliability", "roc")
 #: The table that train writes.
 CURVES = "curves"
-#: The average of all models, which is evaluated like a model.
-ENSEMBLE = "ensemble"
+#: The average of all networks, and the classifier without one. They are evaluated like networks.
+ENSEMBLE, BASELINE = "ensemble", "baseline"
 # Thresholds are chosen among these probabilities, and those of a confident model differ in the last
 # digits only.
 _EXACT = ("predictions", "validation")
