@@ -75,6 +75,8 @@ def audit(
             facts = gather_facts(source, counts, ensemble, table, false_alarm, thresholds, left_out)
             alarms = flagged_at(scored, counts, ensemble, false_alarm, threshold, alarms_of(table))
             settled = still_hold(decided.by_id, counts.counts, source)
+            if decided.by_id:
+                print(f"audit: decisions that still hold: {len(settled)} of {len(decided.by_id)}")
             work = make_list(table, alarms, settled, top, sample, seed)
             # Only these photographs are read again, for the page.
             pictures = make_pictures(source.pick(work.ids))
