@@ -649,6 +649,7 @@ def test_a_decided_bin_is_not_asked_again_until_its_photograph_or_record_changes
 
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "audit: of the last list, 2 of 2 checked alarms were right"
+    assert out[2] == "audit: decisions that still hold: 3 of 3"
     assert out[-1] == (
         "audit: 40 photographs, 3 alarms (7.5%), 3 of them decided before, 0 not judged;"
         " audit/index.html"

@@ -2,13 +2,25 @@
 
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stages.runtime.errors import UserError
-from tools.audit.decisions import COLUMNS, Decision, fingerprint, read_decisions, still_hold
+from tools.audit.counts import CountsError
+from tools.audit.decisions import (
+    COLUMNS,
+    Decision,
+    fingerprint,
+    parse_decisions,
+    read_decisions,
+    still_hold,
+    still_needed,
+)
 from tools.audit.photographs import open_photographs
 from tools.audit.work_list import make_list
 
@@ -122,6 +134,18 @@ def test_a_decision_holds_as_long_as_photograph_and_record_are_the_same(tmp_path
     (tmp_path / "00002.jpg").write_bytes(b"another")
 
     assert still_hold(decisions, counts, photographs) == {"00001": decisions["00001"]}
+
+
+def test_the_next_file_keeps_decisions_unless_they_are_known_to_be_over() -> None:
+    counts = {"00001": 3, "00002": 5}
+    kept = still_needed(READ, {"00001"}, counts)
+    assert [one.id for one in kept] == ["00001", "00003"], "00003 may be in another audit"
+
+
+@given(st.one_of(st.binary(), st.text().map(lambda text: f"{HEADER}\n{text}".encode())))
+def test_any_bytes_are_read_or_refused(data: bytes) -> None:
+    with suppress(CountsError):
+        parse_decisions(data)
 
 
 def judged(alarms: int, others: int) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -87,6 +87,13 @@ def still_hold(
         for bin_id in same_record
         if seen.get(bin_id) == decisions[bin_id].photograph
     }
+
+
+def still_needed(
+    decisions: Mapping[str, Decision], settled: Collection[str], counts: Collection[str]
+) -> list[Decision]:
+    """The decisions to keep: those that hold, and those about bins that this audit has not seen."""
+    return [one for bin_id, one in decisions.items() if bin_id in settled or bin_id not in counts]
 
 
 def parse_decisions(data: bytes) -> tuple[list[Decision], str]:

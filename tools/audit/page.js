@@ -327,7 +327,7 @@ function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
   const inField = event.target.matches("input[inputmode]");
   if (event.key === "Enter" && inField) takeCount(current);
-  else if (event.key === "Escape" && inField) cards[current].querySelector("article").focus();
+  else if (event.key === "Escape" && inField) leaveField(event.target);
   else if (event.key === "Escape") enlarge(false);
   else if (!element("use-keys").checked || !cards.length) return;
   else if (event.key === "ArrowRight" && !inField) move(1);
@@ -348,6 +348,11 @@ function typeCount(digit) {
   if (decisions.has(current)) return;
   field.value = digit;
   field.focus();
+}
+
+function leaveField(field) {
+  field.value = "";
+  cards[current].querySelector("article").focus();
 }
 
 const ACTIONS = {

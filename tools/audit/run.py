@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -15,21 +14,26 @@ from stages.runtime.params import Threshold
 from stages.runtime.paths import SPLIT
 from stages.runtime.work import resumable
 from stages.scoring.evaluation import thresholds_of
-from tools.audit.decisions import Decided, read_decisions, still_hold
+from tools.audit.decisions import Decided, read_decisions, still_hold, still_needed
 from tools.audit.expected import Expected, find_expected
 from tools.audit.models import Ensemble, load_ensemble
 from tools.audit.page import Facts, make_pictures, render_page
 from tools.audit.photographs import OPTIONS, Photographs, open_photographs
 from tools.audit.plausibility import warn
 from tools.audit.scores import score_photographs
+from tools.audit.summary import (
+    PAGE,
+    SUMMARY,
+    TABLE,
+    Numbers,
+    count_bins,
+    last_line,
+    summary,
+)
 from tools.audit.table import audit_table
 from tools.audit.training_set import project_ids, training_ids
-from tools.audit.work_list import WorkList, flagged_at, make_list
+from tools.audit.work_list import flagged_at, make_list
 from tools.audit.worth import describe, worth_of
-
-TABLE = "audit.csv"
-PAGE = "index.html"
-SUMMARY = "audit.json"
 
 
 def audit(
@@ -71,21 +75,24 @@ def audit(
             facts = gather_facts(source, counts, ensemble, table, false_alarm, thresholds, left_out)
             alarms = flagged_at(scored, counts, ensemble, false_alarm, threshold, alarms_of(table))
             settled = still_hold(decided.by_id, counts.counts, source)
+            if decided.by_id:
+                print(f"audit: decisions that still hold: {len(settled)} of {len(decided.by_id)}")
             work = make_list(table, alarms, settled, top, sample, seed)
             # Only these photographs are read again, for the page.
             pictures = make_pictures(source.pick(work.ids))
-            # Others may be in another audit; those about changed bins are over.
-            carried = [
-                one
-                for one in decided.by_id.values()
-                if one.id in settled or one.id not in counts.counts
-            ]
-            page = render_page(
-                facts, table, ensemble.labels, work, pictures, counts.items(work.ids), carried
-            )
+            carried = still_needed(decided.by_id, settled, counts.counts)
+            items = counts.items(work.ids)
+            page = render_page(facts, table, ensemble.labels, work, pictures, items, carried)
             write_csv(out / TABLE, table)
             write_text(out / PAGE, page)
-    return summarize(facts, ensemble, len(source.ids), table, work, decided, out)
+    numbers = count_bins(facts, len(source.ids), table, work)
+    refuse_unjudged(numbers, table, out)
+    write_json(out / SUMMARY, summary(facts, ensemble, numbers, decided.by_id))
+    print(
+        f"audit: {last_line(facts, numbers)}; {out / PAGE}"
+        + (f". {facts.warning}" if facts.warning else "")
+    )
+    return numbers.open_alarms
 
 
 def alarms_of(table: pd.DataFrame) -> list[str]:
@@ -176,64 +183,8 @@ def code_version() -> str:
     return digest_files(sorted(Path(__file__).parent.glob("*.py")))
 
 
-def summarize(
-    facts: Facts,
-    ensemble: Ensemble,
-    photographs: int,
-    table: pd.DataFrame,
-    work: WorkList,
-    decided: Decided,
-    out: Path,
-) -> int:
-    """Write audit.json, print the last line and return the open alarms.
-
-    Raises UserError if no bin could be judged.
-    """
-    alarms = alarms_of(table)
-    still_open = [bin_id for bin_id in alarms if bin_id not in work.settled]
-    not_judged = int((table["alarm"] == "").sum())
-    if not_judged == len(table):
+def refuse_unjudged(numbers: Numbers, table: pd.DataFrame, out: Path) -> None:
+    """Raise UserError if no bin could be judged."""
+    if not numbers.judged:
         reason = table["reason"].mode().iloc[0]
         raise UserError(f"no bin could be judged (mostly: {reason}): see {out / TABLE}")
-    bins = {
-        "photographs": photographs,
-        "judged": len(table) - not_judged,
-        "not_judged": not_judged,
-        "left_out": facts.left_out,
-        "alarms": len(alarms),
-        "open_alarms": len(still_open),
-        "decided_before": len(work.settled),
-        "listed": len(work.ids),
-        "drawn": len(work.ids) - len(work.flagged),
-    }
-    write_json(out / SUMMARY, summary(facts, ensemble, bins, decided))
-    left_out = f", {facts.left_out} left out (trained on)" if facts.left_out else ""
-    settled = f", {len(alarms) - len(still_open)} of them decided before" if work.settled else ""
-    print(
-        f"audit: {photographs} photographs, {len(alarms)} alarms"
-        f" ({len(alarms) / bins['judged']:.1%}){settled}, {not_judged} not judged{left_out};"
-        f" {out / PAGE}" + (f". {facts.warning}" if facts.warning else "")
-    )
-    return len(still_open)
-
-
-def summary(
-    facts: Facts, ensemble: Ensemble, bins: dict[str, int], decided: Decided
-) -> dict[str, Any]:
-    """What audit.json says, which docs/audit.md describes."""
-    worth = worth_of(decided.by_id.values())
-    return {
-        "photographs": facts.photographs,
-        "expected": facts.expected,
-        "models": [
-            {"folder": str(folder), "sha256": release.settings.sha256}
-            for folder, release in zip(ensemble.folders, ensemble.releases, strict=True)
-        ],
-        "false_alarm": facts.false_alarm,
-        "thresholds": {row["quantity"]: row["threshold"] for row in facts.by_count},
-        "bins": bins,
-        "warning": facts.warning,
-        "decided": None if worth is None else worth.as_dict(),
-        "table": TABLE,
-        "page": PAGE,
-    }
