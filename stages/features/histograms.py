@@ -13,11 +13,10 @@ LEVELS = 4
 #: Cells across and down, each with a histogram of the directions of its edges.
 CELLS = 8
 DIRECTIONS = 9
-FEATURES = LEVELS**3 + DIRECTIONS * CELLS**2
 
 
 def photograph_features(images: Tensor) -> Tensor:
-    """The histograms of uint8 images [batch, 3, size, size], as float32 [batch, FEATURES].
+    """The histograms of uint8 images [batch, 3, size, size], as float32 [batch, features].
 
     These are square roots, so that a few large values do not outweigh all the others (Arandjelovic
     and Zisserman, Three things everyone should know to improve object retrieval, 2012).
@@ -45,9 +44,8 @@ def edge_histograms(grey: Tensor) -> Tensor:
     down, across = torch.gradient(grey, dim=(1, 2))
     strength = torch.hypot(down, across)
     direction = torch.atan2(down, across) * (DIRECTIONS / math.pi)
-    planes = []
+    planes, half = [], DIRECTIONS / 2
     for number in range(DIRECTIONS):
-        half = DIRECTIONS / 2
         distance = (torch.remainder(direction - number + half, DIRECTIONS) - half).abs()
         planes.append(strength * (1 - distance).clamp(min=0))
     return avg_pool2d(torch.stack(planes, 1), SIDE // CELLS)
