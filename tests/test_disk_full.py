@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import changed_params
 from tests.faults import FaultProxy, fault_proxy
-from tests.forks import KNOBS, Modules, outs_of
+from tests.forks import KNOBS, STAGES, Modules, outs_of
 from tests.lab import differences, written, yaml
 from tests.project import Project, fill_buckets
 from tools.s3 import serving
@@ -24,9 +24,7 @@ NO_ROOM = r"no room for (?P<what>.+): the disk of /\S+ has [\d.]+ \w+ free; free
 #: The commands in their order, with the exit codes for errors and for success. The audit succeeds
 #: with alarms.
 COMMANDS: Mapping[str, tuple[int, int]] = {
-    **dict.fromkeys(["stages.index", "stages.subset", "stages.fetch"], (1, 0)),
-    **dict.fromkeys(["stages.resize", "stages.split", "stages.pretrained vit"], (1, 0)),
-    **dict.fromkeys(["stages.train vit", "stages.evaluate vit", "stages.report"], (1, 0)),
+    **dict.fromkeys([f"stages.{stage}" for stage in STAGES], (1, 0)),
     "tools.audit data/resized": (2, 1),
 }
 
