@@ -834,6 +834,7 @@ def test_a_problem_with_the_inputs_is_reported_in_one_line(
     ("difference", "changes"),
     [
         ("counts", {"config.json": {'"5"': '"6"'}, VALIDATION: {"p5": "p6", ",5,": ",6,"}}),
+        ("counts", {"config.json": {'"5"': '"5+"'}, VALIDATION: {"p5": "p5+"}}),
         ("resizing", {SETTINGS: {"pad": "squeeze"}}),
         ("validation bins", {VALIDATION: {"00004,4": "00004,3"}}),
         ("validation bins", {VALIDATION: {"00004,": "04,"}}),
