@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -329,6 +330,18 @@ def test_the_metrics_are_those_of_test_and_some_of_validation_to_choose_by() -> 
     assert {name: rows["value"][name] for name in headline} == pytest.approx(
         {name: found.metrics[name] for name in headline}
     )
+
+
+def test_counts_that_never_differ_by_one_have_no_auroc_of_records_off_by_one() -> None:
+    some = random_scores(1)
+    odd = replace(some, actual=2 * some.actual - 1, labels=[1, 3, 5])
+
+    found = evaluated(odd, odd)
+
+    measured = found.tables["intervals"].set_index("metric")
+    assert measured.loc["auroc_off_by_one"].isna().all()
+    assert "auroc_off_by_one" not in found.metrics
+    assert 0 < found.metrics["auroc"] < 1
 
 
 def test_calibration_is_told_before_and_after() -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from stages import report
 from stages.formats.shards import Reject, write_rejects, write_table
-from stages.formats.tables import write_csv, write_json
+from stages.formats.tables import read_csv, write_csv, write_json
 from stages.reporting import plots
 from stages.reporting.content import doubtful, sample
 from stages.reporting.figures import draw_figures
@@ -628,6 +628,26 @@ def test_a_model_without_results_is_left_out() -> None:
     Path("reports/resnet34/metrics.json").unlink()
     with pytest.raises(UserError, match="no model has been evaluated"):
         report.main()
+
+
+@pytest.mark.usefixtures("project")
+def test_a_share_that_nothing_tells_is_a_dash() -> None:
+    for model in RESULTS:
+        path = Path(f"reports/{model}/tables/alarms_by_count.csv")
+        table = read_csv(path)
+        table.loc[1, ["right_records", "false_alarms", "found"]] = [0, np.nan, np.nan]
+        write_csv(path, table)
+        path = path.with_name("intervals.csv")
+        table = read_csv(path)
+        table.loc[table["metric"] == "auroc_off_by_one", ["value", "low", "high"]] = np.nan
+        write_csv(path, table)
+
+    page = made_page()
+
+    rows = [row for row in page.rows if row[0] == "2" and row[2:] == ["-", "-"]]
+    assert len(rows) == len(RESULTS)
+    (row,) = [row for row in page.rows if row[0] == "verification AUROC, records off by one"]
+    assert row[1:] == ["-"] * (len(RESULTS) + 1)
 
 
 @pytest.mark.usefixtures("project")

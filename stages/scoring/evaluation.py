@@ -1,5 +1,6 @@
 """The metrics and tables of a model, computed from its scores of bins with known counts."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
