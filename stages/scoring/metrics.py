@@ -5,6 +5,7 @@ Every bin has a weight, by default 1. It says how often a sample of the bootstra
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -67,7 +68,7 @@ def closed_weights(actual: Counts, labels: list[int], weights: Floats) -> Floats
     return np.where(actual == open_label(labels), 0.0, weights)
 
 
-def mean_of_known(values: NDArray[np.generic], known: Floats) -> float:
+def mean_of_known(values: NDArray[Any], known: Floats) -> float:
     """The mean with weights of closed_weights; NaN if they leave out all bins."""
     return float(np.average(values, weights=known)) if known.any() else math.nan
 
