@@ -11,11 +11,14 @@ import pytest
 import sklearn.metrics
 from scipy.special import log_softmax, softmax
 
+from stages.runtime.counts import AndMore
+from stages.runtime.errors import UserError
 from stages.runtime.params import Evaluate, Threshold
 from stages.scoring import evaluation
 from stages.scoring.bootstrap import group_weights, intervals
 from stages.scoring.claims import Claims
 from stages.scoring.comparison import compare_models
+from stages.scoring.ensemble import average
 from stages.scoring.evaluation import (
     Evaluation,
     accuracy_by_overlap,
@@ -402,6 +405,18 @@ def test_two_models_are_compared_on_the_same_bins() -> None:
     assert row["rmse_low"] < row["rmse"] < row["rmse_high"]
     assert (row["only_first_right"], row["only_second_right"]) == (2, 1)
     assert row["p_value"] == 1
+
+
+def test_models_that_were_scored_on_different_bins_or_counts_are_not_averaged() -> None:
+    one = by_hand()
+    shuffled = Scored.from_table(one.table()[::-1])
+    np.testing.assert_allclose(average([one, shuffled]).probabilities, one.probabilities)
+
+    others = replace(one, ids=["00001", "00002", "00003", "4"])
+    open_class = replace(one, labels=[1, 2, AndMore(3)])
+    for other in (others, open_class):
+        with pytest.raises(UserError, match="the models were scored on different bins"):
+            average([one, other])
 
 
 def test_scoring_and_reporting_import_no_torch() -> None:
