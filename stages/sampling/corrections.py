@@ -44,8 +44,9 @@ def correct(bins: pd.DataFrame, name: str, classes: list[int]) -> Corrected:
     counted = bins["id"].map(applied["counted"].dropna())
     quantity = counted.fillna(bins["quantity"]).astype(bins["quantity"].dtype)
     others = set(bins.loc[~quantity.isin(classes), "id"])
+    corrected = (quantity != bins["quantity"]) & quantity.isin(classes)
     parts = [
-        f"{(quantity != bins['quantity']).sum()} corrected",
+        f"{corrected.sum()} corrected",
         f"{len(unclear)} left out (nobody could tell)",
         *([f"{len(others)} left out (not in subset.quantities)"] if others else []),
         *([f"not applied (their records have changed): {some(changed)}"] if changed else []),
