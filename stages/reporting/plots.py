@@ -179,7 +179,7 @@ def precision_figure(roc: pd.DataFrame) -> Figure:
         xlim=(0, 1),
         ylim=(5e-4, 1),
         yscale="log",
-        title="Precision and recall of the ensemble (upper right is better)",
+        title="Precision of the ensemble (upper right is better)",
     )
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
