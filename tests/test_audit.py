@@ -830,10 +830,23 @@ def test_a_problem_with_the_inputs_is_reported_in_one_line(
     assert message in line
 
 
+def test_the_summary_of_an_audit_that_judged_nothing_says_so(run: Run) -> None:
+    write_photographs({"00001": b""})
+    write_counts({"00001": 1})
+    Path("audit").mkdir()
+    Path("audit/audit.json").write_text("that of the last night")
+
+    assert run(*WITH_COUNTS) == 2
+
+    bins = json.loads(Path("audit/audit.json").read_text("utf-8"))["bins"]
+    assert (bins["photographs"], bins["judged"]) == (1, 0)
+
+
 @pytest.mark.parametrize(
     ("difference", "changes"),
     [
         ("counts", {"config.json": {'"5"': '"6"'}, VALIDATION: {"p5": "p6", ",5,": ",6,"}}),
+        ("counts", {"config.json": {'"5"': '"5+"'}, VALIDATION: {"p5": "p5+"}}),
         ("resizing", {SETTINGS: {"pad": "squeeze"}}),
         ("validation bins", {VALIDATION: {"00004,4": "00004,3"}}),
         ("validation bins", {VALIDATION: {"00004,": "04,"}}),

@@ -116,6 +116,16 @@ def test_a_row_that_no_page_writes_is_named(tmp_path: Path, row: str, problem: s
     assert str(caught.value).startswith(f"{path}: line 2: ")
 
 
+def test_a_part_of_fewer_bins_than_were_decided_on_is_refused(tmp_path: Path) -> None:
+    rows = [
+        ROWS[0].replace(",15,", ",1,"),
+        ROWS[0].replace(",15,", ",1,").replace("00001", "00002"),
+    ]
+    path = write(tmp_path / "decisions.csv", rows)
+    with pytest.raises(UserError, match="2 bins of audit-0123456789ab were decided on in the part"):
+        read_decisions([path], IDS)
+
+
 def test_a_file_without_a_column_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "counts.csv", ["00001,3"], header="id,expected")
     with pytest.raises(UserError, match="should name the columns id, expected, counted, decision,"):

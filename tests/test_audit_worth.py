@@ -143,6 +143,9 @@ def test_the_best_share_stops_where_alarms_are_mostly_false(
         # No other bin was checked, and none was drawn.
         (some("wr"), "1 of 2 checked alarms were right (50%, 95% interval 5% to 95%)"),
         (some("wwr?", bins=None), "2 of 3 checked alarms were right"),
+        # Nobody could tell, or only other bins were checked.
+        (some("?"), "no alarm was checked"),
+        (some("wr", "other", 9), "no alarm was checked"),
         # None was wrong.
         (
             [*some("rr"), *some("rr", "other", 3)],

@@ -163,6 +163,16 @@ def test_the_text_says_what_was_found_and_what_it_is_good_for() -> None:
         assert said in text
 
 
+def test_the_threshold_of_an_open_class_has_its_name() -> None:
+    changes = {"subset.quantities": [1, "2+"]}
+
+    text = plain(
+        card_of(changes=changes, tables={"alarms_by_count": BY_COUNT.assign(threshold=[0.1, 0.2])})
+    )
+
+    assert "a probability below 0.1 (of 1), 0.2 (of 2+) are alarms" in text
+
+
 def test_thresholds_of_each_count_are_named() -> None:
     by_count = BY_COUNT.assign(threshold=[0.07654, 0.1])
 

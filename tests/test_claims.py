@@ -62,6 +62,14 @@ def test_without_any_siblings_all_wrong_counts_are_claimed() -> None:
     assert wrong.tolist() == uniform_errors(np.array([1, 2]), LABELS).tolist()
 
 
+def test_all_wrong_counts_are_claimed_of_a_bin_whose_count_no_siblings_difference_reaches() -> None:
+    off_by_one = sibling_differences(["1", "2"], ["1", "1"], np.array([0, 1]))
+
+    wrong = pick_errors(["3", "4"], ["3", "4"], np.array([0, 5]), [0, 1, 5], off_by_one)
+
+    assert wrong.tolist() == [[0, 1, 0], [0.5, 0.5, 0]]
+
+
 def test_differences_are_counted_between_neighbours() -> None:
     table = sibling_differences(IDS, GROUPS, COUNTS)
 

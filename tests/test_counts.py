@@ -1,6 +1,7 @@
 """A class for a count and all above it, from params.yaml to the tables and the audit."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,13 @@ import pyarrow as pa
 import pytest
 
 from stages.networks.classifier import load_classifier, save_classifier
+from stages.reporting.content import majority_metrics
 from stages.runtime.counts import AndMore, open_label, parse_label
-from stages.runtime.params import Subset
+from stages.runtime.errors import UserError
+from stages.runtime.params import Evaluate, Subset
+from stages.scoring.claims import sibling_differences
+from stages.scoring.comparison import compare_models
+from stages.scoring.evaluation import Evaluation, evaluate_scores
 from stages.scoring.metrics import counting_metrics, probability_metrics
 from stages.scoring.scored import Scored
 from stages.subset import sample, with_groups
@@ -77,6 +83,49 @@ def test_errors_in_items_leave_out_records_of_the_open_class() -> None:
     assert of_mean["rmse_of_mean"] == pytest.approx(2**0.5)
     assert of_mean["rps"] == pytest.approx(1)
     assert probability_metrics(actual, certain, [0, 1, 2, 3])["rps"] == pytest.approx(5 / 4)
+
+
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_a_set_without_a_known_count_is_refused(name: str) -> None:
+    sets = {"validation": scored([0, 1, 3]), "test": scored([0, 2, 3])} | {name: scored([3, 3])}
+
+    with pytest.raises(UserError, match=f"all bins of {name} have 3\\+ items, so errors in items"):
+        evaluated(**sets)
+
+
+def test_a_few_bins_of_the_open_class_among_the_test_bins_are_evaluated() -> None:
+    # Some samples of the bootstrap have none of the other bins.
+    metrics = evaluated(scored([0, 1, 3]), scored([3, 3, 1])).metrics
+
+    assert (metrics["rmse"], metrics["within_one"]) == (0, 1)
+
+
+def test_models_are_compared_by_the_same_rmse_as_each_has() -> None:
+    scores = {name: scored([0, 1, 3, 3], seed) for name, seed in (("one", 0), ("two", 3))}
+
+    (row,) = compare_models({name: one.table() for name, one in scores.items()}).to_dict("records")
+
+    one, two = (of_model.metrics()["rmse"] for of_model in scores.values())
+    assert row["rmse"] == pytest.approx(one - two) != 0
+
+
+def test_the_majority_is_measured_as_models_are() -> None:
+    metrics = majority_metrics(scored([1, 2, 3, 3]).table(), 1)
+
+    assert (metrics["rmse"], metrics["mae"], metrics["within_one"]) == (0.5**0.5, 0.5, 1)
+
+
+def scored(actual: Sequence[int], seed: int = 0) -> Scored:
+    """Random scores of bins without siblings."""
+    ids = [f"{number:05d}" for number in range(len(actual))]
+    probabilities = np.random.default_rng(seed).dirichlet(np.ones(4), len(actual))
+    return Scored(ids, ids, np.array(actual), probabilities, LABELS)
+
+
+def evaluated(validation: Scored, test: Scored) -> Evaluation:
+    params = Evaluate(batch_size=1, false_alarm=0.25, errors="picks", threshold="per_count")
+    none = sibling_differences([], [], np.array([], np.int64))
+    return evaluate_scores(validation, test, 1.0, params, none, {"siblings": set()}, 1)
 
 
 def test_scores_are_read_back_with_their_open_class() -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -10,11 +11,14 @@ import pytest
 import sklearn.metrics
 from scipy.special import log_softmax, softmax
 
+from stages.runtime.counts import AndMore
+from stages.runtime.errors import UserError
 from stages.runtime.params import Evaluate, Threshold
 from stages.scoring import evaluation
 from stages.scoring.bootstrap import group_weights, intervals
 from stages.scoring.claims import Claims
 from stages.scoring.comparison import compare_models
+from stages.scoring.ensemble import average
 from stages.scoring.evaluation import (
     Evaluation,
     accuracy_by_overlap,
@@ -331,6 +335,18 @@ def test_the_metrics_are_those_of_test_and_some_of_validation_to_choose_by() -> 
     )
 
 
+def test_counts_that_never_differ_by_one_have_no_auroc_of_records_off_by_one() -> None:
+    some = random_scores(1)
+    odd = replace(some, actual=2 * some.actual - 1, labels=[1, 3, 5])
+
+    found = evaluated(odd, odd)
+
+    measured = found.tables["intervals"].set_index("metric")
+    assert measured.loc["auroc_off_by_one"].isna().all()
+    assert "auroc_off_by_one" not in found.metrics
+    assert 0 < found.metrics["auroc"] < 1
+
+
 def test_calibration_is_told_before_and_after() -> None:
     test = by_hand()
     calibrated = test.with_temperature(2.0)
@@ -389,6 +405,18 @@ def test_two_models_are_compared_on_the_same_bins() -> None:
     assert row["rmse_low"] < row["rmse"] < row["rmse_high"]
     assert (row["only_first_right"], row["only_second_right"]) == (2, 1)
     assert row["p_value"] == 1
+
+
+def test_models_that_were_scored_on_different_bins_or_counts_are_not_averaged() -> None:
+    one = by_hand()
+    shuffled = Scored.from_table(one.table()[::-1])
+    np.testing.assert_allclose(average([one, shuffled]).probabilities, one.probabilities)
+
+    others = replace(one, ids=["00001", "00002", "00003", "4"])
+    open_class = replace(one, labels=[1, 2, AndMore(3)])
+    for other in (others, open_class):
+        with pytest.raises(UserError, match="the models were scored on different bins"):
+            average([one, other])
 
 
 def test_scoring_and_reporting_import_no_torch() -> None:

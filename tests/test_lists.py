@@ -272,7 +272,7 @@ def test_corrections_of_unknown_bins_and_changed_records_are_named_and_not_appli
     line = run_with_corrections("00099,1,2,wrong,x\n00001,2,3,wrong,x\n00005,1,9,wrong,x\n")
 
     assert line.endswith(
-        "lists/decisions.csv: 1 corrected, 0 left out (nobody could tell), 1 left out (not in"
+        "lists/decisions.csv: 0 corrected, 0 left out (nobody could tell), 1 left out (not in"
         " subset.quantities), not applied (their records have changed): '00001', not applied (not"
         " in data/subset.parquet): '00099'"
     )

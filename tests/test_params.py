@@ -140,8 +140,8 @@ REFUSED = [
     ],
     # Quantities.
     *[
-        ("subset.quantities", [1, value], "should be a whole number, or like 6+")
-        for value in (-1, 2.0, True, "6", "0+", "+6", None, [2])
+        ("subset.quantities", [1, value], "should be a whole number up to 9999, or like 6+")
+        for value in (-1, 2.0, True, "6", "0+", "+6", None, [2], 2**31)
     ],
     ("subset.quantities", [1, "2+", 3], "has 3, which is among 2+"),
     ("subset.quantities", [1, 2, "2+"], "has 2 more than once"),

@@ -20,7 +20,7 @@ from PIL import Image
 
 from stages import report
 from stages.formats.shards import Reject, write_rejects, write_table
-from stages.formats.tables import write_csv, write_json
+from stages.formats.tables import read_csv, write_csv, write_json
 from stages.reporting import plots
 from stages.reporting.content import doubtful, sample
 from stages.reporting.figures import draw_figures
@@ -631,6 +631,36 @@ def test_a_model_without_results_is_left_out() -> None:
 
 
 @pytest.mark.usefixtures("project")
+def test_a_share_that_nothing_tells_is_a_dash() -> None:
+    for model in RESULTS:
+        path = Path(f"reports/{model}/tables/alarms_by_count.csv")
+        table = read_csv(path)
+        table.loc[1, ["right_records", "false_alarms", "found"]] = [0, np.nan, np.nan]
+        write_csv(path, table)
+        path = path.with_name("intervals.csv")
+        table = read_csv(path)
+        table.loc[table["metric"] == "auroc_off_by_one", ["value", "low", "high"]] = np.nan
+        write_csv(path, table)
+
+    page = made_page()
+
+    rows = [row for row in page.rows if row[0] == "2" and row[2:] == ["-", "-"]]
+    assert len(rows) == len(RESULTS)
+    (row,) = [row for row in page.rows if row[0] == "verification AUROC, records off by one"]
+    assert row[1:] == ["-"] * (len(RESULTS) + 1)
+
+
+@pytest.mark.usefixtures("project")
+def test_without_siblings_in_train_the_page_does_not_say_how_they_differ() -> None:
+    for model in RESULTS:
+        path = Path(f"reports/{model}/tables/sibling_differences.csv")
+        path.write_text("items_off,pairs,share\n")
+
+    said = "and otherwise every other count, since no siblings in train differ in their counts. A"
+    assert said in made_page().words()
+
+
+@pytest.mark.usefixtures("project")
 @pytest.mark.parametrize("path", ["data/subset.parquet", "data/resized/00001.parquet"])
 def test_a_damaged_input_is_named(path: str) -> None:
     Path(path).write_bytes(b"PAR1 damaged")
@@ -776,3 +806,11 @@ def test_the_texts_of_a_confusion_fit_into_its_cells(quantities: int, lines: int
         assert text.get_text().count("\n") + 1 == lines
         assert text.get_window_extent().width < side
         assert text.get_window_extent().height < side
+
+
+def test_the_titles_of_the_curves_of_verification_fit_into_their_figures() -> None:
+    curve = pd.DataFrame({"false_alarms": [0.0, 0.1, 1.0], "found": [0.0, 0.5, 1.0]})
+    for figure in (plots.roc_figure({"vit": curve}), plots.precision_figure(curve)):
+        figure.draw_without_rendering()
+        title = figure.axes[0].title.get_window_extent()
+        assert 0 <= title.x0 < title.x1 <= figure.bbox.width

@@ -18,9 +18,14 @@ def write_csv(path: Path, table: pd.DataFrame, digits: int = 6) -> None:
     write_text(path, table.to_csv(index=False, lineterminator="\n", float_format=f"%.{digits}g"))
 
 
-def read_csv(path: Path) -> pd.DataFrame:
-    """Read a table of write_csv. Ids and groups are strings, because 00100 is not 100."""
-    return pd.read_csv(path, dtype={"id": str, "group": str}, keep_default_na=False)
+def read_csv(path: Path, *, empty_is_missing: bool = False) -> pd.DataFrame:
+    """Read a table of write_csv. Ids and groups are strings, because 00100 is not 100.
+
+    Empty cells are empty texts, or with `empty_is_missing` missing values.
+    """
+    missing = [""] if empty_is_missing else None
+    types = {"id": str, "group": str}
+    return pd.read_csv(path, dtype=types, keep_default_na=False, na_values=missing)
 
 
 def read_json(path: Path) -> Any:

@@ -25,7 +25,7 @@ def by_metric(intervals: Mapping[str, pd.DataFrame]) -> dict[str, dict[Hashable,
 def majority_metrics(predictions: pd.DataFrame, majority: int) -> dict[str, float]:
     """The metrics of always answering `majority`."""
     actual = predictions["actual"].to_numpy()
-    labels = sorted({majority, *actual.tolist()})
+    labels = Scored.from_table(predictions).labels
     return counting_metrics(actual, np.full_like(actual, majority), labels)
 
 

@@ -53,8 +53,8 @@ def _quantity(value: Any) -> int:
     """A count, or text like 6+, which stands for all counts from 6 on."""
     if isinstance(value, str) and re.fullmatch(r"[1-9]\d{0,3}\+", value):
         return parse_label(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"should be a whole number, or like 6+, not {_shown(value)}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 9999:
+        raise ValueError(f"should be a whole number up to 9999, or like 6+, not {_shown(value)}")
     return value
 
 

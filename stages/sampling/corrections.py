@@ -40,8 +40,9 @@ def correct(bins: pd.DataFrame, name: str, classes: list[int]) -> Corrected:
     quantity = counted.fillna(recorded).astype(recorded.dtype)
     unclear = set(applied.index[applied["decision"] == "unclear"])
     others = set(bins.loc[~quantity.isin(classes), "id"])
+    corrected = (quantity != recorded) & quantity.isin(classes)
     parts = [
-        f"{(quantity != recorded).sum()} corrected",
+        f"{corrected.sum()} corrected",
         f"{len(unclear)} left out (nobody could tell)",
         *([f"{len(others)} left out (not in subset.quantities)"] if others else []),
         *([f"not applied (their records have changed): {some(changed)}"] if changed else []),

@@ -51,7 +51,7 @@ def model_card(
         sets=sets["set"].value_counts().to_dict(),
         intervals=intervals,
         alarms=tables["alarms"].to_dict("records")[0],
-        thresholds=thresholds_in_words(tables["alarms_by_count"]),
+        thresholds=thresholds_in_words(tables["alarms_by_count"], params.subset.quantities),
         precision=tables["precision"].to_dict("records"),
         overlap=tables["overlap"].to_dict("records"),
         temperature=tables["calibration"]["temperature"].iloc[-1],
@@ -59,12 +59,13 @@ def model_card(
     return str(card).rstrip("\n") + "\n"
 
 
-def thresholds_in_words(by_count: pd.DataFrame) -> str:
-    """Like "0.05", or if each count has its own, "0.05 (of 1), 0.07 (of 2)"."""
+def thresholds_in_words(by_count: pd.DataFrame, labels: list[int]) -> str:
+    """Like "0.05", or if each count has its own, "0.05 (of 1), 0.07 (of 2+)"."""
     if by_count["threshold"].nunique() == 1:
         return f"{by_count['threshold'].iloc[0]:.3g}"
+    names = {int(label): str(label) for label in labels}
     pairs = zip(by_count["threshold"], by_count["quantity"], strict=True)
-    return ", ".join(f"{threshold:.3g} (of {quantity})" for threshold, quantity in pairs)
+    return ", ".join(f"{threshold:.3g} (of {names[quantity]})" for threshold, quantity in pairs)
 
 
 def chosen_by(params: Params) -> str:

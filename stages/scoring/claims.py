@@ -70,7 +70,7 @@ def pick_errors(
 
     A record that misses a pick is that of the bin's sibling. So the counts of its siblings are
     claimed of a bin, or, of a bin without any, counts that differ from its own as siblings do:
-    `differences` is the table of sibling_differences. If that is empty, all counts are.
+    `differences` is the table of sibling_differences. If it has none of these, all counts are.
     """
     first, second = adjacent_siblings(ids, groups)
     columns = (actual[:, None] == np.array(labels)).argmax(axis=1)
@@ -86,13 +86,14 @@ def pick_errors(
 
 def errors_like_siblings(actual: Counts, labels: list[int], differences: pd.DataFrame) -> Floats:
     """How often each wrong count is claimed of bins, as `differences` says: [bins, labels]."""
-    if differences.empty:
-        return uniform_errors(actual, labels)
     off = np.abs(np.array(labels) - actual[:, None])
     shares = differences.set_index("items_off")["share"].reindex(
         range(np.ptp(labels) + 1), fill_value=0
     )
-    return _in_shares(shares.to_numpy()[off])
+    claimed = shares.to_numpy()[off]
+    none = ~claimed.any(axis=1)
+    claimed[none] = uniform_errors(actual[none], labels)
+    return _in_shares(claimed)
 
 
 def sibling_differences(

@@ -8,14 +8,16 @@ import pandas as pd
 
 from stages.networks.calibration import Floats
 from stages.scoring.bootstrap import intervals, mcnemar
+from stages.scoring.metrics import closed_weights, mean_of_known
+from stages.scoring.scored import Scored
 
 
 def compare_models(predictions: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """A row per pair of models.
 
-    `accuracy` and `rmse` (in items) are the first model's value minus the second's, each with the
-    95% interval of a bootstrap of sibling groups. `p_value` is that of McNemar's test.
-    `predictions` has the rows of predictions.csv by model.
+    `accuracy` and `rmse` (in items, without records of an open label) are the first model's value
+    minus the second's, each with the 95% interval of a bootstrap of sibling groups. `p_value` is
+    that of McNemar's test. `predictions` has the rows of predictions.csv by model.
     """
     return pd.DataFrame(
         [
@@ -28,11 +30,13 @@ def compare_models(predictions: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 def compare_two(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, float]:
     both = first.merge(second, on=["id", "group", "actual"], validate="1:1")
+    actual, labels = both["actual"].to_numpy(), Scored.from_table(first).labels
     errors = [(both[name] - both["actual"]).to_numpy() for name in ("predicted_x", "predicted_y")]
 
     def differences(weights: Floats) -> dict[str, float]:
         accuracy = [np.average(error == 0, weights=weights) for error in errors]
-        rmse = [np.sqrt(np.average(error**2, weights=weights)) for error in errors]
+        known = closed_weights(actual, labels, weights)
+        rmse = [mean_of_known(error**2, known) ** 0.5 for error in errors]
         return {"accuracy": accuracy[0] - accuracy[1], "rmse": rmse[0] - rmse[1]}
 
     compared: dict[str, float] = {}

@@ -5,13 +5,24 @@ from collections.abc import Sequence
 import numpy as np
 
 from stages.networks.calibration import fit_temperature, probability_columns
+from stages.runtime.errors import UserError
 from stages.scoring.scored import Scored
 
 
 def average(members: Sequence[Scored]) -> Scored:
-    """The mean probabilities of several models for the same bins, which are sorted by id."""
-    ordered = [member.table().sort_values("id") for member in members]
+    """The mean probabilities of several models for the same bins, which are sorted by id.
+
+    Raises UserError if the bins or the labels differ.
+    """
+    ordered = [member.table().sort_values("id", ignore_index=True) for member in members]
     columns = probability_columns(members[0].labels)
+    first, *others = (
+        ({*table.columns}, table[["id", "actual"]].values.tolist()) for table in ordered
+    )
+    if any(other != first for other in others):
+        raise UserError(
+            "the models were scored on different bins or count differently: run `dvc repro`"
+        )
     mean = np.mean([table[columns].to_numpy() for table in ordered], axis=0)
     return Scored.from_table(ordered[0].assign(**dict(zip(columns, mean.T, strict=True))))
 

@@ -1,5 +1,6 @@
 """The metrics and tables of a model, computed from its scores of bins with known counts."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -8,6 +9,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from stages.networks.calibration import Floats
+from stages.runtime.counts import open_label
+from stages.runtime.errors import UserError
 from stages.runtime.params import Errors, Evaluate, Threshold
 from stages.scoring.bootstrap import intervals
 from stages.scoring.claims import Claims, make_claims, pick_errors, uniform_errors
@@ -54,8 +57,11 @@ def evaluate_scores(
     Validation chooses the thresholds of alarms; test is only measured. `temperature` is the one
     that calibrated the scores, and `differences` the table of sibling_differences of train.
     `shared` maps "siblings" and "products" to the ids of the test bins that have some in train or
-    validation, and `majority` is the most frequent count of train.
+    validation, and `majority` is the most frequent count of train. Raises UserError if a set has no
+    bin with a known count.
     """
+    refuse_unknown_counts("validation", validation)
+    refuse_unknown_counts("test", test)
     claims = claims_about(test, params.errors, differences)
     thresholds = thresholds_of(validation, params.false_alarm, params.threshold)
     measured = metrics_with_intervals(test, claims, thresholds)
@@ -78,14 +84,25 @@ def evaluate_scores(
         "validation": validation.table(),
     }
     pairs = zip(measured["metric"], measured["value"], strict=True)
-    # A table of experiments has room for few columns; intervals.csv has the others.
-    metrics = {name: value for name, value in pairs if "_at_" not in name}
+    # A table of experiments has room for few columns; intervals.csv has the others. Without counts
+    # that differ by one item, auroc_off_by_one is missing, for which JSON has no number.
+    metrics = {name: value for name, value in pairs if "_at_" not in name and not math.isnan(value)}
     metrics |= validation_metrics(validation, claims_about(validation, params.errors, differences))
     metrics |= {
         "majority_accuracy": float((test.actual == majority).mean()),
         "test_bins": len(test.ids),
     }
     return Evaluation(metrics, tables)
+
+
+def refuse_unknown_counts(name: str, scored: Scored) -> None:
+    """Raise UserError if all bins are of an open class, so that no error in items is known."""
+    highest = open_label(scored.labels)
+    if (scored.actual == highest).all():
+        raise UserError(
+            f"all bins of {name} have {highest} items, so errors in items cannot be measured: make"
+            f" {name} larger, or put bins with other counts into it"
+        )
 
 
 def claims_about(scored: Scored, errors: Errors, differences: pd.DataFrame) -> Claims:

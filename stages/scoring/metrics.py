@@ -3,7 +3,9 @@
 Every bin has a weight, by default 1. It says how often a sample of the bootstrap has the bin.
 """
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -37,11 +39,11 @@ def counting_metrics(
     """How far predicted counts are from the records' counts.
 
     RMSE and MAE are in items; accuracy and within_one are shares of 1. RMSE, MAE and within_one
-    leave out records of an open label, like 6+, which do not say a count; a prediction of it counts
-    as the lowest. macro_f1 is the mean F1 over
-    the labels that occur; F1 is 0 for a label that is never predicted correctly. kappa is Cohen's
-    with quadratic weights (Psychological Bulletin 1968): 1 is perfect, and 0 is as good as chance.
-    It is also 0 if all records and predictions have the same count.
+    leave out records of an open label, like 6+, which do not say a count, and are NaN if there are
+    no others; a prediction of it counts as the lowest. macro_f1 is the mean F1 over the labels that
+    occur; F1 is 0 for a label that is never predicted correctly. kappa is Cohen's with quadratic
+    weights (Psychological Bulletin 1968): 1 is perfect, and 0 is as good as chance. It is also 0 if
+    all records and predictions have the same count.
     """
     weights = np.ones(len(actual)) if weights is None else weights
     known = closed_weights(actual, labels, weights)
@@ -53,9 +55,9 @@ def counting_metrics(
     occurs = confusion.sum(axis=0) + confusion.sum(axis=1) > 0
     return {
         "accuracy": float(np.average(error == 0, weights=weights)),
-        "rmse": float(np.sqrt(np.average(error**2, weights=known))),
-        "mae": float(np.average(error, weights=known)),
-        "within_one": float(np.average(error <= 1, weights=known)),
+        "rmse": mean_of_known(error**2, known) ** 0.5,
+        "mae": mean_of_known(error, known),
+        "within_one": mean_of_known(error <= 1, known),
         "macro_f1": float(f1[occurs].mean()),
         "kappa": _quadratic_kappa(confusion, labels),
     }
@@ -64,6 +66,11 @@ def counting_metrics(
 def closed_weights(actual: Counts, labels: list[int], weights: Floats) -> Floats:
     """The weights of the bins, 0 if a bin's record is of an open label."""
     return np.where(actual == open_label(labels), 0.0, weights)
+
+
+def mean_of_known(values: NDArray[Any], known: Floats) -> float:
+    """The mean with weights of closed_weights; NaN if they leave out all bins."""
+    return float(np.average(values, weights=known)) if known.any() else math.nan
 
 
 def _quadratic_kappa(confusion: Floats, labels: list[int]) -> float:
@@ -81,7 +88,8 @@ def probability_metrics(
     rmse_of_mean is the RMSE of the distribution's expected count, which need not be whole, in
     items; rps is the mean of ranked_probability_scores, in items; nll is the negative
     log-likelihood in nats; calibration_error is the root of squared_calibration_error, or 0. The
-    first two leave out records of an open label, like 6+, which do not say a count.
+    first two leave out records of an open label, like 6+, which do not say a count, and are NaN if
+    there are no others.
     """
     weights = np.ones(len(actual)) if weights is None else weights
     known = closed_weights(actual, labels, weights)
@@ -93,8 +101,8 @@ def probability_metrics(
     right, confidence = predicted == targets, probabilities.max(axis=1)
     squared = squared_calibration_error(right, confidence, weights)
     return {
-        "rmse_of_mean": float(np.sqrt(np.average(error**2, weights=known))),
-        "rps": float(np.average(scores, weights=known)),
+        "rmse_of_mean": mean_of_known(error**2, known) ** 0.5,
+        "rps": mean_of_known(scores, known),
         "nll": float(np.average(loss, weights=weights)),
         "calibration_error": max(0.0, squared) ** 0.5,
     }

@@ -92,4 +92,7 @@ def read_tables(reports: Path, others: Iterable[str] = ()) -> dict[str, pd.DataF
     """
     paths_of_others = [reports / f"{name}.csv" for name in others]
     in_folder = [path for path in (reports / TABLES).iterdir() if path.suffix == ".csv"]
-    return {path.stem: read_csv(path) for path in (*in_folder, *paths_of_others)}
+    # A number may be missing, like the share of right records of a count that no test bin has.
+    return {
+        path.stem: read_csv(path, empty_is_missing=True) for path in (*in_folder, *paths_of_others)
+    }

@@ -4,6 +4,7 @@ The score of a claim is the calibrated probability of the claimed count. A score
 of its count is an alarm.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -91,21 +92,26 @@ def rates_by_count(claims: Claims, labels: list[int], thresholds: Floats) -> pd.
 
 
 def roc_curve(claims: Claims, weights: Floats) -> tuple[Floats, Floats]:
-    """The share of false alarms and the share of wrong claims found, at every threshold."""
+    """The share of false alarms and the share of wrong claims found, at every threshold.
+
+    Above the lowest threshold, a share is NaN if there are no such claims.
+    """
     of_claim = claims.weights * weights[claims.bins]
     # Claims with equal scores become alarms together.
     last_of_score = np.flatnonzero(np.diff(claims.scores, append=np.inf))
     curves = []
     for chosen in (claims.right, ~claims.right):
         alarms = np.cumsum(np.where(chosen, of_claim, 0.0))
-        curves.append(np.concatenate([[0.0], alarms[last_of_score] / max(alarms[-1], 1e-12)]))
+        shares = alarms[last_of_score] / (alarms[-1] or math.nan)
+        curves.append(np.concatenate([[0.0], shares]))
     return curves[0], curves[1]
 
 
 def roc_metrics(claims: Claims, weights: Floats) -> dict[str, float]:
     """The area under the ROC curve, and the share of wrong claims found at each of FALSE_ALARMS.
 
-    The area is the probability that a wrong claim scores below a right one.
+    The area is the probability that a wrong claim scores below a right one, and NaN if there are no
+    wrong claims.
     """
     false_alarms, found = roc_curve(claims, weights)
     last = np.searchsorted(false_alarms, FALSE_ALARMS, side="right") - 1

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -65,12 +66,27 @@ def read_decisions(paths: Sequence[Path], photographs: Sequence[str]) -> Decided
         found += [one._replace(id=bin_id) for bin_id, one in matched.rows.items()]
         unusual = [*([f"read as {form}"] if form else []), *matched.notes]
         notes += [f"{path}: {'; '.join(unusual)}"] if unusual else []
+    refuse_impossible_parts(latest(found).values())
     return Decided(latest(found), notes)
 
 
 def latest(decisions: Iterable[Decision]) -> dict[str, Decision]:
     """Each bin's last decision; of several made at the same time, the one that comes last."""
     return {one.id: one for one in sorted(decisions, key=lambda one: one.decided_at)}
+
+
+def refuse_impossible_parts(decisions: Iterable[Decision]) -> None:
+    """Raise UserError if more bins of a part were decided on than it has."""
+    sizes = defaultdict(list)
+    for one in decisions:
+        sizes[one.audit, one.part].append(one.part_bins)
+    for (audit, part), bins in sizes.items():
+        fewest = min((number for number in bins if number is not None), default=len(bins))
+        if fewest < len(bins):
+            raise UserError(
+                f"{len(bins)} bins of {audit} were decided on in the part {part!r}, which has"
+                f" {fewest} according to part_bins: save the file again from the page of the audit"
+            )
 
 
 def still_hold(

@@ -133,7 +133,8 @@ def refuse_to_mix(ensemble: Ensemble) -> None:
 def properties(release: Release) -> dict[str, Any]:
     """What models must have in common to be averaged."""
     return {
-        "counts": release.classifier.labels,
+        # As text, since 5 and 5+ are equal numbers.
+        "counts": [str(label) for label in release.classifier.labels],
         "image sizes": release.classifier.size,
         "resizing": (release.settings.fit, release.settings.quality),
         "validation bins": release.validation[["id", "actual"]].sort_values("id").values.tolist(),

@@ -86,8 +86,8 @@ def audit(
             write_csv(out / TABLE, table)
             write_text(out / PAGE, page)
     numbers = count_bins(facts, len(source.ids), table, work)
-    refuse_unjudged(numbers, table, out)
     write_json(out / SUMMARY, summary(facts, ensemble, numbers, decided.by_id))
+    refuse_unjudged(numbers, table, out)
     print(
         f"audit: {last_line(facts, numbers)}; {out / PAGE}"
         + (f". {facts.warning}" if facts.warning else "")

@@ -139,6 +139,8 @@ def best_share(
 
 def describe(worth: Worth) -> str:
     """In one line, like "9 of 40 checked alarms were right (22%, 95% interval 12% to 38%)"."""
+    if not worth.checked:
+        return "no alarm was checked"
     share = worth.right_alarms
     parts = [
         f"{worth.wrong} of {worth.checked} checked alarms were right"
