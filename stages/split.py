@@ -21,13 +21,14 @@ from stages.sampling.splitting import count_leaks, split
 
 
 def main() -> str:
-    params = load_params().split
+    everything = load_params()
+    params = everything.split
     with whole_parquet(paths.SUBSET):
         bins = pd.read_parquet(paths.SUBSET, columns=["id", "quantity", "group"])
     quarantined = {reject.id for reject in read_rejects(paths.QUARANTINE)}
     unusable, corrected = quarantined, ""
     if params.corrections is not None:
-        classes = load_params().subset.quantities
+        classes = everything.subset.quantities
         bins, dropped, corrected = correct(bins, params.corrections, classes)
         unusable = quarantined | dropped
     sets = split(bins, unusable, params)
