@@ -41,6 +41,7 @@ from stages.scoring.results import (
     read_metrics,
     read_tables,
 )
+from stages.scoring.verification import false_alarms_by_chance
 
 COMPARISON = paths.REPORTS / "comparison.csv"
 FIGURES = paths.REPORTS / "figures"
@@ -77,6 +78,9 @@ def main() -> str:
         by_majority=by_majority,
         intervals=by_metric(tables["intervals"]),
         comparison=comparison.to_dict("records"),
+        by_chance=false_alarms_by_chance(
+            len(tables["validation"][ENSEMBLE]), params.evaluate.false_alarm
+        ),
         leaks=read_json(paths.LEAKS),
         published=read_csv(PUBLISHED).to_dict("records"),
         has_published_curves=bool(published_curves["model"].isin(networks).any()),

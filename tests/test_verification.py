@@ -11,6 +11,7 @@ from stages.scoring.claims import Claims, make_claims, uniform_errors
 from stages.scoring.verification import (
     Rates,
     choose_thresholds,
+    false_alarms_by_chance,
     precision,
     precision_at,
     rates_at,
@@ -102,6 +103,20 @@ def test_the_threshold_is_the_highest_that_keeps_to_the_false_alarms(
             # Any higher threshold has more false alarms.
             above = np.nextafter(threshold, np.inf)
             assert np.mean(scores < above) > share
+
+
+@pytest.mark.parametrize(("bins", "share"), [(120, 0.05), (40, 0.01), (600, 0.05)])
+def test_the_false_alarms_of_other_bins_are_in_the_range_as_often_as_it_says(
+    bins: int, share: float
+) -> None:
+    chance = np.random.default_rng(0)
+    # For scores from 0 to 1 that are equally frequent, the threshold is the share below it.
+    thresholds = [threshold_for(chance.random(bins), share) for _ in range(2000)]
+
+    low, high = false_alarms_by_chance(bins, share)
+
+    within = np.mean([low <= threshold <= high for threshold in thresholds])
+    assert within == pytest.approx(0.95, abs=0.015)
 
 
 def counted_rates(

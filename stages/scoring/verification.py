@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.special import betaincinv
 
 from stages.networks.calibration import Counts, Floats
 from stages.runtime.params import Threshold
@@ -55,6 +56,18 @@ def threshold_for(right_scores: Floats, false_alarms: float) -> float:
     # 0.29 * 100 is 28.999999999999996 in floating point.
     below = int(false_alarms * len(ordered) + 1e-6)
     return float(ordered[min(below, len(ordered) - 1)])
+
+
+def false_alarms_by_chance(validation_bins: int, false_alarms: float) -> tuple[float, float]:
+    """The 95% range of the false alarms of other bins, at the threshold_for so many of validation.
+
+    Whatever the scores, the share of all right claims below the j-th lowest of n is distributed as
+    Beta(j, n + 1 - j) (David and Nagaraja, Order Statistics, 2003, 2.2). Bins are taken to be
+    independent.
+    """
+    rank = int(false_alarms * validation_bins + 1e-6) + 1
+    low, high = betaincinv(rank, validation_bins + 1 - rank, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def rates_at(claims: Claims, thresholds: Floats, weights: Floats) -> Rates:
