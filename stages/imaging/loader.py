@@ -81,8 +81,6 @@ def load_bins(
 ) -> list[Bins]:
     """The bins that `split` (a CSV of id and set) puts in each set, for one process.
 
-    If it has a column quantity, as with corrected counts, that replaces the shards' own.
-
     Their photographs are packed in the scratch folder of `stage`. Raises what pack_bins raises.
     """
     with scratch(stage) as folder:
@@ -96,6 +94,7 @@ def pack_bins(
 ) -> None:
     """Write the sets' photographs one after another into a file in `folder`, and a table of them.
 
+    Where `split` has a column quantity, as with corrected counts, it replaces that of the shards.
     Raises UserError if a set is empty, a bin is missing from the shards, or the photographs are not
     `size` pixels wide and high.
     """
