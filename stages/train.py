@@ -74,13 +74,14 @@ def inputs_of(params: Params, model: str) -> str:
 
 
 def make_trainer(params: Params, model: str, work: Path, processes: Processes) -> Trainer:
-    model_params, size = params.model(model), params.resize.size
+    model_params, pixels = params.model(model), params.resize.size
     names = ["train", "validation"]
     train_bins, validation_bins = share_bins(
-        paths.RESIZED, paths.SPLIT, names, size, work, processes
+        paths.RESIZED, paths.SPLIT, names, pixels, work, processes
     )
     labels = params.subset.quantities
     torch.manual_seed(model_params.seed)
+    size = model_params.image_size or pixels
     classifier = build_classifier(model_params, paths.PRETRAINED / model, labels, size)
     place(classifier, processes.device, deterministic=params.run.deterministic)
     batch_size = params.evaluate.batch_size

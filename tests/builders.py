@@ -257,6 +257,8 @@ def full_precision() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in (engine, inference):
             patch.setattr(
-                module, "autocast", lambda device: torch.autocast(device.type, enabled=False)
+                module,
+                "autocast",
+                lambda device, _: torch.autocast(device.type, enabled=False),
             )
         yield

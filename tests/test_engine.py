@@ -828,5 +828,5 @@ def test_images_of_which_not_even_two_fit_are_said_to_be_too_large(
 
     assert str(error.value) == (
         f"{failed} images of 32 pixels do not fit into cpu, whatever this model's accumulation:"
-        " lower resize.size, or free the GPU's memory"
+        " lower its image_size, or free the GPU's memory"
     )

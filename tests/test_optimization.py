@@ -9,6 +9,8 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from stages.networks.classifier import Classifier
+from stages.runtime.params import ModelParams
 from stages.training.optimization import learning_rate, make_optimizer, set_learning_rate
 from tests.builders import model_params
 
@@ -45,6 +47,11 @@ def small_network() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 2))
 
 
+def optimizer_of(network: nn.Module, params: ModelParams) -> Optimizer:
+    labels, size = [1, 2], 4
+    return make_optimizer(Classifier(network, labels, size, [0.5] * 3, [0.5] * 3), params)
+
+
 def decays(optimizer: Optimizer, network: nn.Module) -> dict[str, float]:
     """The weight decay of each trained parameter."""
     names = {parameter: name for name, parameter in network.named_parameters()}
@@ -59,7 +66,7 @@ def decays(optimizer: Optimizer, network: nn.Module) -> dict[str, float]:
 def test_weights_decay_and_biases_and_normalizations_do_not(name: str, kind: type) -> None:
     network = small_network()
 
-    optimizer = make_optimizer(network, KNOBS.model_copy(update={"optimizer": name}))
+    optimizer = optimizer_of(network, KNOBS.model_copy(update={"optimizer": name}))
 
     assert type(optimizer) is kind
     assert decays(optimizer, network) == {
@@ -76,7 +83,7 @@ def test_frozen_parameters_are_not_optimized() -> None:
     network = small_network()
     network[0].requires_grad_(requires_grad=False)
 
-    assert decays(make_optimizer(network, KNOBS), network).keys() == {
+    assert decays(optimizer_of(network, KNOBS), network).keys() == {
         "1.weight",
         "1.bias",
         "3.weight",
@@ -88,7 +95,7 @@ def test_frozen_parameters_are_not_optimized() -> None:
 def test_a_new_learning_rate_applies_to_the_next_step(rate: float) -> None:
     network = nn.Linear(3, 2, bias=False)
     before = network.weight.detach().clone()
-    optimizer = make_optimizer(network, KNOBS.model_copy(update={"weight_decay": 0.0}))
+    optimizer = optimizer_of(network, KNOBS.model_copy(update={"weight_decay": 0.0}))
     network.weight.grad = torch.ones_like(network.weight)
 
     set_learning_rate(optimizer, rate)

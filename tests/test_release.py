@@ -17,8 +17,8 @@ from stages.runtime.params import Resize
 from tests.builders import TINY_VIT, logits, model_params, one_torch_thread, random_classifier
 
 LABELS = [1, 3, 10]
-KNOBS = model_params("vit", config=TINY_VIT, pretrained=False)
-RESIZE = Resize(size=32, fit="pad", quality=85, max_rejects=0.0)
+KNOBS = model_params("vit", config=TINY_VIT, pretrained=False, precision="float32")
+RESIZE = Resize(size=48, fit="pad", quality=85, max_rejects=0.0)
 VALIDATION = pd.DataFrame(
     {
         "id": ["00100", "100", "00007", "12345"],
@@ -60,7 +60,9 @@ def test_a_folder_alone_gives_calibrated_probabilities(folder: Path) -> None:
 
     temperature = fit_temperature(PROBABILITIES, np.array([0, 2, 1, 1]))
     assert release.settings.folded_temperature == temperature
-    assert (release.settings.fit, release.settings.quality) == ("pad", 85)
+    settings, classifier = release.settings, release.classifier
+    assert (settings.pixels, settings.fit, settings.quality) == (48, "pad", 85)
+    assert (classifier.size, classifier.precision) == (32, "float32")
     uncalibrated = logits(random_classifier(KNOBS, LABELS))
     torch.testing.assert_close(logits(release.classifier), uncalibrated / temperature)
     expected = with_temperature(PROBABILITIES, temperature)

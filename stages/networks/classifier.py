@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from stages.formats.tables import write_json
+from stages.networks.layers import depths_of, layers_of
 from stages.networks.libraries import library_of
 from stages.networks.model_files import CONFIG, PREPROCESSOR, damaged, read_json, reason_of
 from stages.networks.pretrained import check_pretrained
 from stages.runtime.counts import parse_label
 from stages.runtime.errors import UserError
 from stages.runtime.machine import machine_error
-from stages.runtime.params import ModelParams
+from stages.runtime.params import ModelParams, Precision
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Classifier:
 
     `network` takes float images [batch, 3, size, size] with values from 0 to 1, normalized by
     `mean` and `std` per channel. Its output i is the score of the quantity `labels[i]`, or if that
-    is AndMore, of it and all higher ones.
+    is AndMore, of it and all higher ones. `precision` is the one that it was trained in.
     """
 
     network: nn.Module
@@ -31,6 +32,7 @@ class Classifier:
     size: int
     mean: list[float]
     std: list[float]
+    precision: Precision = "auto"
 
     @property
     def device(self) -> torch.device:
@@ -72,6 +74,39 @@ def freeze_backbone(classifier: Classifier) -> None:
         layer.requires_grad_()
 
 
+def freeze_first_layers(classifier: Classifier, count: int) -> None:
+    """Freeze the first `count` layers and everything before them.
+
+    Raises UserError if the network does not have so many.
+    """
+    network = classifier.network
+    layers = layers_of(network, output_layers(network, len(classifier.labels)))
+    if count > len(layers):
+        raise UserError(
+            f"freeze is {count}, but the network has {len(layers)} layers"
+            f" ({', '.join(layers)}): set this model's freeze to {len(layers)} or less"
+        )
+    depths = depths_of(network, layers)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(depths[name] > count)
+
+
+def checkpoint_gradients(network: nn.Module) -> None:
+    """Compute activations again when going backward, not keep them. Raises UserError if it can't.
+
+    Networks of transformers and timm offer this, each with a method of its own.
+    """
+    for name in ("activation_checkpointing_enable", "set_grad_checkpointing"):
+        if enable := getattr(network, name, None):
+            try:
+                enable()
+            # transformers' networks all have the method, but not all of them support it.
+            except ValueError as error:
+                raise UserError(f"checkpoint_gradients: {reason_of(error)}") from None
+            return
+    raise UserError("checkpoint_gradients is true, but networks of torchvision do not offer it")
+
+
 @torch.no_grad()
 def divide_logits(classifier: Classifier, temperature: float) -> None:
     """Change the weights so that all logits are divided by the temperature."""
@@ -100,10 +135,10 @@ def build_classifier(
         if of_machine := machine_error(error):
             raise of_machine from None
         raise UserError(
-            f"{params.library} cannot build {params.name} with this model's name, config and"
-            f" resize.size: {reason_of(error)}"
+            f"{params.library} cannot build {params.name} with this model's name and config for"
+            f" images of {size} pixels: {reason_of(error)}"
         ) from None
-    return Classifier(network, labels, size, params.mean, params.std)
+    return Classifier(network, labels, size, params.mean, params.std, params.precision)
 
 
 def _check_scores(network: nn.Module, labels: list[int], size: int) -> None:

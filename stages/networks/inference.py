@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, interpolate
 from tqdm import tqdm
 
 from stages.imaging.loader import Bins, load_batches
 from stages.networks.classifier import Classifier
 from stages.runtime.errors import UserError
+from stages.runtime.params import Precision
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,11 @@ def place(classifier: Classifier, device: torch.device, *, deterministic: bool =
     classifier.network.to(device).to(memory_format=torch.channels_last)
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """Autocast to bfloat16 if the hardware supports it; emulation would be slow."""
-    if device.type == "cuda":
+def autocast(device: torch.device, precision: Precision = "auto") -> torch.autocast:
+    """Autocast to bfloat16: if the hardware supports it, since emulation is slow, or if wanted."""
+    if precision != "auto":
+        capable = precision == "bfloat16"
+    elif device.type == "cuda":
         capable = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         capabilities = torch.cpu.get_capabilities()
@@ -56,13 +59,21 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def normalizer(classifier: Classifier) -> Callable[[Tensor], Tensor]:
-    """A function that normalizes images with values from 0 to 1, on the network's device.
+    """A function that makes the network's input of images with values from 0 to 1, on its device.
 
-    Make it once, because copying its constants to a GPU waits for the GPU.
+    It scales them to the network's size, and normalizes them. Make it once, because copying its
+    constants to a GPU waits for the GPU.
     """
     mean = torch.tensor(classifier.mean, device=classifier.device)
     std = torch.tensor(classifier.std, device=classifier.device)
-    return lambda images: normalize(images, mean, std)
+    return lambda images: normalize(scale(images, classifier.size), mean, std)
+
+
+def scale(images: Tensor, size: int) -> Tensor:
+    """Scale images [batch, 3, height, width] to `size` pixels in both directions."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -95,7 +106,7 @@ def predict(
     with closing(loaded), progress_bar(len(rows), "evaluate") as progress:
         for start, batch in zip(starts, loaded, strict=True):
             before_batch()
-            with autocast(device):
+            with autocast(device, classifier.precision):
                 scores = classifier.logits(normalized(batch.images / 255))
             logits[start : start + len(scores)] = scores
             progress.update(len(scores))

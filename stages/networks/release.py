@@ -1,6 +1,6 @@
 """A trained model's folder: the calibrated network, its preprocessing and validation scores."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -30,7 +30,7 @@ from stages.networks.model_files import (
     digests,
     read_json,
 )
-from stages.runtime.params import Block, ModelParams, Resize
+from stages.runtime.params import Block, ModelParams, Precision, Resize
 
 FILES = (CONFIG, PREPROCESSOR, WEIGHTS)
 SETTINGS = "inference.json"
@@ -41,12 +41,15 @@ class Settings(Block):
     """inference.json: where the network's own files come from.
 
     The last layer is divided by `folded_temperature`, so the network's scores are calibrated.
-    `epoch` is the one whose weights were kept, `fit` and `quality` are those of the resize stage,
-    and `sha256` has the digest of each of FILES.
+    `epoch` is the one whose weights were kept, and `precision` the model's own. `pixels`, `fit` and
+    `quality` are the size and settings of the resize stage; the network may scale to fewer pixels.
+    `sha256` has the digest of each of FILES.
     """
 
     folded_temperature: Annotated[float, Field(gt=0)]
     epoch: Annotated[int, Field(ge=1)]
+    precision: Precision
+    pixels: Annotated[int, Field(ge=1)]
     fit: Literal["squeeze", "pad"]
     quality: int
     sha256: dict[str, str]
@@ -90,6 +93,8 @@ def save_release(
     settings = Settings(
         folded_temperature=temperature,
         epoch=epoch,
+        precision=params.precision,
+        pixels=resize.size,
         fit=resize.fit,
         quality=resize.quality,
         sha256=digests(folder, FILES),
@@ -112,7 +117,7 @@ def load_release(folder: Path) -> Release:
     """
     settings = _read_settings(folder / SETTINGS)
     check_digests(folder, FILES, settings.sha256, folder / SETTINGS)
-    classifier = load_classifier(folder)
+    classifier = replace(load_classifier(folder), precision=settings.precision)
     return Release(classifier, settings, _read_validation(folder / VALIDATION, classifier.labels))
 
 

@@ -99,6 +99,7 @@ ListName = Annotated[
 ]
 Errors = Literal["picks", "uniform"]
 Threshold = Literal["global", "per_count"]
+Precision = Literal["auto", "float32", "bfloat16"]
 _PART = "[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
@@ -168,11 +169,16 @@ class ModelParams(Block):
     revision: Annotated[str, _like(_PART, "IMAGENET1K_V1 or a commit of the hub")]
     pretrained: bool
     config: Annotated[dict[str, JsonValue], AfterValidator(_compared)]
+    # Not `size`, which DVC's run cache would ignore.
+    image_size: Annotated[int, Field(ge=8)] | None
     freeze_backbone: bool
+    freeze: Natural
     loss: Literal["cross_entropy", "ordinal"]
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     optimizer: Literal["adam", "adamw"]
     learning_rate: Positive
+    head_learning_rate: Positive | None
+    layer_decay: Annotated[float, Field(gt=0, le=1)]
     weight_decay: Annotated[float, Field(ge=0)]
     schedule: Literal["constant", "linear", "cosine"]
     warmup_steps: Natural
@@ -187,6 +193,8 @@ class ModelParams(Block):
     std: Annotated[list[Annotated[Share, Field(gt=0)]], AfterValidator(_per_channel)]
     horizontal_flip: bool
     color_jitter: Share
+    precision: Precision
+    checkpoint_gradients: bool
     compile: Literal["auto"] | bool
     seed: Seed
 
@@ -243,6 +251,12 @@ class Params(Block):
         # These are folders of other stages, in models/ and reports/.
         for name in {"pretrained", "figures", "ensemble", "baseline"} & self.train.keys():
             raise ValueError(f"train.{name} has the name of another stage's folder: rename it")
+        for name, model in self.train.items():
+            if (model.image_size or 0) > self.resize.size:
+                raise ValueError(
+                    f"train.{name}.image_size ({model.image_size}) is more than resize.size"
+                    f" ({self.resize.size})"
+                )
         wanted = self.split.train + self.split.validation + self.split.test
         sized = self.subset.ids is None and self.split.by != "file"
         if sized and wanted > self.subset.bins:

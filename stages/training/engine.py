@@ -14,13 +14,20 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from stages.imaging.loader import Bins, load_batches
-from stages.networks.classifier import Classifier, freeze_backbone, logits_of
+from stages.networks.classifier import (
+    Classifier,
+    checkpoint_gradients,
+    freeze_backbone,
+    freeze_first_layers,
+    logits_of,
+)
 from stages.networks.inference import (
     Scores,
     autocast,
     normalizer,
     predict,
     progress_bar,
+    scale,
     scores_of,
 )
 from stages.runtime.errors import UserError
@@ -68,11 +75,13 @@ class Trainer:
         self.params = params
         self.evaluate_batch_size = evaluate_batch_size
         self.processes = processes or Processes()
-        self.normalizes_batches = has_batch_norm(classifier.network) and not params.freeze_backbone
+        freeze(classifier, params)
+        set_training_mode(classifier.network, params)
+        self.normalizes_batches = has_batch_norm(classifier.network, training=True)
         if self.normalizes_batches:
             refuse_single_images(len(train_bins), params.batch_size)
-        if params.freeze_backbone:
-            freeze_backbone(classifier)
+        if params.checkpoint_gradients:
+            checkpoint_gradients(classifier.network)
         self.state = start_state(classifier, params)
         self.module = self.processes.distribute(classifier.network)
         device = classifier.device
@@ -129,8 +138,7 @@ class Trainer:
         batches = load_batches(
             self.train_bins, rows, self.classifier.device, self.processes.loader_threads
         )
-        # Batch normalization and dropout of a frozen backbone work as in evaluation.
-        self.module.train(not params.freeze_backbone)
+        set_training_mode(self.module, params)
         seen = sum(plan.sizes[: state.step])
         description = f"epoch {state.epoch}/{params.epochs}"
         out_of_memory = False
@@ -184,7 +192,7 @@ class Trainer:
     ) -> None:
         """Go forward and backward with a part of a batch of `size` images; add to the totals."""
         params, targets, totals = self.params, plan.targets[part], self.state.totals
-        images = images / 255
+        images = scale(images / 255, self.classifier.size)
         if plan.jitters is not None:
             images = jitter_colors(images, plan.jitters[part])
         images = self.normalize(images)
@@ -193,7 +201,7 @@ class Trainer:
         if blank := len(images) == 0 and not self.normalizes_batches:
             # Some networks of transformers fail on an empty batch.
             images = images.new_zeros(1, *images.shape[1:])
-        with autocast(images.device):
+        with autocast(images.device, params.precision):
             logits = logits_of(forward(images)).float()
         if blank:
             logits = logits[:0]
@@ -274,8 +282,8 @@ class Trainer:
                     )
                 return UserError(advice)
         return UserError(
-            f"{problem}, whatever this model's accumulation: lower resize.size, or free the GPU's"
-            " memory"
+            f"{problem}, whatever this model's accumulation: lower its image_size, or free the"
+            " GPU's memory"
         )
 
     def fits(self, images: int) -> bool:
@@ -289,12 +297,28 @@ class Trainer:
         size, device = self.classifier.size, self.classifier.device
         try:
             batch = torch.zeros(images, 3, size, size, device=device)
-            with autocast(device):
+            with autocast(device, self.params.precision):
                 logits = self.classifier.logits(batch.to(memory_format=torch.channels_last))
             torch.autograd.grad(logits.float().sum(), trained, allow_unused=True)
         except torch.OutOfMemoryError:
             return False
         return True
+
+
+def freeze(classifier: Classifier, params: ModelParams) -> None:
+    if params.freeze_backbone:
+        freeze_backbone(classifier)
+    elif params.freeze:
+        freeze_first_layers(classifier, params.freeze)
+
+
+def set_training_mode(module: nn.Module, params: ModelParams) -> None:
+    """Let batch normalization and dropout work as in training, but in frozen layers as in use."""
+    module.train(not params.freeze_backbone)
+    for part in module.modules():
+        weights = [*part.parameters()]
+        if weights and not any(weight.requires_grad for weight in weights):
+            part.eval()
 
 
 def refuse_single_images(images: int, batch_size: int) -> None:
@@ -334,7 +358,7 @@ def start_state(classifier: Classifier, params: ModelParams) -> TrainingState:
         )
     return TrainingState(
         classifier.network,
-        make_optimizer(classifier.network, params),
+        make_optimizer(classifier, params),
         average,
         totals=torch.tensor([0, 0, math.inf], dtype=torch.float64, device=classifier.device),
         history=torch.zeros(params.epochs, len(fields(Epoch)) - 1, dtype=torch.float64),

@@ -1,6 +1,7 @@
 """The messages of a training: a line at its start, and one after each epoch."""
 
 import torch
+from torch import nn
 
 from stages.training.compilation import NEEDS
 from stages.training.engine import Epoch, Trainer
@@ -17,6 +18,9 @@ def report_start(model: str, trainer: Trainer, *, resumed: bool) -> None:
         f" {params.epochs} epochs of {steps} steps",
         flush=True,
     )
+    if params.freeze or params.freeze_backbone:
+        trained, weights = count_weights(trainer.classifier.network)
+        print(f"{model}: {trained:,} of {weights:,} weights are trained, the others are frozen")
     if resumed:
         print(f"{model}: continuing after epoch {state.epoch}, step {state.step}", flush=True)
     if trainer.compiling_problem:
@@ -31,6 +35,12 @@ def report_start(model: str, trainer: Trainer, *, resumed: bool) -> None:
             f" {params.epochs * steps} steps: the learning rate never reaches learning_rate",
             flush=True,
         )
+
+
+def count_weights(network: nn.Module) -> tuple[int, int]:
+    """How many weights are trained, and how many there are."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in network.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
 def report_epoch(model: str, epoch: Epoch, epochs: int, seconds: float) -> None:

@@ -5,19 +5,57 @@ import math
 from torch import nn
 from torch.optim import Adam, AdamW, Optimizer
 
+from stages.networks.classifier import Classifier, output_layers
+from stages.networks.layers import depths_of, layers_of
 from stages.runtime.params import ModelParams
 
 OPTIMIZERS: dict[str, type[Adam]] = {"adam": Adam, "adamw": AdamW}
 
 
-def make_optimizer(network: nn.Module, params: ModelParams) -> Optimizer:
-    """Weight decay leaves out biases and normalizations, as in transformers' Trainer."""
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": params.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return OPTIMIZERS[params.optimizer](groups, lr=params.learning_rate, fused=True)
+def make_optimizer(classifier: Classifier, params: ModelParams) -> Optimizer:
+    """The optimizer of the parameters that are trained, in groups of one learning rate each.
+
+    Weight decay leaves out biases and normalizations, as in transformers' Trainer. The learning
+    rate of a group is `scale` times that of the step.
+    """
+    scales = learning_rate_scales(classifier, params)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in classifier.network.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((scales[name], parameter.ndim > 1), []).append(parameter)
+    # Sorted, with the decayed ones first, so that a checkpoint finds the groups in the same order.
+    return OPTIMIZERS[params.optimizer](
+        [
+            {
+                "params": groups[scale, decayed],
+                "weight_decay": params.weight_decay if decayed else 0.0,
+                "scale": scale,
+            }
+            for scale, decayed in sorted(groups, reverse=True)
+        ],
+        lr=params.learning_rate,
+        fused=True,
+    )
+
+
+def learning_rate_scales(classifier: Classifier, params: ModelParams) -> dict[str, float]:
+    """What each parameter's learning rate is multiplied by: head_learning_rate and layer_decay.
+
+    The decay is that of Bao et al., BEiT, 2021 (arXiv:2106.08254), appendix: 1 for what follows the
+    last layer, and a factor of `layer_decay` for each layer before.
+    """
+    network = classifier.network
+    outputs = output_layers(network, len(classifier.labels))
+    layers = layers_of(network, outputs)
+    depths = depths_of(network, layers)
+    scales = {
+        name: params.layer_decay ** (len(layers) + 1 - depth) for name, depth in depths.items()
+    }
+    if params.head_learning_rate is not None:
+        of_head = {id(parameter) for layer in outputs for parameter in layer.parameters()}
+        ratio = params.head_learning_rate / params.learning_rate
+        scales |= {name: ratio for name, one in network.named_parameters() if id(one) in of_head}
+    return scales
 
 
 def learning_rate(params: ModelParams, step: int, steps: int) -> float:
@@ -35,4 +73,4 @@ def learning_rate(params: ModelParams, step: int, steps: int) -> float:
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["scale"]

@@ -96,8 +96,10 @@ class Processes:
         return DistributedDataParallel(network, gradient_as_bucket_view=True, static_graph=True)
 
 
-def has_batch_norm(network: nn.Module) -> bool:
-    return any(isinstance(module, _BatchNorm) for module in network.modules())
+def has_batch_norm(network: nn.Module, *, training: bool = False) -> bool:
+    """Whether a layer normalizes batches, or if `training`, by each batch's own statistics."""
+    layers = (module for module in network.modules() if isinstance(module, _BatchNorm))
+    return any(layer.training or not training for layer in layers)
 
 
 @contextmanager

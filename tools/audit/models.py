@@ -66,7 +66,8 @@ class Ensemble:
 
     def pixels(self, data: bytes) -> jpeg.Pixels:
         """A photograph as the resize stage prepares it, [size, size, 3]. Raises ImageError."""
-        size, settings = self.releases[0].classifier.size, self.releases[0].settings
+        settings = self.releases[0].settings
+        size = settings.pixels
         pixels = jpeg.decode(data)
         if pixels.shape[:2] == (size, size):
             return pixels
@@ -86,7 +87,7 @@ class Ensemble:
         scaled = torch.from_numpy(images).permute(0, 3, 1, 2).to(self.device) / 255
         found = []
         for release, normalized in zip(self.releases, self._normalizers, strict=True):
-            with inference.autocast(self.device):
+            with inference.autocast(self.device, release.classifier.precision):
                 logits = release.classifier.logits(normalized(scaled))
             found.append(logits.double().softmax(1).cpu().numpy())
         return with_temperature(np.mean(found, axis=0), self.temperature)
@@ -135,7 +136,7 @@ def properties(release: Release) -> dict[str, Any]:
     return {
         # As text, since 5 and 5+ are equal numbers.
         "counts": [str(label) for label in release.classifier.labels],
-        "image sizes": release.classifier.size,
+        "image sizes": release.settings.pixels,
         "resizing": (release.settings.fit, release.settings.quality),
         "validation bins": release.validation[["id", "actual"]].sort_values("id").values.tolist(),
     }

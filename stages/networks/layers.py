@@ -1,0 +1,49 @@
+"""The layers of a network, in the order in which images pass through them."""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+# A child with a larger share of the weights is not a layer, but contains the layers.
+MOST_OF_THE_WEIGHTS = 0.8
+
+
+def layers_of(network: nn.Module, outputs: Iterable[nn.Module]) -> dict[str, nn.Module]:
+    """The repeated parts of a network by name, like layer1 to layer4 of a ResNet, or ViT's blocks.
+
+    Networks of all libraries have a stem, a sequence of such parts, and a head. A child without
+    children of its own, like a first convolution, belongs to the stem or the head. `outputs` are
+    the layers that compute the scores, whose weights do not count.
+    """
+    ignored = {id(parameter) for layer in outputs for parameter in layer.parameters()}
+
+    def weights(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters() if id(p) not in ignored)
+
+    prefix, parent = "", network
+    while True:
+        children = {prefix + name: child for name, child in parent.named_children()}
+        parts = {name: child for name, child in children.items() if [*child.children()]}
+        largest = max(parts, key=lambda name: weights(parts[name]), default="")
+        if not largest or weights(parts[largest]) <= MOST_OF_THE_WEIGHTS * weights(parent):
+            break
+        if not any([*child.children()] for child in parts[largest].children()):
+            break
+        prefix, parent = f"{largest}.", parts[largest]
+    return {name: part for name, part in parts.items() if weights(part)}
+
+
+def depths_of(network: nn.Module, layers: Iterable[str]) -> dict[str, int]:
+    """How deep each parameter is: 0 in the stem, 1 in the first layer, and so on.
+
+    What comes after the last layer, like a last normalization and the scores, is one deeper.
+    """
+    numbers = {f"{name}.": number for number, name in enumerate(layers, start=1)}
+    depths, depth = {}, 0
+    for name, _ in network.named_parameters():
+        own = next((number for prefix, number in numbers.items() if name.startswith(prefix)), None)
+        if own is None and depth:
+            own = len(numbers) + 1
+        depth = own or 0
+        depths[name] = depth
+    return depths

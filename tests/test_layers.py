@@ -1,0 +1,182 @@
+"""The layers of networks: which there are, which are frozen, and how fast each learns."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from stages.networks import torchvision_models
+from stages.networks.classifier import (
+    Classifier,
+    checkpoint_gradients,
+    freeze_first_layers,
+    output_layers,
+)
+from stages.networks.inference import normalizer
+from stages.networks.layers import depths_of, layers_of
+from stages.runtime.errors import UserError
+from stages.training.engine import set_training_mode
+from stages.training.optimization import learning_rate_scales
+from tests.builders import (
+    SIZE,
+    TINY_RESNET,
+    TINY_VIT,
+    model_params,
+    noise_images,
+    one_torch_thread,
+    random_classifier,
+)
+
+LABELS = [1, 2, 3, 4, 5]
+# As in larger networks, most of the weights are in the blocks.
+TWO_BLOCKS = TINY_VIT | {"num_hidden_layers": 2, "intermediate_size": 512}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    with one_torch_thread():
+        yield
+
+
+def of_torchvision(name: str) -> nn.Module:
+    with torch.device("meta"):
+        return torchvision_models._network(name, LABELS, {})
+
+
+def of_transformers(model_type: str, **config: Any) -> nn.Module:
+    settings = transformers.AutoConfig.for_model(model_type, num_labels=len(LABELS), **config)
+    with torch.device("meta"):
+        network: nn.Module = transformers.AutoModelForImageClassification.from_config(settings)
+    return network
+
+
+@pytest.mark.parametrize(
+    ("network", "layers"),
+    [
+        (of_torchvision("resnet18"), [f"layer{number}" for number in range(1, 5)]),
+        (of_torchvision("resnet34"), [f"layer{number}" for number in range(1, 5)]),
+        (of_torchvision("efficientnet_b0"), [f"features.{number}" for number in range(9)]),
+        (of_torchvision("convnext_tiny"), [f"features.{number}" for number in range(8)]),
+        (
+            of_torchvision("vit_b_16"),
+            [f"encoder.layers.encoder_layer_{number}" for number in range(12)],
+        ),
+        # Most of its weights are in the head, which has no layers of its own.
+        (of_torchvision("vgg11"), ["features", "classifier"]),
+        (of_transformers("vit"), [f"vit.layers.{number}" for number in range(12)]),
+        (of_transformers("swin"), [f"swin.encoder.layers.{number}" for number in range(4)]),
+    ],
+)
+def test_the_layers_of_known_networks_are_found(network: nn.Module, layers: list[str]) -> None:
+    found = layers_of(network, output_layers(network, len(LABELS)))
+
+    assert [*found] == layers
+    depths = depths_of(network, found)
+    assert [*depths.values()] == sorted(depths.values())
+    for name, depth in depths.items():
+        assert depth in {0, len(layers) + 1} or name.startswith(f"{layers[depth - 1]}.")
+    assert set(depths.values()) >= set(range(1, len(layers) + 1))
+
+
+def two_blocks(**settings: Any) -> Classifier:
+    return random_classifier(model_params("vit", config=TWO_BLOCKS, pretrained=False, **settings))
+
+
+def trained_names(classifier: Classifier) -> set[str]:
+    return {name for name, one in classifier.network.named_parameters() if one.requires_grad}
+
+
+def test_the_first_layers_and_what_is_before_them_are_frozen() -> None:
+    classifier = two_blocks()
+
+    freeze_first_layers(classifier, 1)
+
+    names = trained_names(classifier)
+    assert {name.split(".")[0] for name in names} == {"vit", "classifier"}
+    assert {name.split(".")[2] for name in names if ".layers." in name} == {"1"}
+    assert not any("embeddings" in name for name in names)
+
+
+def test_more_layers_than_there_are_cannot_be_frozen() -> None:
+    with pytest.raises(UserError, match=r"^freeze is 3, but the network has 2 layers \(vit\."):
+        freeze_first_layers(two_blocks(), 3)
+
+
+def test_the_statistics_of_frozen_layers_stay_and_those_of_others_change() -> None:
+    settings = model_params("vit", config=TINY_RESNET, pretrained=False, freeze=1)
+    classifier = random_classifier(settings)
+    freeze_first_layers(classifier, 1)
+    before = {name: one.clone() for name, one in classifier.network.named_buffers()}
+
+    set_training_mode(classifier.network, settings)
+    classifier.network(noise_images(4))
+
+    changed = {
+        name
+        for name, one in classifier.network.named_buffers()
+        if name.endswith("running_mean") and not torch.equal(one, before[name])
+    }
+    assert changed
+    assert all(".stages.1." in name for name in changed)
+
+
+def test_the_learning_rate_decays_towards_the_stem_and_the_head_has_its_own() -> None:
+    settings = model_params(
+        "vit", layer_decay=0.5, learning_rate=1e-3, head_learning_rate=1e-2, pretrained=False
+    )
+
+    scales = learning_rate_scales(two_blocks(), settings)
+
+    of_block = {name.split(".")[2]: scale for name, scale in scales.items() if ".layers." in name}
+    assert of_block == {"0": 0.25, "1": 0.5}
+    assert {scale for name, scale in scales.items() if "embeddings" in name} == {0.125}
+    assert scales["vit.layernorm.weight"] == 1
+    assert scales["classifier.weight"] == scales["classifier.bias"] == pytest.approx(10)
+
+
+def test_all_parameters_learn_at_one_rate_if_nothing_else_is_said() -> None:
+    assert set(learning_rate_scales(two_blocks(), model_params("vit")).values()) == {1}
+
+
+def gradients(classifier: Classifier) -> list[torch.Tensor]:
+    classifier.network.train().zero_grad()
+    classifier.logits(noise_images()).square().sum().backward()  # type: ignore[no-untyped-call]
+    return [one.grad for one in classifier.network.parameters() if one.grad is not None]
+
+
+def test_gradients_from_recomputed_activations_are_the_same() -> None:
+    classifier = two_blocks()
+    before = gradients(classifier)
+
+    checkpoint_gradients(classifier.network)
+
+    after = gradients(classifier)
+    assert any(
+        getattr(module, "gradient_checkpointing", False) for module in classifier.network.modules()
+    )
+    assert len(before) == len(after)
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_networks_of_torchvision_cannot_recompute_activations() -> None:
+    with pytest.raises(UserError, match=r"^checkpoint_gradients is true, but"):
+        checkpoint_gradients(of_torchvision("resnet18"))
+
+
+def test_a_network_sees_its_images_scaled_to_its_size() -> None:
+    classifier = two_blocks()
+    small = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
+    # Every pixel twice in both directions.
+    large = small.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    found = normalizer(classifier)(large)
+
+    assert found.shape == small.shape
+    # Interpolation also looks a little beyond the two pixels.
+    assert (found - normalizer(classifier)(small)).abs().mean() < 0.5
+    constant = torch.full_like(large, 0.3)
+    expected = normalizer(classifier)(torch.full_like(small, 0.3))
+    torch.testing.assert_close(normalizer(classifier)(constant), expected)
