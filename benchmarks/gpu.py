@@ -305,6 +305,11 @@ def stop_section(scale: Scale, folder: Path) -> str:
         "warmup_steps": 0,
         "ema_decay": 0.9,
         "color_jitter": 0.1,
+        "rotation": 5.0,
+        "shift": 0.05,
+        "blur": 1.0,
+        "side_by_side": 0.5,
+        "ordinal_share": 0.5,
     }
     rows = []
     for model, network in SMALL_NETWORKS.items():

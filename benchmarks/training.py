@@ -161,7 +161,7 @@ def repeat_one_batch(trainer: Trainer, stopwatch: Stopwatch) -> None:
     """The same, with a trainer that has been compiled already."""
     bins, classifier, settings = trainer.train_bins, trainer.classifier, trainer.params
     plan = plan_epoch(bins, classifier, settings, trainer.processes, epoch=1)
-    (batch,) = load_batches(bins, [plan.order[: settings.batch_size]], classifier.device)
+    (batch,) = load_batches(bins, [plan.rows(slice(settings.batch_size))], classifier.device)
     images = itertools.repeat(batch.images)
     trainer.state.start_epoch(1)
     trainer.module.train()

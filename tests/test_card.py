@@ -123,8 +123,12 @@ def test_the_hub_reads_the_front_matter(model: str, library: str) -> None:
         ({}, f"From pretrained weights (revision {REVISION}), 5 epochs, batch 64"),
         ({"train.vit.pretrained": False}, "From a random start, 5 epochs"),
         (
-            {"train.vit.epochs": 7, "train.vit.loss": "ordinal", "train.vit.seed": 13},
-            "7 epochs, batch 64, adamw at a learning rate of 2e-05, ordinal, seed 13",
+            {"train.vit.epochs": 7, "train.vit.seed": 13},
+            "7 epochs, batch 64, adamw at a learning rate of 2e-05, cross-entropy, seed 13",
+        ),
+        (
+            {"train.vit.ordinal_share": 0.3},
+            "2e-05, 70% cross-entropy and 30% squared earth mover's distance, seed 0",
         ),
         ({}, "The weights after epoch 3, the last one, are kept."),
         (

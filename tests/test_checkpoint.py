@@ -45,6 +45,10 @@ KNOBS = model_params(
     ema_decay=0.7,
     clip_norm=1.0,
     color_jitter=0.1,
+    rotation=5.0,
+    shift=0.05,
+    blur=1.0,
+    side_by_side=0.5,
     accumulation=2,
     keep="best",
 )

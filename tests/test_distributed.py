@@ -79,13 +79,19 @@ CASES = {
         ema_decay=0.6,
         clip_norm=0.5,
         color_jitter=0.2,
+        rotation=5.0,
+        shift=0.05,
+        blur=1.0,
+        side_by_side=0.5,
         optimizer="adamw",
         weight_decay=0.1,
-        loss="ordinal",
+        ordinal_share=0.5,
     ),
     "frozen": settings_with(freeze_backbone=True),
     # One of the processes gets no image.
-    "of two images": settings_with().model_copy(update={"batch_size": 2, "epochs": 1}),
+    "of two images": settings_with(rotation=5.0, blur=1.0, side_by_side=0.5).model_copy(
+        update={"batch_size": 2, "epochs": 1}
+    ),
 }
 STOPPED = CASES["in parts, averaged"]
 

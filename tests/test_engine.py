@@ -13,24 +13,29 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Adam, AdamW
 
 from stages.imaging.loader import CPU, Bins
 from stages.networks.inference import evaluate, normalizer
+from stages.runtime.counts import AndMore
 from stages.runtime.errors import UserError
 from stages.runtime.params import ModelParams
 from stages.training import engine
-from stages.training.augmentation import jitter_colors
+from stages.training.augmentation import blur, flip, jitter_colors, put_side_by_side, warp
 from stages.training.checkpoint import Watch
 from stages.training.engine import Epoch, Trainer
 from stages.training.epochs import (
     EpochPlan,
+    draw_partners,
     part_count,
     plan_epoch,
     split_into_batches,
     split_into_parts,
+    sum_classes,
 )
 from stages.training.messages import report_start
 from stages.training.processes import Processes
@@ -52,6 +57,14 @@ from tests.builders import (
 
 LABELS = [1, 2, 3]
 KNOBS = model_params("resnet34", epochs=3, batch_size=8, learning_rate=0.01)
+#: All changes of the images.
+AUGMENTED: dict[str, Any] = {
+    "color_jitter": 0.4,
+    "rotation": 10.0,
+    "shift": 0.1,
+    "blur": 1.0,
+    "side_by_side": 0.5,
+}
 #: The bins to train on and to validate on.
 Sets = tuple[Bins, Bins]
 
@@ -106,9 +119,12 @@ def trained(
     return weights_of(trainer.trained.network), epochs
 
 
-@pytest.mark.parametrize(("optimizer", "loss"), [("adam", "ordinal"), ("adamw", "cross_entropy")])
-def test_a_task_that_can_be_learned_is_learned(optimizer: str, loss: str, sets: Sets) -> None:
-    _, epochs = trained(sets, settings_with(epochs=6, optimizer=optimizer, loss=loss))
+@pytest.mark.parametrize(("optimizer", "ordinal_share"), [("adam", 1.0), ("adamw", 0.0)])
+def test_a_task_that_can_be_learned_is_learned(
+    optimizer: str, ordinal_share: float, sets: Sets
+) -> None:
+    settings = settings_with(epochs=6, optimizer=optimizer, ordinal_share=ordinal_share)
+    _, epochs = trained(sets, settings)
 
     assert [epoch.epoch for epoch in epochs] == [1, 2, 3, 4, 5, 6]
     first, last = epochs[0], epochs[-1]
@@ -135,11 +151,15 @@ def test_a_seed_gives_the_same_weights_and_rows_bit_by_bit(sets: Sets) -> None:
         {"seed": 1},
         {"horizontal_flip": False},
         {"color_jitter": 0.1},
+        {"rotation": 5.0},
+        {"shift": 0.05},
+        {"blur": 1.0},
+        {"side_by_side": 0.5},
         {"weight_decay": 0.5},
         {"schedule": "linear"},
         {"schedule": "cosine"},
         {"warmup_steps": 3},
-        {"loss": "ordinal"},
+        {"ordinal_share": 0.1},
         {"label_smoothing": 0.1},
         # The length of the gradient matters to Adam only because of the small number that it adds.
         {"clip_norm": 0.1},
@@ -328,17 +348,119 @@ def plan_of(sets: Sets, settings: ModelParams, processes: Processes | None = Non
 
 
 def test_each_image_is_changed_as_the_epochs_plan_says(sets: Sets) -> None:
-    settings = settings_with(epochs=2, color_jitter=0.4)
+    settings = settings_with(epochs=2, **AUGMENTED)
 
     images = torch.cat(recorded(sets, settings)[4:])
 
     plan = plan_of(sets, settings)
-    assert plan.flips is not None
-    assert plan.jitters is not None
-    originals = pixels_of(sets[0])[torch.from_numpy(plan.order)]
-    expected = normalized(jitter_colors(originals, plan.jitters))
-    flips = plan.flips.view(-1, 1, 1, 1)
-    torch.testing.assert_close(images, torch.where(flips, expected.flip(3), expected))
+    expected = pixels_of(sets[0])[torch.from_numpy(plan.rows(slice(None)))]
+    for change in (put_side_by_side, jitter_colors, blur, warp, flip):
+        expected = change(expected, plan.changes[change])
+    torch.testing.assert_close(images, normalized(expected), rtol=0, atol=1e-4)
+
+
+def test_without_changes_each_image_is_loaded_as_it_is(sets: Sets) -> None:
+    plan = plan_of(sets, settings_with(horizontal_flip=False))
+
+    assert plan.changes == {}
+    assert plan.rows(slice(3, 9)).tolist() == plan.order[3:9].tolist()
+
+
+def test_changes_do_not_alter_what_the_others_and_the_order_draw(sets: Sets) -> None:
+    plan = plan_of(sets, settings_with(**AUGMENTED))
+
+    # The order, the flips and the colors share the generator of the epoch.
+    random = np.random.default_rng([KNOBS.seed, 2])
+    order = random.permutation(30)
+    assert plan.order.tolist() == order.tolist()
+    assert plan.changes[flip].tolist() == (random.random(30) < 0.5)[order].tolist()
+    factors = 1 + AUGMENTED["color_jitter"] * random.uniform(-1, 1, (30, 3))
+    assert plan.changes[jitter_colors].tolist() == factors[order].tolist()
+    for names in (["rotation", "shift"], ["blur"], ["side_by_side"]):
+        some = plan_of(sets, settings_with(**{name: AUGMENTED[name] for name in names}))
+        assert len(some.changes) == 2
+        for change, values in some.changes.items():
+            assert torch.equal(values, plan.changes[change])
+
+
+def test_moves_and_blurs_reach_their_limits_and_not_further(sets: Sets) -> None:
+    changes = plan_of(sets, settings_with(**AUGMENTED)).changes
+
+    angles, *shifts = changes[warp].unbind(1)
+    assert 0.8 * AUGMENTED["rotation"] < angles.abs().max() <= AUGMENTED["rotation"]
+    for shift in shifts:
+        assert 0.8 * AUGMENTED["shift"] < shift.abs().max() <= AUGMENTED["shift"]
+    assert 0.8 * AUGMENTED["blur"] < changes[blur].max() <= AUGMENTED["blur"]
+    assert changes[blur].min() >= 0
+    for values in (angles, *shifts):
+        assert values.min() < 0 < values.max()
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_two_bins_side_by_side_are_labelled_with_the_sum(share: float, sets: Sets) -> None:
+    plan = plan_of(sets, settings_with(side_by_side=share))
+
+    quantities = sets[0].quantities
+    own = quantities[plan.order]
+    others = np.where(plan.partners < 0, 0, quantities[plan.partners])
+    assert [LABELS[number] for number in plan.targets] == (own + others).tolist()
+    sides = plan.changes[put_side_by_side].numpy()
+    assert (sides != 0).tolist() == (plan.partners >= 0).tolist()
+    assert set(sides[sides != 0]) == {-1, 1}
+    # No class is three items and one more. Of the others, the share is drawn.
+    assert (plan.partners < 0)[own == 3].all()
+    assert (plan.partners >= 0)[own < 3].mean() == pytest.approx(share, abs=0.25)
+
+
+@pytest.mark.parametrize(
+    ("labels", "sums"),
+    [
+        ([1, 2, 3], [[1, 2, -1], [2, -1, -1], [-1, -1, -1]]),
+        ([0, 1], [[0, 1], [1, -1]]),
+        # An open class takes all higher sums.
+        ([0, 1, AndMore(2)], [[0, 1, 2], [1, 2, 2], [2, 2, 2]]),
+        ([2, 4, AndMore(7)], [[1, -1, 2], [-1, 2, 2], [2, 2, 2]]),
+        ([3, 4, 5], [[-1] * 3] * 3),
+    ],
+)
+def test_the_classes_of_sums(labels: list[int], sums: list[list[int]]) -> None:
+    assert sum_classes(labels).tolist() == sums
+
+
+@given(
+    st.lists(st.integers(0, 9), min_size=2, max_size=6, unique=True).map(sorted),
+    st.booleans(),
+    st.lists(st.integers(0, 5), min_size=1, max_size=20),
+)
+def test_a_bin_has_a_partner_wherever_there_is_one_with_a_class_for_the_sum(
+    labels: list[int], is_open: bool, numbers: list[int]
+) -> None:
+    if is_open:
+        labels = [*labels[:-1], AndMore(labels[-1])]
+    classes = np.array(numbers) % len(labels)
+
+    partners = draw_partners(classes, sum_classes(labels), settings_with(side_by_side=1.0), 1)
+
+    def has_class(row: int, other: int) -> bool:
+        total = labels[classes[row]] + labels[classes[other]]
+        return total in labels or (is_open and total >= labels[-1])
+
+    for row, partner in enumerate(partners):
+        if partner >= 0:
+            assert has_class(row, partner)
+        else:
+            assert not any(has_class(row, other) for other in range(len(classes)))
+
+
+def test_each_possible_partner_is_as_likely_as_the_others() -> None:
+    classes = np.array([0] * 3000 + [1] * 2 + [2])
+
+    partners = draw_partners(classes, sum_classes(LABELS), settings_with(side_by_side=1.0), 1)
+
+    # Bins with one item take each other or one with two.
+    assert partners[:3000].max() < 3002
+    assert len(set(partners[:3000])) > 1800
+    assert 0 < (partners[:3000] >= 3000).sum() < 12
 
 
 @pytest.mark.parametrize(
@@ -431,7 +553,7 @@ def test_a_batch_of_one_image_is_refused_where_there_is_batch_normalization(
 def test_an_epoch_is_the_same_whatever_the_number_of_processes(
     size: int, accumulation: int, sets: Sets
 ) -> None:
-    settings = settings_with(accumulation=accumulation, color_jitter=0.1)
+    settings = settings_with(accumulation=accumulation, **AUGMENTED)
 
     alone = plan_of(sets, settings)
     plans = [plan_of(sets, settings, Processes(rank, size)) for rank in range(size)]
@@ -439,8 +561,11 @@ def test_an_epoch_is_the_same_whatever_the_number_of_processes(
     for plan in plans:
         assert plan.order.tolist() == alone.order.tolist()
         assert plan.sizes == alone.sizes
-        for name in ("targets", "flips", "jitters"):
-            assert torch.equal(getattr(plan, name), getattr(alone, name))
+        assert plan.partners.tolist() == alone.partners.tolist()
+        assert torch.equal(plan.targets, alone.targets)
+        assert plan.changes.keys() == alone.changes.keys()
+        for change, values in plan.changes.items():
+            assert torch.equal(values, alone.changes[change])
 
 
 def gradients_of(sets: Sets, settings: ModelParams) -> list[dict[str, Tensor]]:
@@ -463,7 +588,7 @@ def gradients_of(sets: Sets, settings: ModelParams) -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize("accumulation", [2, 3, 8])
 def test_a_batch_in_parts_gives_the_gradient_of_the_whole(accumulation: int, noisy: Sets) -> None:
     # A batch of 8 images has at most 4 parts. The last batch of the 20 images has 4 images.
-    settings = settings_with(epochs=1, clip_norm=1.0, color_jitter=0.1, label_smoothing=0.1)
+    settings = settings_with(epochs=1, clip_norm=1.0, label_smoothing=0.1, **AUGMENTED)
 
     whole = gradients_of(noisy, settings)
     in_parts = gradients_of(noisy, settings.model_copy(update={"accumulation": accumulation}))
@@ -658,7 +783,7 @@ def test_steps_are_the_optimizers_own(name: str, optimizer: type[Adam], sets: Se
     ("change", "make_network"),
     [
         ({}, tiny_network),
-        ({"loss": "ordinal"}, tiny_network),
+        ({"ordinal_share": 0.5}, tiny_network),
         ({"label_smoothing": 0.3}, tiny_network),
         # A frozen backbone has no dropout and is not normalized by the batch.
         ({"freeze_backbone": True}, full_network),

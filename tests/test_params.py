@@ -96,7 +96,7 @@ REFUSED = [
     *[(key, -1, "should be 0 or more, not -1") for key in ("split.seed", f"{VIT}.warmup_steps")],
     *[
         (key, 1.1, "should be 1 or less, not 1.1")
-        for key in ("fetch.max_rejects", f"{VIT}.color_jitter")
+        for key in ("fetch.max_rejects", f"{VIT}.color_jitter", f"{VIT}.ordinal_share")
     ],
     *[(key, 1.0, "should be less than 1, not 1.0") for key in ("evaluate.false_alarm",)],
     *[
@@ -104,6 +104,8 @@ REFUSED = [
         for key in (f"{VIT}.clip_norm", f"{VIT}.ema_decay")
     ],
     *[(f"{VIT}.learning_rate", value, "finite number") for value in (math.nan, math.inf)],
+    (f"{VIT}.rotation", 46.0, "should be 45 or less, not 46.0"),
+    (f"{VIT}.shift", -0.1, "should be 0 or more, not -0.1"),
     ("subset.seed", 2**32, "less than 4294967296"),
     ("fetch.shard_bins", 10_001, "10000 or less"),
     ("resize.size", 0, "8 or more"),

@@ -48,6 +48,10 @@ KNOBS: dict[str, Any] = {
     "train.vit.batch_size": 16,
     "train.vit.ema_decay": 0.9,
     "train.vit.color_jitter": 0.2,
+    "train.vit.rotation": 5.0,
+    "train.vit.shift": 0.05,
+    "train.vit.blur": 1.0,
+    "train.vit.side_by_side": 0.2,
     "train.vit.keep": "best",
 }
 STAGE = [sys.executable, "-m", "stages.train", "vit"]

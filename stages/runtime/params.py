@@ -173,7 +173,7 @@ class ModelParams(Block):
     image_size: Annotated[int, Field(ge=8)] | None
     freeze_backbone: bool
     freeze: Natural
-    loss: Literal["cross_entropy", "ordinal"]
+    ordinal_share: Share
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     optimizer: Literal["adam", "adamw"]
     learning_rate: Positive
@@ -193,6 +193,11 @@ class ModelParams(Block):
     std: Annotated[list[Annotated[Share, Field(gt=0)]], AfterValidator(_per_channel)]
     horizontal_flip: bool
     color_jitter: Share
+    # Larger ones would hide items.
+    rotation: Annotated[float, Field(ge=0, le=45)]
+    shift: Annotated[float, Field(ge=0, le=0.5)]
+    blur: Annotated[float, Field(ge=0, le=5)]
+    side_by_side: Share
     precision: Precision
     checkpoint_gradients: bool
     compile: Literal["auto"] | bool

@@ -32,7 +32,6 @@ from stages.networks.inference import (
 )
 from stages.runtime.errors import UserError
 from stages.runtime.params import ModelParams
-from stages.training.augmentation import flip, jitter_colors
 from stages.training.checkpoint import NotFiniteError, TrainingState, Watch
 from stages.training.compilation import compile_for
 from stages.training.epochs import EpochPlan, part_count, plan_epoch, split_into_batches
@@ -134,7 +133,7 @@ class Trainer:
         """Finish the current pass over the bins; returns the epoch's mean loss and accuracy."""
         state, params = self.state, self.params
         plan = plan_epoch(self.train_bins, self.classifier, params, self.processes, state.epoch)
-        rows = [plan.order[part] for parts in plan.parts[state.step :] for part in parts]
+        rows = [plan.rows(part) for parts in plan.parts[state.step :] for part in parts]
         batches = load_batches(
             self.train_bins, rows, self.classifier.device, self.processes.loader_threads
         )
@@ -193,11 +192,7 @@ class Trainer:
         """Go forward and backward with a part of a batch of `size` images; add to the totals."""
         params, targets, totals = self.params, plan.targets[part], self.state.totals
         images = scale(images / 255, self.classifier.size)
-        if plan.jitters is not None:
-            images = jitter_colors(images, plan.jitters[part])
-        images = self.normalize(images)
-        if plan.flips is not None:
-            images = flip(images, plan.flips[part])
+        images = self.normalize(plan.augment(images, part))
         if blank := len(images) == 0 and not self.normalizes_batches:
             # Some networks of transformers fail on an empty batch.
             images = images.new_zeros(1, *images.shape[1:])
@@ -205,7 +200,7 @@ class Trainer:
             logits = logits_of(forward(images)).float()
         if blank:
             logits = logits[:0]
-        losses = training_loss(params.loss, logits, targets, params.label_smoothing)
+        losses = training_loss(logits, targets, params.label_smoothing, params.ordinal_share)
         # DistributedDataParallel averages over processes. This makes it the mean over all images.
         loss = losses.sum() * (self.processes.size / size)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -1,17 +1,23 @@
-"""What training minimizes: cross-entropy, or a loss that knows the order of counts."""
+"""What training minimizes: cross-entropy, and a loss that knows the order of counts."""
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 
-def training_loss(name: str, logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
-    """The loss of each image, float32 [batch], for logits [batch, labels] and int64 targets."""
-    if name == "ordinal":
-        return ordinal_loss(logits, targets, label_smoothing)
-    return cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+def training_loss(
+    logits: Tensor, targets: Tensor, label_smoothing: float, ordinal_share: float
+) -> Tensor:
+    """The loss of each image, float32 [batch], for logits [batch, labels] and int64 targets.
+
+    It is `ordinal_share` of ordinal_loss, and cross-entropy for the rest.
+    """
+    losses = cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+    if not ordinal_share:
+        return losses
+    return losses.lerp(ordinal_loss(logits, targets, label_smoothing), ordinal_share)
 
 
-def ordinal_loss(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def ordinal_loss(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
     """The squared earth mover's distance between prediction and truth, [batch].
 
     Labels are in the order of their counts: probability that is two labels off costs more than
