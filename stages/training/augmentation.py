@@ -1,8 +1,8 @@
 """Random changes to a batch of images, on its device, that keep the number of items.
 
 Each takes images [batch, 3, size, size] with values from 0 to 1, and a value or more for each of
-them, so that every image is changed in its own way. None of them cuts pieces out of images, as crops
-and CutMix do: that could remove or halve items.
+them, so that every image is changed in its own way. None of them cuts pieces out of images,
+as crops and CutMix do: that could remove or halve items.
 """
 
 from collections.abc import Callable
@@ -21,14 +21,13 @@ def put_side_by_side(images: Tensor, sides: Tensor) -> Tensor:
     and 0 where there is none. `images` are those of the batch, followed by the others in the same
     order. Returns a batch.
     """
-    count = len(sides)
-    paired = sides.view(-1, 1, 1, 1)
-    own = images[:count]
-    # Where there is no other image, this takes any one.
-    others = images[count - 1 + (sides != 0).cumsum(0)]
-    left = torch.where(paired < 0, others, own)
-    right = torch.where(paired < 0, own, others)
-    return torch.where(paired != 0, avg_pool2d(torch.cat((left, right), 3), (1, 2)), own)
+    batch = torch.arange(len(sides), device=sides.device)
+    # Where there is no other image, this is any one.
+    others = len(sides) - 1 + (sides != 0).cumsum(0)
+    left = images[torch.where(sides < 0, others, batch)]
+    right = images[torch.where(sides < 0, batch, others)]
+    joined = avg_pool2d(torch.cat((left, right), 3), (1, 2))
+    return torch.where((sides != 0).view(-1, 1, 1, 1), joined, images[: len(sides)])
 
 
 def jitter_colors(images: Tensor, factors: Tensor) -> Tensor:
