@@ -1,6 +1,7 @@
 """The layers of networks: which there are, which are frozen, and how fast each learns."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from tests.builders import (
     SIZE,
     TINY_RESNET,
     TINY_VIT,
+    logits,
     model_params,
     noise_images,
     one_torch_thread,
@@ -164,6 +166,18 @@ def test_gradients_from_recomputed_activations_are_the_same() -> None:
 def test_networks_of_torchvision_cannot_recompute_activations() -> None:
     with pytest.raises(UserError, match=r"^checkpoint_gradients is true, but"):
         checkpoint_gradients(of_torchvision("resnet18"))
+
+
+def test_an_image_and_its_mirror_image_get_the_same_scores() -> None:
+    classifier = replace(two_blocks(), average_mirrored=True)
+    classifier.network.eval()
+    images = noise_images()
+
+    with torch.inference_mode():
+        found, mirrored = classifier.logits(images), classifier.logits(images.flip(3))
+
+    torch.testing.assert_close(found, mirrored)
+    assert not torch.allclose(found, logits(replace(classifier, average_mirrored=False)))
 
 
 def test_a_network_sees_its_images_scaled_to_its_size() -> None:

@@ -17,7 +17,9 @@ from stages.runtime.params import Resize
 from tests.builders import TINY_VIT, logits, model_params, one_torch_thread, random_classifier
 
 LABELS = [1, 3, 10]
-KNOBS = model_params("vit", config=TINY_VIT, pretrained=False, precision="float32")
+KNOBS = model_params(
+    "vit", config=TINY_VIT, pretrained=False, precision="float32", average_mirrored=True
+)
 RESIZE = Resize(size=48, fit="pad", quality=85, max_rejects=0.0)
 VALIDATION = pd.DataFrame(
     {
@@ -63,6 +65,7 @@ def test_a_folder_alone_gives_calibrated_probabilities(folder: Path) -> None:
     settings, classifier = release.settings, release.classifier
     assert (settings.pixels, settings.fit, settings.quality) == (48, "pad", 85)
     assert (classifier.size, classifier.precision) == (32, "float32")
+    assert classifier.average_mirrored
     uncalibrated = logits(random_classifier(KNOBS, LABELS))
     torch.testing.assert_close(logits(release.classifier), uncalibrated / temperature)
     expected = with_temperature(PROBABILITIES, temperature)

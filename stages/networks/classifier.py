@@ -24,7 +24,8 @@ class Classifier:
 
     `network` takes float images [batch, 3, size, size] with values from 0 to 1, normalized by
     `mean` and `std` per channel. Its output i is the score of the quantity `labels[i]`, or if that
-    is AndMore, of it and all higher ones. `precision` is the one that it was trained in.
+    is AndMore, of it and all higher ones. `precision` is the one that it was trained in. If
+    `average_mirrored`, an image is scored as it is and mirrored.
     """
 
     network: nn.Module
@@ -33,6 +34,7 @@ class Classifier:
     mean: list[float]
     std: list[float]
     precision: Precision = "auto"
+    average_mirrored: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -40,7 +42,10 @@ class Classifier:
 
     def logits(self, images: Tensor) -> Tensor:
         """The scores of the labels, [batch, labels]."""
-        return logits_of(self.network(images))
+        logits = logits_of(self.network(images))
+        if self.average_mirrored:
+            logits = (logits + logits_of(self.network(images.flip(3)))) / 2
+        return logits
 
 
 def logits_of(output: Any) -> Tensor:
@@ -138,7 +143,15 @@ def build_classifier(
             f"{params.library} cannot build {params.name} with this model's name and config for"
             f" images of {size} pixels: {reason_of(error)}"
         ) from None
-    return Classifier(network, labels, size, params.mean, params.std, params.precision)
+    return Classifier(
+        network,
+        labels,
+        size,
+        params.mean,
+        params.std,
+        params.precision,
+        average_mirrored=params.average_mirrored,
+    )
 
 
 def _check_scores(network: nn.Module, labels: list[int], size: int) -> None:

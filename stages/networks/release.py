@@ -41,14 +41,16 @@ class Settings(Block):
     """inference.json: where the network's own files come from.
 
     The last layer is divided by `folded_temperature`, so the network's scores are calibrated.
-    `epoch` is the one whose weights were kept, and `precision` the model's own. `pixels`, `fit` and
-    `quality` are the size and settings of the resize stage; the network may scale to fewer pixels.
+    `epoch` is the one whose weights were kept; `precision` and `average_mirrored` are the model's.
+    `pixels`, `fit` and `quality` are the size and settings of the resize stage; the network may
+    scale to fewer pixels.
     `sha256` has the digest of each of FILES.
     """
 
     folded_temperature: Annotated[float, Field(gt=0)]
     epoch: Annotated[int, Field(ge=1)]
     precision: Precision
+    average_mirrored: bool
     pixels: Annotated[int, Field(ge=1)]
     fit: Literal["squeeze", "pad"]
     quality: int
@@ -94,6 +96,7 @@ def save_release(
         folded_temperature=temperature,
         epoch=epoch,
         precision=params.precision,
+        average_mirrored=params.average_mirrored,
         pixels=resize.size,
         fit=resize.fit,
         quality=resize.quality,
@@ -117,7 +120,11 @@ def load_release(folder: Path) -> Release:
     """
     settings = _read_settings(folder / SETTINGS)
     check_digests(folder, FILES, settings.sha256, folder / SETTINGS)
-    classifier = replace(load_classifier(folder), precision=settings.precision)
+    classifier = replace(
+        load_classifier(folder),
+        precision=settings.precision,
+        average_mirrored=settings.average_mirrored,
+    )
     return Release(classifier, settings, _read_validation(folder / VALIDATION, classifier.labels))
 
 

@@ -192,6 +192,7 @@ class ModelParams(Block):
     mean: Annotated[list[Share], AfterValidator(_per_channel)]
     std: Annotated[list[Annotated[Share, Field(gt=0)]], AfterValidator(_per_channel)]
     horizontal_flip: bool
+    average_mirrored: bool
     color_jitter: Share
     # Larger ones would hide items.
     rotation: Annotated[float, Field(ge=0, le=45)]

@@ -293,7 +293,7 @@ class Trainer:
         try:
             batch = torch.zeros(images, 3, size, size, device=device)
             with autocast(device, self.params.precision):
-                logits = self.classifier.logits(batch.to(memory_format=torch.channels_last))
+                logits = logits_of(network(batch.to(memory_format=torch.channels_last)))
             torch.autograd.grad(logits.float().sum(), trained, allow_unused=True)
         except torch.OutOfMemoryError:
             return False
