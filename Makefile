@@ -112,6 +112,6 @@ format: setup  ## fixes what it can of what `check` finds
 COMPILE = $(UV) pip compile --universal --generate-hashes --no-emit-index-url --no-header --quiet
 
 lock: setup  ## the requirements.txt files anew, from the ranges in pyproject.toml
-	@$(COMPILE) pyproject.toml --extra ray --group dev -o requirements.txt
+	@$(COMPILE) pyproject.toml --extra ray --extra timm --group dev -o requirements.txt
 	@$(COMPILE) --group bench -c requirements.txt -o benchmarks/requirements.txt
 	@$(COMPILE) --group sky -o cloud/requirements.txt

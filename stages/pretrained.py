@@ -1,7 +1,7 @@
 """Keep the pretrained weights beside the data: models/pretrained/<model>."""
 
 from stages.networks.model_files import SOURCE, read_json
-from stages.networks.pretrained import download_pretrained, mark_random_start
+from stages.networks.pretrained import mark_random_start, obtain_pretrained
 from stages.runtime import paths
 from stages.runtime.command import run_stage
 from stages.runtime.files import digest
@@ -16,7 +16,7 @@ def main(model: str) -> str:
         # This file is written last, so the weights are there if it is.
         if not (folder / SOURCE).exists():
             if params.pretrained:
-                download_pretrained(params, folder)
+                obtain_pretrained(params, folder)
             else:
                 mark_random_start(folder)
         source = read_json(folder / SOURCE)

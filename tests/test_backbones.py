@@ -34,6 +34,9 @@ from tests.builders import (
     weights_of,
 )
 
+TINY_TOKENS = {key: value for key, value in TINY_VIT.items() if key != "image_size"}
+TINY_DINOV2 = {key: TINY_TOKENS[key] for key in TINY_TOKENS if key != "intermediate_size"}
+TINY_TIMM_VIT = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 # The library, the network's name or type, its config, and the layer that computes the scores.
 BACKBONES: list[tuple[str, str, dict[str, Any], str]] = [
     ("torchvision", "resnet18", {}, "fc"),
@@ -55,6 +58,16 @@ BACKBONES: list[tuple[str, str, dict[str, Any], str]] = [
     ),
     # This type has more than one class of networks.
     ("transformers", "deit", TINY_VIT, "classifier"),
+    ("transformers", "dinov2", TINY_DINOV2, "classifier"),
+    ("transformers", "convnextv2", TINY_CONVNEXT, "classifier"),
+    # transformers has no classifiers of these types. Their output is pooled, or begins with a class
+    # token, or has neither.
+    ("transformers", "dinov3_vit", TINY_TOKENS, "classifier"),
+    ("transformers", "internvl_vision", TINY_TOKENS | {"image_size": [SIZE, SIZE]}, "classifier"),
+    ("transformers", "sam3_vit_model", TINY_VIT, "classifier"),
+    ("timm", "test_resnet", {}, "fc"),
+    ("timm", "test_convnext", {}, "head.fc"),
+    ("timm", "vit_tiny_patch16_224", {**TINY_TIMM_VIT, "drop_path_rate": 0.1}, "head"),
 ]
 
 
@@ -81,10 +94,14 @@ def train_one_step(classifier: Classifier) -> None:
 def test_any_backbone_is_trained_frozen_saved_loaded_and_calibrated(
     library: str, name: str, config: dict[str, Any], layer: str, tmp_path: Path
 ) -> None:
-    if library == "torchvision":
-        settings = model_params("resnet34", name=name, config=config, pretrained=False)
-    else:
+    if library == "transformers":
         settings = model_params("vit", config=config | {"model_type": name}, pretrained=False)
+    else:
+        if library == "timm":
+            pytest.importorskip("timm", reason="timm isn't installed")
+        settings = model_params(
+            "resnet34", library=library, name=name, config=config, pretrained=False
+        )
     classifier = random_classifier(settings)
     start = weights_of(classifier.network)
 

@@ -88,7 +88,11 @@ REFUSED = [
     (f"{VIT}.config", [1], "should be a block of keys, not a list"),
     ("train", [], "should be a block of keys, not a list"),
     ("bucket", None, "should be a block of keys, not null"),
-    (f"{VIT}.pretrained", None, "should be true or false, not null"),
+    (f"{VIT}.pretrained", None, "should be true, false, or a path that begins with /, ./ or ../"),
+    *[
+        (f"{VIT}.pretrained", path, "should be true, false, or a path that begins with /, ./ or ")
+        for path in ("", "yes", "weights", "~/net", "/", "./", 1)
+    ],
     ("resize.size", True, "should be a whole number, not true"),
     ("bucket.region", datetime.date(2001, 1, 1), "should be text, not 2001-01-01"),
     # Outside the allowed values.
@@ -112,7 +116,7 @@ REFUSED = [
     ("resize.quality", 101, "100 or less"),
     ("resize.fit", "crop", "'squeeze' or 'pad', not 'crop'"),
     ("split.by", "bin", "'group', 'image' or 'file'"),
-    (f"{VIT}.library", "keras", "'torchvision' or 'transformers'"),
+    (f"{VIT}.library", "keras", "'torchvision', 'transformers' or 'timm', not"),
     ("run.processes", "all", "should be 'auto' or a whole number, not 'all'"),
     ("run.processes", 0, "should be 'auto' or 1 or more, not 0"),
     (f"{VIT}.compile", 1, "should be 'auto' or true or false, not 1"),
@@ -246,6 +250,8 @@ def test_all_faults_are_named_at_once() -> None:
         *[("bucket.url", url) for url in ("s3://b.1/a b/", "file:///a/../b", "file:///a%20@b")],
         *[("bucket.endpoint", url) for url in ("http://[::1]:9000", "https://minio_1/a/")],
         (f"{RESNET}.accumulation", 512),
+        *[(f"{VIT}.pretrained", path) for path in ("/a b/c", "./a", "../../a.safetensors", "/ü@")],
+        (f"{VIT}.library", "timm"),
         ("run.processes", 3),
         (f"{VIT}.ema_decay", 0.999),
         (f"{VIT}.compile", True),

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import nn
 
+from stages.runtime.errors import UserError
 from stages.runtime.params import ModelParams
 
 
@@ -41,10 +42,22 @@ class Library(Protocol):
 
 
 def library_of(name: str) -> Library:
+    """Raises UserError if the library is not installed, since timm is optional."""
     if name == "torchvision":
         from stages.networks import torchvision_models  # noqa: PLC0415 - imported when used
 
         return torchvision_models
+    if name == "timm":
+        try:
+            from stages.networks import timm_models  # noqa: PLC0415 - imported when used
+        except ModuleNotFoundError as error:
+            if error.name != "timm":
+                raise
+            raise UserError(
+                "the library timm is not installed: `make setup` installs it, and so does"
+                " `pip install timm`"
+            ) from None
+        return timm_models
     from stages.networks import transformers_models  # noqa: PLC0415 - imported when used
 
     return transformers_models

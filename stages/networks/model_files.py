@@ -13,7 +13,7 @@ from stages.runtime.files import sha256_file
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
-# The record of where pretrained weights were downloaded from.
+# The record of where pretrained weights come from.
 SOURCE = "source.json"
 
 

@@ -1,9 +1,10 @@
-"""The folder models/pretrained/<model>: downloaded weights, and a record of their source."""
+"""The folder models/pretrained/<model>: weights to start from, and a record of their source."""
 
 from pathlib import Path
 
 from stages.formats.tables import write_json
 from stages.networks.libraries import library_of
+from stages.networks.local_weights import copy_weights
 from stages.networks.model_files import (
     CONFIG,
     SOURCE,
@@ -14,18 +15,24 @@ from stages.networks.model_files import (
 )
 from stages.runtime.errors import UserError
 from stages.runtime.params import ModelParams
+from stages.runtime.work import original_repository
 
 
-def download_pretrained(params: ModelParams, folder: Path) -> None:
-    """Download the pretrained weights and their config to `folder`, then write source.json.
+def obtain_pretrained(params: ModelParams, folder: Path) -> None:
+    """Copy or download the pretrained weights and their config to `folder`, then write source.json.
 
-    Raises UserError if the source does not have them or could not be reached.
+    Raises UserError if their source does not have them or could not be reached.
     """
-    record_source(folder, library_of(params.library).download(params, folder))
+    if isinstance(params.pretrained, str):
+        path = original_repository() / params.pretrained
+        source = copy_weights(params, path, folder)
+    else:
+        source = library_of(params.library).download(params, folder)
+    record_source(folder, source)
 
 
 def record_source(folder: Path, source: str) -> None:
-    """Write source.json: the URL of the weights, and the SHA-256 of the files."""
+    """Write source.json: the URL or file name of the weights, and the SHA-256 of the files."""
     files = digests(folder, (CONFIG, WEIGHTS))
     write_json(folder / SOURCE, {"pretrained": True, "source": source, "sha256": files})
 

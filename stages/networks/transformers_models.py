@@ -1,77 +1,67 @@
-"""Networks of transformers. No other module imports it or the client of its hub."""
+"""Networks of transformers. No other module imports it."""
 
-import logging
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 import transformers
-from torch import nn
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
+from stages.networks import hub
+from stages.networks.backbone_classifier import BackboneClassifier
 from stages.networks.model_files import CONFIG, WEIGHTS, read_json, refuse_random_layers
-from stages.runtime.errors import UserError
+from stages.networks.positions import resize_positions
 from stages.runtime.params import ModelParams
 
 # Loading is fast, and this module checks which layers start at random.
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
-# Its warnings about retries contain signed URLs, which give anybody access to a file.
-logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 # The keys that this project sets in every configuration.
 _OURS = {"id2label", "label2id", "num_labels", "dtype"}
+# The end of the name of what ViT and its relatives learn about the place of a patch.
+POSITIONS = "position_embeddings"
 
 
 def download(params: ModelParams, folder: Path) -> str:
-    """Download the files of the hub's repository `name` at `revision`, byte for byte.
-
-    The client resumes an interrupted download from a hidden folder beside them.
-    """
-    for name in (CONFIG, WEIGHTS):
-        try:
-            huggingface_hub.hf_hub_download(
-                params.name, name, revision=params.revision, local_dir=folder
-            )
-        # The client raises errors of its own, of its HTTP library and of the system.
-        except Exception as error:  # noqa: BLE001
-            reason = _without_secrets(str(error).strip().partition("\n")[0])
-            raise UserError(
-                f"{name} of {params.name} at {params.revision} could not be downloaded: {reason}"
-            ) from None
-    return f"{huggingface_hub.constants.ENDPOINT}/{params.name}/tree/{params.revision}"
-
-
-def _without_secrets(text: str) -> str:
-    """Remove signatures of URLs, and the user's token, which a server may repeat in its answer."""
-    text = re.sub(r"(https?://[^\s?]*)\?[^\s'\"]*", r"\1", text)
-    token = huggingface_hub.get_token()
-    return text.replace(token, "***") if token else text
+    return hub.download_model(params.name, params.revision, folder)
 
 
 def build(params: ModelParams, pretrained: Path, labels: list[int], size: int) -> nn.Module:
-    config = _config(params, pretrained, labels, size)
     if not params.pretrained:
-        network: nn.Module = transformers.AutoModelForImageClassification.from_config(
-            config, trust_remote_code=False
-        )
-        return network
-    network, loading = _from_pretrained(pretrained, config)
-    mismatched = [name for name, *_ in loading["mismatched_keys"]]
-    refuse_random_layers([*loading["missing_keys"], *mismatched], network, labels)
-    return network
+        # If a type has several networks for images, transformers reads their names from this key.
+        config = _config(params, {"architectures": []}, labels, size)
+        auto = _auto_class(config)
+        return _complete(auto.from_config(config, trust_remote_code=False), len(labels))
+    values = read_json(pretrained / CONFIG)
+    if values.get("model_type") != params.config["model_type"]:
+        raise ValueError(f"its weights have the model_type {values.get('model_type')}")
+    positions = _positions(pretrained / WEIGHTS)
+    config = _config(params, values, labels, None if positions is None else size)
+    return _pretrained(pretrained, config, labels, positions)
 
 
 def save(network: nn.Module, params: ModelParams, labels: list[int], folder: Path) -> None:  # noqa: ARG001 - the config has the labels
-    """Write the files that AutoModelForImageClassification.from_pretrained(folder) reads."""
+    """Write the files that AutoModelForImageClassification.from_pretrained(folder) reads.
+
+    It cannot read a BackboneClassifier, which is written in the same form.
+    """
+    if isinstance(network, BackboneClassifier):
+        save_file(network.state_dict(), folder / WEIGHTS)
+        network.backbone.config.save_pretrained(folder)
+        return
     saved: Any = network
     saved.save_pretrained(folder)
 
 
-def load(folder: Path, labels: list[int]) -> nn.Module:  # noqa: ARG001 - the config has the labels
-    network, loading = _from_pretrained(folder, None)
+def load(folder: Path, labels: list[int]) -> nn.Module:
+    values = read_json(folder / CONFIG)
+    if values.get("architectures") == [BackboneClassifier.__name__]:
+        return _load_backbone_classifier(folder, values, labels)
+    network, loading = _from_pretrained(folder, None, transformers.AutoModelForImageClassification)
     wrong = [name for name, *_ in loading["mismatched_keys"]]
     wrong += [*loading["missing_keys"], *loading["unexpected_keys"]]
     if wrong:
@@ -79,9 +69,58 @@ def load(folder: Path, labels: list[int]) -> nn.Module:  # noqa: ARG001 - the co
     return network
 
 
-def _from_pretrained(folder: Path, config: Any) -> tuple[nn.Module, dict[str, Any]]:
+def _load_backbone_classifier(
+    folder: Path, values: dict[str, Any], labels: list[int]
+) -> BackboneClassifier:
+    config = type(transformers.AutoConfig.for_model(values["model_type"])).from_dict(values)
+    backbone = transformers.AutoModel.from_config(
+        config, dtype=torch.float32, trust_remote_code=False
+    )
+    network = BackboneClassifier(backbone, len(labels))
+    network.load_state_dict(load_file(folder / WEIGHTS))
+    return network
+
+
+def _auto_class(config: Any) -> Any:
+    """The class of transformers that makes this type of network.
+
+    It is AutoModel, which has no layer for classes, only for networks that describe images and of
+    which transformers has no classifier.
+    """
+    if type(config) not in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        network = transformers.MODEL_MAPPING.get(type(config), None)
+        takes_images = getattr(network, "main_input_name", None) == "pixel_values"
+        # Masked autoencoders hide patches at random, not only in training.
+        if takes_images and not hasattr(config, "mask_ratio"):
+            return transformers.AutoModel
+    return transformers.AutoModelForImageClassification
+
+
+def _complete(network: Any, labels: int) -> nn.Module:
+    """The network, with a layer for the labels if it has none of its own."""
+    if type(network.config) in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        return network  # type: ignore[no-any-return]
+    # As transformers names the class in the config of a network that it saves.
+    network.config.architectures = [BackboneClassifier.__name__]
+    return BackboneClassifier(network, labels)
+
+
+def _pretrained(
+    folder: Path, config: Any, labels: list[int], positions: Tensor | None
+) -> nn.Module:
+    """The network with the weights in `folder`, and with their position embeddings resized."""
+    auto = _auto_class(config)
+    network, loading = _from_pretrained(folder, config, auto)
+    random = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
+    if positions is not None:
+        random -= _set_positions(network, random, positions)
+    refuse_random_layers(random, network, [] if auto is transformers.AutoModel else labels)
+    return _complete(network, len(labels))
+
+
+def _from_pretrained(folder: Path, config: Any, auto: Any) -> tuple[nn.Module, dict[str, Any]]:
     """The network with the weights in `folder`, and a report of those that did not fit."""
-    network, loading = transformers.AutoModelForImageClassification.from_pretrained(
+    network, loading = auto.from_pretrained(
         folder,
         config=config,
         dtype=torch.float32,
@@ -94,25 +133,43 @@ def _from_pretrained(folder: Path, config: Any) -> tuple[nn.Module, dict[str, An
     return network, loading
 
 
-def _config(params: ModelParams, pretrained: Path, labels: list[int], size: int) -> Any:
-    """The configuration of the weights, or the default one, with the model's changes to it."""
-    model_type = params.config["model_type"]
-    default = transformers.AutoConfig.for_model(model_type)
+def _positions(weights: Path) -> Tensor | None:
+    """The position embeddings of the weights, [1, positions, width], if they have one set."""
+    with safe_open(weights, framework="pt") as file:
+        names = [name for name in file.keys() if name.endswith(POSITIONS)]  # noqa: SIM118
+        return file.get_tensor(names[0]) if len(names) == 1 else None
+
+
+def _set_positions(network: nn.Module, names: Iterable[str], positions: Tensor) -> set[str]:
+    """Resize position embeddings for those of `names` that are such. Returns their names."""
+    own = network.state_dict()
+    fitting = {
+        name
+        for name in names
+        if name.endswith(POSITIONS) and own[name].shape[2:] == positions.shape[2:]
+    }
+    for name in fitting:
+        own[name].copy_(resize_positions(positions, own[name].shape[1]))
+    return fitting
+
+
+def _config(
+    params: ModelParams, values: dict[str, Any], labels: list[int], size: int | None
+) -> Any:
+    """The configuration `values`, with the model's changes to it.
+
+    A network for one size of images gets `size`, if given, unless the model's changes name another.
+    """
+    default = transformers.AutoConfig.for_model(params.config["model_type"])
     known = default.to_dict()
     changes = {key: value for key, value in params.config.items() if key != "model_type"}
     if unknown := sorted(_unknown(changes, known)):
         # transformers would accept them silently.
         raise ValueError(f"its config has no key {', '.join(unknown)} that can be set")
-    if params.pretrained:
-        values = read_json(pretrained / CONFIG)
-        if values.get("model_type") != model_type:
-            raise ValueError(f"its weights have the model_type {values.get('model_type')}")
-    else:
-        # If a type has several networks for images, transformers reads their names from this key.
-        values = {"architectures": []} | ({"image_size": size} if "image_size" in known else {})
+    sizes = {} if size is None or "image_size" not in known else {"image_size": size}
     names = {number: str(label) for number, label in enumerate(labels)}
     of_labels = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
-    return type(default).from_dict(values | changes | of_labels)
+    return type(default).from_dict(values | sizes | changes | of_labels)
 
 
 def _unknown(

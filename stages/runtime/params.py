@@ -58,6 +58,18 @@ def _quantity(value: Any) -> int:
     return value
 
 
+def _pretrained(value: Any) -> bool | str:
+    """Whether weights are downloaded, or the path of a file or folder that has them."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and re.match(r"(/|\./|\.\./).", value):
+        return value
+    raise ValueError(
+        "should be true, false, or a path that begins with /, ./ or ../, like"
+        f" ./weights/net.safetensors, not {_shown(value)}"
+    )
+
+
 def _classes(quantities: list[int]) -> list[int]:
     if len(quantities) < 2:
         raise ValueError(f"should have two or more quantities, not {len(quantities)}")
@@ -164,10 +176,10 @@ class Split(Block):
 class ModelParams(Block):
     """One entry of the train block: a network, where its weights start, and how it is trained."""
 
-    library: Literal["torchvision", "transformers"]
+    library: Literal["torchvision", "transformers", "timm"]
     name: Annotated[str, _like(f"{_PART}(/{_PART})?", "resnet34 or google/vit-base-patch16-224")]
-    revision: Annotated[str, _like(_PART, "IMAGENET1K_V1 or a commit of the hub")]
-    pretrained: bool
+    revision: Annotated[str, _like(_PART, "IMAGENET1K_V1, a commit of the hub or a SHA-256")]
+    pretrained: Annotated[bool | str, PlainValidator(_pretrained)]
     config: Annotated[dict[str, JsonValue], AfterValidator(_compared)]
     # Not `size`, which DVC's run cache would ignore.
     image_size: Annotated[int, Field(ge=8)] | None

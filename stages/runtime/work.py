@@ -29,14 +29,19 @@ STAGES = Path(__file__).parent.parent
 FINISHED = ".finished"
 
 
+def original_repository() -> Path:
+    """The user's repository, even when DVC runs an experiment in a temporary copy of it."""
+    return Path(os.environ.get("DVC_ROOT", "."))
+
+
 @contextmanager
 def resumable(stage: str, key: str) -> Iterator[Path]:
     """Yield the folder for a stage's finished parts, with what an interrupted run left in it.
 
     `key` is a digest of all inputs that matter. The folder is locked while in use. It is in the
-    original repository (DVC_ROOT) even when an experiment runs in a temporary copy.
+    original repository.
     """
-    cache = Path(os.environ.get("DVC_ROOT", ".")) / ".cache"
+    cache = original_repository() / ".cache"
     cache.mkdir(exist_ok=True)
     folder = cache / f"{stage}-{digest(key, _code_version())[:16]}"
     _remove_finished(cache, but=folder.name)
@@ -69,7 +74,7 @@ def exclusive_run(stage: str) -> Iterator[None]:
     cache.mkdir(exist_ok=True)
     name = _file_name(stage)
     with _one_at_a_time(stage, "of this stage", cache / f"{name}.run.lock"):
-        _remove_finished(Path(os.environ.get("DVC_ROOT", "."), ".cache"), but=f"{name}-")
+        _remove_finished(original_repository() / ".cache", but=f"{name}-")
         yield
 
 
