@@ -1,6 +1,7 @@
-"""Building, saving and loading networks of both libraries."""
+"""Building, saving and loading networks of all libraries."""
 
 import errno
+import importlib.util
 import json
 import os
 import resource
@@ -52,9 +53,16 @@ LABELS = [1, 2, 3, 4, 5]
 MOBILENET = model_params("resnet34", name="mobilenet_v3_small", pretrained=False)
 VIT = model_params("vit", config=TINY_VIT, pretrained=False)
 CONVNEXT = model_params("vit", config=TINY_CONVNEXT, pretrained=False)
-NETWORKS = {"mobilenet": MOBILENET, "vit": VIT, "convnext": CONVNEXT}
+DINOV3 = model_params("vit", config=TINY_VIT | {"model_type": "dinov3_vit"}, pretrained=False)
+TIMM = model_params("resnet34", library="timm", name="test_vit", pretrained=False)
+NETWORKS = {"mobilenet": MOBILENET, "vit": VIT, "convnext": CONVNEXT, "dinov3": DINOV3}
+if importlib.util.find_spec("timm"):
+    NETWORKS["timm"] = TIMM
+with_timm = pytest.mark.skipif("timm" not in NETWORKS, reason="timm isn't installed")
 PRETRAINED_MOBILENET = model_params("resnet34", name="mobilenet_v3_small")
 PRETRAINED_VIT = model_params("vit", name="someone/vit")
+PRETRAINED_DINOV3 = model_params("vit", config={"model_type": "dinov3_vit"})
+PRETRAINED_TIMM = model_params("resnet34", library="timm", name="test_vit")
 PRETRAINED_RESNET = model_params("vit", config={"model_type": "resnet"})
 every_network = pytest.mark.parametrize("name", NETWORKS)
 Weights = dict[str, Tensor]
@@ -93,6 +101,33 @@ def pretrained_mobilenet(folder: Path) -> Weights:
     return saved_weights(network, folder)
 
 
+def pretrained_dinov3(folder: Path) -> Weights:
+    config = transformers.DINOv3ViTConfig(**without_type(TINY_VIT))
+    weights = saved_weights(transformers.DINOv3ViTModel(config), folder)
+    return {f"backbone.{name}": value for name, value in weights.items()}
+
+
+def without_type(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "model_type"}
+
+
+def pretrained_timm(folder: Path, classes: int = 7) -> Weights:
+    timm = importlib.import_module("timm")
+    (folder / "config.json").write_text("{}")
+    return saved_weights(timm.create_model("test_vit", num_classes=classes, img_size=SIZE), folder)
+
+
+def pretrained_headless_timm(folder: Path) -> Weights:
+    return pretrained_timm(folder, classes=0)
+
+
+def pretrained_dla(folder: Path) -> Weights:
+    """timm itself would load such weights even if layers were missing."""
+    timm = importlib.import_module("timm")
+    (folder / "config.json").write_text("{}")
+    return saved_weights(timm.create_model("dla46x_c", num_classes=7), folder)
+
+
 def saved_weights(network: Any, folder: Path) -> Weights:
     """Remove the counters of batch normalization, which old weights lack."""
     if isinstance(network, transformers.PreTrainedModel):
@@ -110,6 +145,9 @@ def saved_weights(network: Any, folder: Path) -> Weights:
         (pretrained_vit, PRETRAINED_VIT, "classifier"),
         (pretrained_headless_vit, PRETRAINED_VIT, "classifier"),
         (pretrained_resnet, PRETRAINED_RESNET, "classifier.1"),
+        (pretrained_dinov3, PRETRAINED_DINOV3, "classifier"),
+        pytest.param(pretrained_timm, PRETRAINED_TIMM, "head", marks=with_timm),
+        pytest.param(pretrained_headless_timm, PRETRAINED_TIMM, "head", marks=with_timm),
     ],
 )
 def test_all_but_the_last_layer_comes_from_the_pretrained_weights(
@@ -126,10 +164,19 @@ def test_all_but_the_last_layer_comes_from_the_pretrained_weights(
     assert logits(classifier).shape == (2, len(LABELS))
 
 
-def test_a_last_layer_for_as_many_labels_is_kept(tmp_path: Path) -> None:
-    pretrained = pretrained_vit(tmp_path)
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (pretrained_vit, PRETRAINED_VIT),
+        pytest.param(pretrained_timm, PRETRAINED_TIMM, marks=with_timm),
+    ],
+)
+def test_a_last_layer_for_as_many_labels_is_kept(
+    make: Callable[[Path], Weights], settings: ModelParams, tmp_path: Path
+) -> None:
+    pretrained = make(tmp_path)
 
-    network = build_classifier(PRETRAINED_VIT, tmp_path, [1, 2, 3, 4, 5, 6, 7], SIZE).network
+    network = build_classifier(settings, tmp_path, [1, 2, 3, 4, 5, 6, 7], SIZE).network
 
     assert equal(weights_of(network), pretrained)
 
@@ -154,12 +201,12 @@ def test_a_config_that_changes_no_parameter_is_taken(tmp_path: Path) -> None:
         ),
         (
             pretrained_vit,
-            {"model_type": "vit", "image_size": 64},
+            {"model_type": "vit", "hidden_size": 32},
             64,
-            r"weights have no vit\.\S+position_embeddings with the shape \[1, 65, 16\]",
+            r"weights have no vit\.\S+ with the shape \[.*32\]",
         ),
         (pretrained_vit, {"model_type": "deit"}, SIZE, "weights have the model_type vit"),
-        (pretrained_vit, {"model_type": "vit"}, 64, r"64.*32"),
+        (pretrained_vit, {"model_type": "vit", "image_size": 32}, 64, r"64.*32"),
         (
             pretrained_vit,
             {"model_type": "vit", "hidden_sise": 16},
@@ -182,6 +229,78 @@ def test_what_the_weights_cannot_do_is_one_line(
 
 
 @pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (pretrained_mobilenet, PRETRAINED_MOBILENET),
+        (pretrained_headless_vit, PRETRAINED_VIT),
+        (pretrained_dinov3, PRETRAINED_DINOV3),
+        pytest.param(pretrained_timm, PRETRAINED_TIMM, marks=with_timm),
+        pytest.param(
+            pretrained_dla,
+            model_params("resnet34", library="timm", name="dla46x_c"),
+            marks=with_timm,
+        ),
+    ],
+)
+def test_a_layer_that_the_weights_lack_does_not_start_at_random(
+    make: Callable[[Path], Weights], settings: ModelParams, tmp_path: Path
+) -> None:
+    make(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights[next(name for name in weights if "weight" in name)]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    record_source(tmp_path, "here")
+
+    with pytest.raises(UserError, match=r"weights have no |Missing key"):
+        build_classifier(settings, tmp_path, LABELS, SIZE)
+
+
+@with_timm
+@pytest.mark.parametrize(
+    ("name", "config", "reason"),
+    [
+        ("resnet3400", {}, "timm has no network resnet3400"),
+        ("resnet18.nobody", {}, "Invalid pretrained tag"),
+        # timm would ask the hub for the configuration of this one.
+        ("someone/resnet18", {}, "timm has no network someone/resnet18"),
+        ("resnet18", {"no_such_key": 1}, "no_such_key"),
+        ("resnet18", {"num_classes": 3}, "its config has no key num_classes that can be set"),
+        ("resnet18", {"checkpoint_path": "a.pth"}, "has no key checkpoint_path that can be set"),
+        ("resnet18", {"pretrained_strict": False}, "no key pretrained_strict that can be set"),
+        ("resnet18", {"in_chans": 1}, "expected input"),
+        ("vit_tiny_patch16_224", {"img_size": 48}, "Input height .32. doesn't match model .48."),
+    ],
+)
+def test_what_timm_cannot_build_is_one_line(
+    name: str, config: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    settings = TIMM.model_copy(update={"name": name, "config": config})
+
+    with pytest.raises(UserError, match=f"timm cannot build {name} .*{reason}") as error:
+        build_classifier(settings, tmp_path, LABELS, SIZE)
+
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_timm_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "stages.networks.timm_models", raising=False)
+    monkeypatch.delattr("stages.networks.timm_models", raising=False)
+    monkeypatch.setitem(sys.modules, "timm", None)
+
+    with pytest.raises(UserError, match="timm is not installed: `make setup` installs it"):
+        random_classifier(TIMM)
+
+
+@with_timm
+def test_the_name_in_a_timm_models_config_cannot_lead_to_the_hub(tmp_path: Path) -> None:
+    save_classifier(random_classifier(TIMM), TIMM, tmp_path, "squeeze")
+    change_json(tmp_path / "config.json", name="hf-hub:someone/resnet18")
+
+    with pytest.raises(UserError, match="timm has no network hf-hub:someone/resnet18"):
+        load_classifier(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("model", "name", "config", "reason"),
     [
         ("resnet34", "resnet3400", {}, "no classifier resnet3400"),
@@ -192,6 +311,8 @@ def test_what_the_weights_cannot_do_is_one_line(
         ("resnet34", "resnet18", {"weights": "DEFAULT"}, "weights"),
         ("vit", "x", {"model_type": "no-such-type"}, "no-such-type"),
         ("vit", "x", {"model_type": "bert"}, "BertConfig"),
+        # This network hides random parts of each image.
+        ("vit", "x", TINY_VIT | {"model_type": "vit_mae"}, "ViTMAEConfig"),
         (
             "vit",
             "x",
@@ -410,7 +531,8 @@ def lose_a_weight(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-@pytest.mark.parametrize("name", ["mobilenet", "vit"])
+# The last kind of damage changes nothing that ConvNeXt reads.
+@pytest.mark.parametrize("name", sorted(NETWORKS.keys() - {"convnext"}))
 @pytest.mark.parametrize(
     "damage",
     [
@@ -506,8 +628,8 @@ def test_a_library_is_imported_only_by_its_own_module() -> None:
     code = """
 import sys
 import stages.networks.release
-assert not {"torchvision", "transformers"} & set(sys.modules)
+assert not {"torchvision", "transformers", "timm"} & set(sys.modules)
 import stages.networks.transformers_models
-assert "torchvision" not in sys.modules
+assert not {"torchvision", "timm"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)

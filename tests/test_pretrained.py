@@ -171,14 +171,25 @@ def error_line(monkeypatch: pytest.MonkeyPatch, model: str) -> str:
     return stopped.value.code
 
 
-def test_the_hubs_files_are_kept_byte_for_byte(vit_hub: Hub, vit_files: dict[str, bytes]) -> None:
+@pytest.mark.parametrize("library", ["transformers", "timm"])
+def test_the_hubs_files_are_kept_byte_for_byte(
+    library: str, vit_hub: Hub, vit_files: dict[str, bytes]
+) -> None:
+    name = REPO
+    if library == "timm":
+        pytest.importorskip("timm", reason="timm isn't installed")
+        name = "timm/test_vit.r160_in1k"
+        known = {"library": "timm", "name": name.partition("/")[2], "revision": REVISION}
+        write_params(Path(), {f"train.vit.{key}": value for key, value in known.items()})
+        of_timm = f"/{name}/resolve/{REVISION}"
+        vit_hub.files = {f"{of_timm}/{file}": data for file, data in vit_files.items()}
     for _ in range(2):
-        assert pretrained.main("vit") == f"weights from {vit_hub.url}/{REPO}/tree/{REVISION}"
+        assert pretrained.main("vit") == f"weights from {vit_hub.url}/{name}/tree/{REVISION}"
 
         found = contents("vit")
         assert json.loads(found.pop("source.json")) == {
             "pretrained": True,
-            "source": f"{vit_hub.url}/{REPO}/tree/{REVISION}",
+            "source": f"{vit_hub.url}/{name}/tree/{REVISION}",
             "sha256": {name: sha256(data) for name, data in vit_files.items()},
         }
         assert found == vit_files

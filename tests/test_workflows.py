@@ -15,10 +15,14 @@ from typing import Any
 import dvc.api
 import pandas as pd
 import pytest
+import torch
+import torchvision
 from dvc.repo import Repo
 from PIL import Image
 from ruamel.yaml import YAML
+from safetensors.torch import save_file
 
+from stages.runtime.files import sha256_file
 from tests.project import ROOT, SETTINGS, Clone, Project, fresh_environment
 
 pytestmark = [
@@ -129,6 +133,31 @@ def test_a_third_model_is_a_block_of_params_yaml(clone: Clone) -> None:
     for name in ("curves", "confusion", "per_quantity", "reliability", "roc"):
         assert f"vegaEmbed('#reports_third_{name}_csv'" in page
     assert clone.run("git", "diff", "--name-only", "first-run", "--", "dvc.yaml") == ""
+
+
+def test_weights_on_a_disk_are_taken_by_queued_experiments_and_needed_only_once(
+    clone: Clone,
+) -> None:
+    # Git ignores this folder, so a temporary copy of the repository lacks it.
+    weights = clone.folder / "weights/net.safetensors"
+    weights.parent.mkdir()
+    torch.manual_seed(0)
+    save_file(torchvision.models.squeezenet1_1(num_classes=7).state_dict(), weights)
+    model = "train.resnet34"
+    start = [f"{model}.pretrained=./weights/net.safetensors"]
+    start += [f"{model}.revision={sha256_file(weights)[:16]}"]
+    words = [word for setting in start for word in ("--set-param", setting)]
+
+    text = clone.run("dvc", "exp", "run", "--temp", *words, "train@resnet34")
+
+    assert clone.stages_run(text) == ["pretrained@resnet34", "train@resnet34"]
+    kept = weights.read_bytes()
+    weights.unlink()
+    text = clone.run("dvc", "exp", "run", *words, "train@resnet34")
+    assert clone.stages_run(text) == []
+    folder = clone.folder / "models/pretrained/resnet34"
+    assert (folder / "model.safetensors").read_bytes() == kept
+    assert clone.run("git", "status", "--porcelain", "weights") == ""
 
 
 @pytest.fixture(scope="module")

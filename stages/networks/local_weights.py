@@ -56,8 +56,8 @@ def _find_in_folder(folder: Path) -> Path:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).exists():
             raise UserError(
-                f"{folder} has no {name}: save the network again with save_pretrained of"
-                " transformers or save_for_hf of timm, or set pretrained to a safetensors file"
+                f"{folder} has no {name}: save the network again, with save_pretrained of"
+                " transformers or save_for_hf(..., safe_serialization=True) of timm"
             )
     try:
         read_json(folder / CONFIG)

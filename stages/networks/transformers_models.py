@@ -32,8 +32,7 @@ def download(params: ModelParams, folder: Path) -> str:
 
 def build(params: ModelParams, pretrained: Path, labels: list[int], size: int) -> nn.Module:
     if not params.pretrained:
-        # If a type has several networks for images, transformers reads their names from this key.
-        config = _config(params, {"architectures": []}, labels, size)
+        config = _config(params, {}, labels, size)
         auto = _auto_class(config)
         return _complete(auto.from_config(config, trust_remote_code=False), len(labels))
     values = read_json(pretrained / CONFIG)
@@ -166,6 +165,8 @@ def _config(
     if unknown := sorted(_unknown(changes, known)):
         # transformers would accept them silently.
         raise ValueError(f"its config has no key {', '.join(unknown)} that can be set")
+    # If a type has several networks for images, transformers reads their names from this key.
+    values = {"architectures": []} | values
     sizes = {} if size is None or "image_size" not in known else {"image_size": size}
     names = {number: str(label) for number, label in enumerate(labels)}
     of_labels = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
