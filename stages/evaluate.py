@@ -9,6 +9,7 @@ import pandas as pd
 
 from stages.formats.tables import read_csv
 from stages.imaging.loader import Bins, load_bins
+from stages.networks.backbone_classifier import BackboneClassifier
 from stages.networks.classifier import Classifier
 from stages.networks.inference import default_device, evaluate, place
 from stages.networks.release import load_release
@@ -36,7 +37,15 @@ def main(model: str) -> str:
         params.evaluate,
         PLOTS,
     )
-    card = model_card(model, params, release.settings.epoch, sets, evaluation.tables)
+    own_head = isinstance(release.classifier.network, BackboneClassifier)
+    card = model_card(
+        model,
+        params,
+        release.settings.epoch,
+        sets,
+        evaluation.tables,
+        for_pipeline=params.model(model).library == "transformers" and not own_head,
+    )
     write_text(paths.MODELS / f"{model}.md", card)
     return evaluation.summary
 

@@ -55,6 +55,13 @@ def of_transformers(model_type: str, **config: Any) -> nn.Module:
     return network
 
 
+def of_timm(name: str) -> nn.Module:
+    timm = pytest.importorskip("timm", reason="timm isn't installed")
+    with torch.device("meta"):
+        network: nn.Module = timm.create_model(name, num_classes=len(LABELS))
+    return network
+
+
 @pytest.mark.parametrize(
     ("network", "layers"),
     [
@@ -73,6 +80,23 @@ def of_transformers(model_type: str, **config: Any) -> nn.Module:
     ],
 )
 def test_the_layers_of_known_networks_are_found(network: nn.Module, layers: list[str]) -> None:
+    check_layers(network, layers)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("resnet18", [f"layer{number}" for number in range(1, 5)]),
+        ("tf_efficientnet_lite0", [f"blocks.{number}" for number in range(7)]),
+        ("vit_tiny_patch16_224", [f"blocks.{number}" for number in range(12)]),
+        ("convnext_tiny", [f"stages.{number}" for number in range(4)]),
+    ],
+)
+def test_the_layers_of_networks_of_timm_are_found(name: str, layers: list[str]) -> None:
+    check_layers(of_timm(name), layers)
+
+
+def check_layers(network: nn.Module, layers: list[str]) -> None:
     found = layers_of(network, output_layers(network, len(LABELS)))
 
     assert [*found] == layers
@@ -84,11 +108,18 @@ def test_the_layers_of_known_networks_are_found(network: nn.Module, layers: list
 
 
 def two_blocks(**settings: Any) -> Classifier:
-    return random_classifier(model_params("vit", config=TWO_BLOCKS, pretrained=False, **settings))
+    config = settings.pop("config", TWO_BLOCKS)
+    return random_classifier(model_params("vit", config=config, pretrained=False, **settings))
 
 
 def trained_names(classifier: Classifier) -> set[str]:
     return {name for name, one in classifier.network.named_parameters() if one.requires_grad}
+
+
+def test_the_layers_of_a_network_with_a_head_of_our_own_are_found() -> None:
+    network = two_blocks(config=TWO_BLOCKS | {"model_type": "dinov3_vit"}).network
+
+    check_layers(network, [f"backbone.model.layer.{number}" for number in range(2)])
 
 
 def test_the_first_layers_and_what_is_before_them_are_frozen() -> None:
@@ -149,8 +180,13 @@ def gradients(classifier: Classifier) -> list[torch.Tensor]:
     return [one.grad for one in classifier.network.parameters() if one.grad is not None]
 
 
-def test_gradients_from_recomputed_activations_are_the_same() -> None:
-    classifier = two_blocks()
+@pytest.mark.parametrize(
+    "config",
+    # Without the random scale that positions of DINOv3 have in training.
+    [{}, {"model_type": "dinov3_vit", "pos_embed_rescale": None}],
+)
+def test_gradients_from_recomputed_activations_are_the_same(config: dict[str, Any]) -> None:
+    classifier = two_blocks(config=TWO_BLOCKS | config)
     before = gradients(classifier)
 
     checkpoint_gradients(classifier.network)

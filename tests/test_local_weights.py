@@ -67,6 +67,15 @@ def write_folder() -> None:
     use(WEIGHTS / "model.safetensors", path="./weights", name="someone/vit")
 
 
+def write_folder_without_a_classifier() -> None:
+    """A network of transformers of a type that has no classifier, and the settings for it."""
+    torch.manual_seed(0)
+    tiny = {key: value for key, value in TINY_VIT.items() if key != "model_type"}
+    network = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**tiny))
+    network.save_pretrained(WEIGHTS)
+    use(WEIGHTS / "model.safetensors", path="./weights", config={"model_type": "dinov3_vit"})
+
+
 def write_timm_file() -> None:
     timm = pytest.importorskip("timm", reason="timm isn't installed")
     torch.manual_seed(0)
@@ -94,9 +103,9 @@ def write_efficientnet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def use(weights: Path, path: str | None = None, **settings: Any) -> None:
     """Set what says that the model starts from these weights."""
-    config = {"model_type": "vit"} if "library" not in settings else {}
-    where = path or f"./{weights}"
-    set_model(pretrained=where, revision=digest_of(weights)[:16], config=config, **settings)
+    start = {"pretrained": path or f"./{weights}", "revision": digest_of(weights)[:16]}
+    config = {} if "library" in settings else {"model_type": "vit"}
+    set_model(**{"config": config} | start | settings)
 
 
 def audit_elsewhere(patch: pytest.MonkeyPatch) -> Any:
@@ -118,7 +127,11 @@ def audit_elsewhere(patch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "write", [write_file, write_folder, write_timm_file, write_timm_folder, write_efficientnet]
+    "write",
+    [
+        *(write_file, write_folder, write_folder_without_a_classifier),
+        *(write_timm_file, write_timm_folder, write_efficientnet),
+    ],
 )
 def test_weights_from_a_disk_go_all_the_way_to_an_audit(
     write: Callable[..., None], monkeypatch: pytest.MonkeyPatch
@@ -141,6 +154,8 @@ def test_weights_from_a_disk_go_all_the_way_to_an_audit(
     moved = [float((end[name] - start[name]).abs().max()) for name in shared]
     assert 0 < max(moved) < 0.1
     assert json.loads(Path("reports/vit/metrics.json").read_text())["test_bins"] == 5
+    card = Path("models/vit.md").read_text("utf-8")
+    assert ("transformers.pipeline" in card) is (write is write_folder)
     assert code in {0, 1}
     assert len(Path("audits/audit/audit.csv").read_text().splitlines()) == 6
 

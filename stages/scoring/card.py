@@ -14,11 +14,18 @@ LISTED = ["accuracy", "rmse", "mae", "auroc"]
 
 
 def model_card(
-    model: str, params: Params, epoch: int, sets: pd.DataFrame, tables: Mapping[str, pd.DataFrame]
+    model: str,
+    params: Params,
+    epoch: int,
+    sets: pd.DataFrame,
+    tables: Mapping[str, pd.DataFrame],
+    *,
+    for_pipeline: bool,
 ) -> str:
     """Markdown with YAML front matter.
 
-    `epoch` is the one whose weights the model has; `tables` are those of evaluate_scores, by name.
+    `epoch` is the one whose weights the model has; `tables` are those of evaluate_scores, by name;
+    `for_pipeline` says whether transformers.pipeline can load the model.
     """
     intervals = tables["intervals"].set_index("metric").to_dict("index")
     model_params = params.model(model)
@@ -47,6 +54,7 @@ def model_card(
         model_params=model_params,
         params=params,
         epoch=epoch,
+        for_pipeline=for_pipeline,
         chosen=chosen_by(params),
         sets=sets["set"].value_counts().to_dict(),
         intervals=intervals,
