@@ -67,6 +67,8 @@ BACKBONES: list[tuple[str, str, dict[str, Any], str]] = [
     ("transformers", "sam3_vit_model", TINY_VIT, "classifier"),
     ("timm", "test_resnet", {}, "fc"),
     ("timm", "test_convnext", {}, "head.fc"),
+    # This network has several names for one weight.
+    ("timm", "coat_lite_tiny", {"embed_dims": [8, 16, 24, 32], "serial_depths": [2] * 4}, "head"),
     ("timm", "vit_tiny_patch16_224", {**TINY_TIMM_VIT, "drop_path_rate": 0.1}, "head"),
 ]
 

@@ -292,6 +292,21 @@ def test_a_missing_timm_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @with_timm
+def test_a_network_that_timm_would_change_with_its_last_layer_is_loaded(tmp_path: Path) -> None:
+    """reset_classifier leaves out the second of its last layers, which a teacher has taught."""
+    timm = importlib.import_module("timm")
+    (tmp_path / "config.json").write_text("{}")
+    saved_weights(timm.create_model("repvit_m0_9", num_classes=7), tmp_path)
+    settings = model_params("resnet34", library="timm", name="repvit_m0_9")
+    classifier = build_classifier(settings, tmp_path, LABELS, SIZE)
+    before = logits(classifier)
+
+    save_classifier(classifier, settings, tmp_path / "model", "squeeze")
+
+    assert torch.equal(logits(load_classifier(tmp_path / "model")), before)
+
+
+@with_timm
 def test_the_name_in_a_timm_models_config_cannot_lead_to_the_hub(tmp_path: Path) -> None:
     save_classifier(random_classifier(TIMM), TIMM, tmp_path, "squeeze")
     change_json(tmp_path / "config.json", name="hf-hub:someone/resnet18")

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from stages.runtime.errors import UserError
 from stages.runtime.files import sha256_file
@@ -53,6 +53,34 @@ def check_digests(
     for name in names:
         if sha256_file(folder / name) != expected.get(name):
             raise damaged(folder / name, f"its SHA-256 is not the one in {record}")
+
+
+def load_fitting_weights(
+    network: nn.Module, weights: Mapping[str, Tensor], labels: list[int]
+) -> None:
+    """Load the weights, except those of a last layer for another number of labels.
+
+    Raises ValueError if other parameters of the network are not among them.
+    """
+    own = network.state_dict()
+    fitting = {
+        name: weight
+        for name, weight in weights.items()
+        if name in own and own[name].shape == weight.shape
+    }
+    refuse_random_layers(own.keys() - fitting.keys(), network, labels)
+    load_weights(network, own | fitting)
+
+
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load weights as those of the current version of each layer.
+
+    safetensors does not store the versions, and MNASNet refuses weights without one.
+    """
+    state = network.state_dict()
+    state.clear()
+    state.update(weights)
+    network.load_state_dict(state)
 
 
 def refuse_random_layers(missing: Iterable[str], network: nn.Module, labels: list[int]) -> None:

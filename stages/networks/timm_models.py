@@ -7,12 +7,18 @@ from typing import Any
 
 import timm
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model, save_model
 from torch import nn
 
 from stages.formats.tables import write_json
 from stages.networks import hub
-from stages.networks.model_files import CONFIG, WEIGHTS, read_json, refuse_random_layers
+from stages.networks.model_files import (
+    CONFIG,
+    WEIGHTS,
+    load_fitting_weights,
+    read_json,
+    refuse_random_layers,
+)
 from stages.runtime.params import ModelParams
 
 # This module checks itself which layers start at random.
@@ -33,16 +39,23 @@ def download(params: ModelParams, folder: Path) -> str:
 def build(params: ModelParams, pretrained: Path, labels: list[int], size: int) -> nn.Module:
     if not params.pretrained:
         return _network(params.name, params.config, len(labels), size)
-    weights = pretrained / WEIGHTS
-    classes = _classes_of(weights, params.name)
-    # With as many classes as the weights have, timm refuses weights of which some are missing.
-    network: Any = _network(params.name, params.config, classes, size, weights)
+    source = _with_weights(params, pretrained / WEIGHTS, size)
+    # As `load` will build it, which is not always what reset_classifier would make of the source.
+    network = _network(params.name, params.config, len(labels), size)
+    load_fitting_weights(network, source.state_dict(), labels)
+    return network
+
+
+def _with_weights(params: ModelParams, weights: Path, size: int) -> nn.Module:
+    """The network with these weights, and with as many classes as they have.
+
+    In this case timm refuses weights of which some are missing.
+    """
+    network = _network(params.name, params.config, _classes_of(weights, params.name), size, weights)
     if params.name.startswith(_LENIENT):
         with safe_open(weights, framework="pt") as file:
             refuse_random_layers(network.state_dict().keys() - file.keys(), network, [])
-    if classes != len(labels):
-        network.reset_classifier(len(labels))
-    return network  # type: ignore[no-any-return]
+    return network
 
 
 def save(network: nn.Module, params: ModelParams, labels: list[int], folder: Path) -> None:
@@ -50,7 +63,8 @@ def save(network: nn.Module, params: ModelParams, labels: list[int], folder: Pat
 
     The size of the images, in config.json, is the argument img_size of networks that take one.
     """
-    save_file(network.state_dict(), folder / WEIGHTS)
+    # Some networks have two names for one weight, which is written once.
+    save_model(network, str(folder / WEIGHTS))
     made: Any = network
     config = {
         "library": "timm",
@@ -67,7 +81,7 @@ def load(folder: Path, labels: list[int]) -> nn.Module:
     config = read_json(folder / CONFIG)
     size = config["input_size"][-1]
     network = _network(config["name"], config["config"], len(labels), size)
-    network.load_state_dict(load_file(folder / WEIGHTS))
+    load_model(network, folder / WEIGHTS)
     return network
 
 
@@ -83,6 +97,8 @@ def _network(
         raise ValueError(f"timm has no network {name}")
     if refused := sorted(_OURS & config.keys()):
         raise ValueError(f"its config has no key {', '.join(refused)} that can be set")
+    fixed = timm.models.get_pretrained_cfg(name).fixed_input_size
+    sizes = {"img_size": size} if fixed else {}
     source = {"input_size": (3, size, size), "num_classes": classes, "label_offset": None}
     if weights is not None:
         source |= {"file": str(weights), "custom_load": False}
@@ -91,7 +107,7 @@ def _network(
         pretrained=weights is not None,
         pretrained_cfg_overlay=source,
         num_classes=classes,
-        **config,
+        **sizes | config,
     )
     return network
 

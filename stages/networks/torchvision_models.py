@@ -6,10 +6,16 @@ from typing import Any
 
 import torchvision
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from stages.formats.tables import write_json
-from stages.networks.model_files import CONFIG, WEIGHTS, read_json, refuse_random_layers
+from stages.networks.model_files import (
+    CONFIG,
+    WEIGHTS,
+    load_fitting_weights,
+    load_weights,
+    read_json,
+)
 from stages.runtime.errors import UserError
 from stages.runtime.params import ModelParams
 
@@ -40,14 +46,7 @@ def download(params: ModelParams, folder: Path) -> str:
 def build(params: ModelParams, pretrained: Path, labels: list[int], size: int) -> nn.Module:  # noqa: ARG001 - its networks take images of any size
     network = _network(params.name, labels, params.config)
     if params.pretrained:
-        own = network.state_dict()
-        weights = {
-            name: weight
-            for name, weight in load_file(pretrained / WEIGHTS).items()
-            if name in own and own[name].shape == weight.shape
-        }
-        refuse_random_layers(own.keys() - weights.keys(), network, labels)
-        _load_weights(network, own | weights)
+        load_fitting_weights(network, load_file(pretrained / WEIGHTS), labels)
     return network
 
 
@@ -62,7 +61,7 @@ def save(network: nn.Module, params: ModelParams, labels: list[int], folder: Pat
 def load(folder: Path, labels: list[int]) -> nn.Module:
     config = read_json(folder / CONFIG)
     network = _network(config["name"], labels, config["config"])
-    _load_weights(network, load_file(folder / WEIGHTS))
+    load_weights(network, load_file(folder / WEIGHTS))
     return network
 
 
@@ -74,17 +73,6 @@ def _network(name: str, labels: list[int], config: dict[str, Any]) -> nn.Module:
         name, weights=None, num_classes=len(labels), **config
     )
     return network
-
-
-def _load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load weights as those of the current version of each layer.
-
-    safetensors does not store the versions, and MNASNet refuses weights without one.
-    """
-    state = network.state_dict()
-    state.clear()
-    state.update(weights)
-    network.load_state_dict(state)
 
 
 def _config(name: str, classes: int, config: dict[str, Any]) -> dict[str, Any]:
