@@ -111,10 +111,11 @@ def _pretrained(
     """The network with the weights in `folder`, and with their position embeddings resized."""
     auto = _auto_class(config)
     network, loading = _from_pretrained(folder, config, auto)
-    random = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
+    mismatched = {name for name, *_ in loading["mismatched_keys"]}
     if positions is not None:
-        random -= _set_positions(network, random, positions)
-    refuse_random_layers(random, network, [] if auto is transformers.AutoModel else labels)
+        mismatched -= _set_positions(network, mismatched, positions)
+    of_head = [] if auto is transformers.AutoModel else labels
+    refuse_random_layers([*loading["missing_keys"], *mismatched], network, of_head)
     return _complete(network, len(labels))
 
 
