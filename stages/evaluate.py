@@ -37,14 +37,17 @@ def main(model: str) -> str:
         params.evaluate,
         PLOTS,
     )
-    own_head = isinstance(release.classifier.network, BackboneClassifier)
+    classifier, model_params = release.classifier, params.model(model)
     card = model_card(
         model,
         params,
         release.settings.epoch,
         sets,
         evaluation.tables,
-        for_pipeline=params.model(model).library == "transformers" and not own_head,
+        # A pipeline knows neither a head of our own nor mirrored images.
+        for_pipeline=model_params.library == "transformers"
+        and not isinstance(classifier.network, BackboneClassifier)
+        and not classifier.average_mirrored,
     )
     write_text(paths.MODELS / f"{model}.md", card)
     return evaluation.summary

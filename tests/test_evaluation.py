@@ -37,6 +37,7 @@ LABELS = [1, 2, 3]
 METRICS = ["accuracy", "rmse", "mae", "within_one", "macro_f1", "kappa"]
 METRICS += [
     "rmse_of_mean",
+    "mae_of_median",
     "rps",
     "nll",
     "calibration_error",
@@ -47,7 +48,7 @@ METRICS += [
 ]
 METRICS += ["auroc_off_by_one", "found", "false_alarms"]
 PRECISION = ["precision_at_0.001", "precision_at_0.01", "precision_at_0.05"]
-PROBABILISTIC = {"rmse_of_mean", "rps", "nll", "calibration_error"}
+PROBABILISTIC = {"rmse_of_mean", "mae_of_median", "rps", "nll", "calibration_error"}
 SAMPLES = 100
 PARAMS = Evaluate(batch_size=1, false_alarm=0.25, errors="picks", threshold="global")
 DIFFERENCES = pd.DataFrame({"items_off": [1, 2], "pairs": [3, 1], "share": [0.75, 0.25]})

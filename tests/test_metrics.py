@@ -90,12 +90,18 @@ def test_probability_metrics_are_scikit_learns_and_those_of_plain_loops(
     probabilities = random_probabilities(seed, actual)
     weights = np.random.default_rng(seed).uniform(0.1, 3, 60) if weighted else None
     means = [sum(p * label for p, label in zip(row, LABELS, strict=True)) for row in probabilities]
+    # The median of many draws that have each label as often as its probability says.
+    draws = [np.repeat(LABELS, np.rint(1e6 * row).astype(int)) for row in probabilities]
+    middles = [np.sort(one)[(len(one) - 1) // 2] for one in draws]
     right = np.array(LABELS)[probabilities.argmax(axis=1)] == actual
 
     assert probability_metrics(actual, probabilities, LABELS, weights) == pytest.approx(
         {
             "rmse_of_mean": sklearn.metrics.root_mean_squared_error(
                 actual, means, sample_weight=weights
+            ),
+            "mae_of_median": sklearn.metrics.mean_absolute_error(
+                actual, middles, sample_weight=weights
             ),
             "nll": sklearn.metrics.log_loss(
                 actual, probabilities, labels=LABELS, sample_weight=weights

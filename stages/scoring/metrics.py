@@ -85,11 +85,12 @@ def probability_metrics(
 ) -> dict[str, float]:
     """How good `probabilities` [bins, labels] are.
 
-    rmse_of_mean is the RMSE of the distribution's expected count, which need not be whole, in
-    items; rps is the mean of ranked_probability_scores, in items; nll is the negative
-    log-likelihood in nats; calibration_error is the root of squared_calibration_error, or 0. The
-    first two leave out records of an open label, like 6+, which do not say a count, and are NaN if
-    there are no others.
+    rmse_of_mean is the RMSE of the distribution's expected count, which need not be whole, and
+    mae_of_median the mean absolute error of its median, in items: the mean has the least squared
+    error, the median the least absolute one, and the most probable count the most hits. rps is the
+    mean of ranked_probability_scores, in items; nll is the negative log-likelihood in nats;
+    calibration_error is the root of squared_calibration_error, or 0. The first three leave out
+    records of an open label, like 6+, which do not say a count, and are NaN if there are no others.
     """
     weights = np.ones(len(actual)) if weights is None else weights
     known = closed_weights(actual, labels, weights)
@@ -102,10 +103,19 @@ def probability_metrics(
     squared = squared_calibration_error(right, confidence, weights)
     return {
         "rmse_of_mean": mean_of_known(error**2, known) ** 0.5,
+        "mae_of_median": mean_of_known(np.abs(medians(probabilities, labels) - actual), known),
         "rps": mean_of_known(scores, known),
         "nll": float(np.average(loss, weights=weights)),
         "calibration_error": max(0.0, squared) ** 0.5,
     }
+
+
+def medians(probabilities: Floats, labels: list[int]) -> Counts:
+    """The lowest count of each bin that at least half of the probability does not exceed."""
+    order = np.argsort(labels)
+    reached = probabilities[:, order].cumsum(axis=1) >= 0.5 - 1e-12
+    counts: Counts = np.array(labels)[order][reached.argmax(axis=1)]
+    return counts
 
 
 def ranked_probability_scores(actual: Counts, probabilities: Floats, labels: list[int]) -> Floats:
