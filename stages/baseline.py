@@ -4,23 +4,18 @@ What a network is worth is what it has beyond this baseline. The classifier is f
 regularization and its temperature are chosen on validation, and test is used for measuring only.
 """
 
-from collections.abc import Iterator
-from contextlib import closing
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
-from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.pipeline import Pipeline
 
-from stages.features.histograms import photograph_features
+from stages.features.projection import Features, fit_projection, project
 from stages.formats.tables import read_csv
-from stages.imaging.loader import Bins, load_batches, load_bins
+from stages.imaging.loader import Bins, load_bins
 from stages.networks.calibration import Counts, Floats, fit_temperature, negative_log_likelihood
-from stages.networks.inference import class_numbers, progress_bar
+from stages.networks.inference import class_numbers
 from stages.runtime import paths
 from stages.runtime.command import run_stage
 from stages.runtime.errors import UserError
@@ -28,12 +23,6 @@ from stages.runtime.params import load_params
 from stages.scoring.results import BASELINE, publish_evaluation
 from stages.scoring.scored import Scored
 
-Features = NDArray[np.float32]
-
-# The images of a batch. This is no setting, because rounding depends on it.
-BATCH = 256
-# At most this many bins of train fit the projection, so that memory is bounded.
-PROJECTION_BINS = 10_000
 COMPONENTS = 128
 # Values of scikit-learn's C: the smaller, the stronger the regularization.
 REGULARIZATIONS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 1e-1)
@@ -55,7 +44,7 @@ def main() -> str:
     sets, labels = read_csv(paths.SPLIT), params.subset.quantities
     names, size = ["train", "validation", "test"], params.resize.size
     loaded = load_bins(paths.RESIZED, paths.SPLIT, *names, size=size, stage=BASELINE)
-    projection = fit_projection(loaded[0])
+    projection = fit_projection(loaded[0], COMPONENTS, BASELINE)
     train, validation, test = (make_examples(projection, bins, labels) for bins in loaded)
     classifier = choose_classifier(train, validation, labels)
     scored = [score(classifier, examples, labels, sets) for examples in (validation, test)]
@@ -64,32 +53,10 @@ def main() -> str:
     return publish_evaluation(BASELINE, validated, tested, temperature, params.evaluate).summary
 
 
-def fit_projection(train: Bins) -> Pipeline:
-    """Fit the standardization of features and their first principal components."""
-    rows = np.linspace(0, len(train) - 1, min(len(train), PROJECTION_BINS)).astype(np.int64)
-    features = np.concatenate([*feature_batches(train, rows)])
-    components = PCA(min(COMPONENTS, *features.shape), svd_solver="covariance_eigh")
-    return make_pipeline(StandardScaler(), components).fit(features)
-
-
 def make_examples(projection: Pipeline, bins: Bins, labels: list[int]) -> Examples:
     """Raises UserError if the quantity of a bin is not among the labels."""
     targets = class_numbers(bins, labels).numpy()
-    batches = feature_batches(bins, np.arange(len(bins)))
-    features = np.concatenate([projection.transform(batch) for batch in batches])
-    return Examples(bins, features, targets)
-
-
-def feature_batches(bins: Bins, rows: NDArray[np.int64]) -> Iterator[Features]:
-    """The features of the bins at these rows, one batch after another."""
-    batches = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
-    with (
-        closing(load_batches(bins, batches)) as loaded,
-        progress_bar(len(rows), BASELINE) as progress,
-    ):
-        for batch in loaded:
-            yield photograph_features(batch.images).numpy()
-            progress.update(len(batch.rows))
+    return Examples(bins, project(projection, bins, BASELINE), targets)
 
 
 def choose_classifier(
