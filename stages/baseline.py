@@ -11,6 +11,7 @@ import pandas as pd
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
 
+from stages.features.histograms import photograph_features
 from stages.features.projection import Features, fit_projection, project
 from stages.formats.tables import read_csv
 from stages.imaging.loader import Bins, load_bins
@@ -44,7 +45,7 @@ def main() -> str:
     sets, labels = read_csv(paths.SPLIT), params.subset.quantities
     names, size = ["train", "validation", "test"], params.resize.size
     loaded = load_bins(paths.RESIZED, paths.SPLIT, *names, size=size, stage=BASELINE)
-    projection = fit_projection(loaded[0], COMPONENTS, BASELINE)
+    projection = fit_projection(loaded[0], COMPONENTS, photograph_features, BASELINE)
     train, validation, test = (make_examples(projection, bins, labels) for bins in loaded)
     classifier = choose_classifier(train, validation, labels)
     scored = [score(classifier, examples, labels, sets) for examples in (validation, test)]
@@ -56,7 +57,8 @@ def main() -> str:
 def make_examples(projection: Pipeline, bins: Bins, labels: list[int]) -> Examples:
     """Raises UserError if the quantity of a bin is not among the labels."""
     targets = class_numbers(bins, labels).numpy()
-    return Examples(bins, project(projection, bins, BASELINE), targets)
+    features = project(projection, bins, photograph_features, BASELINE)
+    return Examples(bins, features, targets)
 
 
 def choose_classifier(

@@ -26,7 +26,7 @@ PIPELINE = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
 #: The stages in the pipeline's order, with their arguments.
 STAGES = [
     *("index", "subset", "fetch", "resize", "split"),
-    *("pretrained vit", "train vit", "evaluate vit", "baseline", "ensemble", "report"),
+    *("pretrained vit", "train vit", "evaluate vit", "baseline", "ensemble", "witness", "report"),
 ]
 KNOBS: dict[str, Any] = {
     **lab.KNOBS,

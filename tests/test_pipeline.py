@@ -134,6 +134,7 @@ def test_the_report_depends_on_all_reports_of_each_model() -> None:
         *reports_of("baseline"),
         *reports_of("ensemble"),
         *(path.replace("${key}", model) for model in MODELS for path in templates),
+        "reports/witness/tables",
     ]
     of_models = [key for key in STAGES["report"]["params"] if key.startswith("train.")]
     assert of_models == [f"train.{model}" for model in MODELS]
@@ -146,15 +147,15 @@ def test_the_ensemble_depends_on_the_tables_of_each_model() -> None:
     ]
 
 
-FROM_INDEX = "index subset fetch resize split train evaluate baseline ensemble report"
-FROM_SUBSET = "subset fetch resize split train evaluate baseline ensemble report"
-FROM_FETCH = "fetch resize split train evaluate baseline ensemble report"
-FROM_RESIZE = "resize split train evaluate baseline ensemble report"
-FROM_SPLIT = "split train evaluate baseline ensemble report"
-FROM_PRETRAINED = "pretrained train evaluate ensemble report"
-FROM_TRAIN = "train evaluate ensemble report"
-FROM_EVALUATE = "evaluate baseline ensemble report"
-FROM_BATCH_SIZE = "evaluate ensemble report"
+FROM_INDEX = "index subset fetch resize split train evaluate baseline ensemble witness report"
+FROM_SUBSET = "subset fetch resize split train evaluate baseline ensemble witness report"
+FROM_FETCH = "fetch resize split train evaluate baseline ensemble witness report"
+FROM_RESIZE = "resize split train evaluate baseline ensemble witness report"
+FROM_SPLIT = "split train evaluate baseline ensemble witness report"
+FROM_PRETRAINED = "pretrained train evaluate ensemble witness report"
+FROM_TRAIN = "train evaluate ensemble witness report"
+FROM_EVALUATE = "evaluate baseline ensemble witness report"
+FROM_BATCH_SIZE = "evaluate ensemble witness report"
 NOTHING = ""
 # The stages that DVC runs if a key of params.yaml changes: those that depend on it, and later ones
 # if their inputs change. A knob of one model runs only that model.
@@ -332,7 +333,7 @@ def test_nothing_is_left_to_do_and_nothing_unfinished_is_left(project: Project) 
     assert project.run("git", "status", "--porcelain") == ""
     outputs = project.run("git", "ls-files", "data", "models", "reports").split()
     assert {path for path in outputs if not path.endswith(".gitignore")} == {
-        f"reports/{model}/metrics.json" for model in [*MODELS, "baseline", "ensemble"]
+        f"reports/{model}/metrics.json" for model in [*MODELS, "baseline", "ensemble", "witness"]
     }
 
 

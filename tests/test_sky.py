@@ -136,7 +136,7 @@ def test_two_machines_train_a_model_and_share_the_experiment(
     assert [process.returncode for process in running] == [0, 0], outputs
     assert "vit: 36 bins on 2 x " in outputs[0]
     ran = set(re.findall(r"^Running stage '(.+)':", outputs[0], re.MULTILINE))
-    assert ran == {"evaluate@vit", "ensemble", "report"}
+    assert ran == {"evaluate@vit", "ensemble", "witness", "report"}
     assert TOKEN not in "".join(outputs)
 
     colleague = project.clone(tmp_path / "colleague", tmp_path / "bare")

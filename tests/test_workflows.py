@@ -65,7 +65,7 @@ def test_another_clone_makes_the_same_bytes(
 
 def test_a_knob_of_one_model_runs_that_model_only(clone: Clone) -> None:
     text = clone.experiment(f"{LEARNING_RATE}=1e-4")
-    assert clone.stages_run(text) == ["train@vit", "evaluate@vit", "ensemble", "report"]
+    assert clone.stages_run(text) == ["train@vit", "evaluate@vit", "ensemble", "witness", "report"]
 
 
 def test_dvc_status_names_the_stages_that_changed_knobs_run(clone: Clone) -> None:
@@ -99,7 +99,7 @@ def test_another_size_resizes_and_so_does_the_previous_one(clone: Clone) -> None
 
 def test_empty_bins_and_an_open_class_go_through_everything(clone: Clone) -> None:
     text = clone.experiment("subset.quantities=[0,1,2,3,4,5,6+]")
-    assert {"baseline", "ensemble", "report"} < set(clone.stages_run(text))
+    assert {"baseline", "ensemble", "witness", "report"} < set(clone.stages_run(text))
     tables = clone.folder / "reports/vit/tables"
     assert "p5,p6+" in (tables / "predictions.csv").read_text("utf-8").partition("\n")[0]
     page = (clone.folder / "reports/index.html").read_text("utf-8")
@@ -231,7 +231,7 @@ def test_sweeps_run_in_the_queue(clone: Clone) -> None:
     values = [param(found[f"minutes-{number}"], "run.checkpoint_minutes") for number in (1, 2)]
     assert values == [11, 12]
     assert set(found["rejects-1"]["metrics"]) == {
-        f"reports/{name}/metrics.json" for name in [*MODELS, "baseline", "ensemble"]
+        f"reports/{name}/metrics.json" for name in [*MODELS, "baseline", "ensemble", "witness"]
     }
     assert clone.run("git", "status", "--porcelain") == ""
 
@@ -275,7 +275,7 @@ def test_a_colleague_pulls_one_model_then_all(colleague: Clone) -> None:
     assert pulled(colleague) == {"models/vit"}
     colleague.run("dvc", "pull")
     assert pulled(colleague) == set(colleague.locked()) - {
-        f"reports/{name}/metrics.json" for name in [*MODELS, "baseline", "ensemble"]
+        f"reports/{name}/metrics.json" for name in [*MODELS, "baseline", "ensemble", "witness"]
     }
 
 
@@ -290,7 +290,7 @@ def test_a_colleague_pulls_one_evaluation_with_its_model(colleague: Clone) -> No
 def test_a_colleague_evaluates_again_with_only_the_needed_data(colleague: Clone) -> None:
     words = ["--pull", "--allow-missing", "--set-param", "evaluate.false_alarm=0.1"]
     text = colleague.run("dvc", "exp", "run", *words)
-    ran = ["baseline", "ensemble", "evaluate@resnet34", "evaluate@vit", "report"]
+    ran = ["baseline", "ensemble", "evaluate@resnet34", "evaluate@vit", "report", "witness"]
     assert sorted(colleague.stages_run(text)) == ran
     there = pulled(colleague)
     assert {"data/resized", "models/vit", "reports/vit/curves.csv", "reports/index.html"} < there

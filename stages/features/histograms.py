@@ -37,6 +37,7 @@ def color_histogram(images: Tensor) -> Tensor:
 def edge_histograms(grey: Tensor) -> Tensor:
     """The strength of the edges of images [batch, side, side]: [batch, DIRECTIONS, CELLS, CELLS].
 
+    `side` is a multiple of CELLS.
     Dalal and Triggs, Histograms of Oriented Gradients for Human Detection, 2005, sections 6.2 and
     6.3: a gradient counts for the two directions next to its own, and its sign does not matter.
     Their blocks are not normalized here, since the strength of the edges tells how full a bin is.
@@ -48,4 +49,4 @@ def edge_histograms(grey: Tensor) -> Tensor:
     for number in range(DIRECTIONS):
         distance = (torch.remainder(direction - number + half, DIRECTIONS) - half).abs()
         planes.append(strength * (1 - distance).clamp(min=0))
-    return avg_pool2d(torch.stack(planes, 1), SIDE // CELLS)
+    return avg_pool2d(torch.stack(planes, 1), grey.shape[-1] // CELLS)

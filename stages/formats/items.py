@@ -6,6 +6,10 @@ import pyarrow.compute as pc
 
 #: The column to read for asins_by_bin.
 ASINS = "items.list.element.asin"
+#: The columns to read for the numbers of a record: copies, sides and weights, but no names.
+MEASURED = [
+    f"items.list.element.{name}" for name in ("quantity", "height", "length", "width", "weight")
+]
 
 
 def asins_by_bin(index: pa.Table) -> pd.DataFrame:

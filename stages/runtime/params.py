@@ -267,7 +267,13 @@ class Params(Block):
         if not self.train:
             raise ValueError("train has no model: give it a block for each")
         # These are folders of other stages, in models/ and reports/.
-        for name in {"pretrained", "figures", "ensemble", "baseline"} & self.train.keys():
+        for name in {
+            "pretrained",
+            "figures",
+            "ensemble",
+            "baseline",
+            "witness",
+        } & self.train.keys():
             raise ValueError(f"train.{name} has the name of another stage's folder: rename it")
         for name, model in self.train.items():
             if (model.image_size or 0) > self.resize.size:

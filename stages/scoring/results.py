@@ -29,6 +29,8 @@ PLOTS = ("confusion", "per_quantity", "reliability", "roc")
 CURVES = "curves"
 #: The average of all networks, and the classifier without one. They are evaluated like networks.
 ENSEMBLE, BASELINE = "ensemble", "baseline"
+#: The stage that judges records by their items, which is also the name of its folders.
+WITNESS = "witness"
 # Thresholds are chosen among these probabilities, and those of a confident model differ in the last
 # digits only.
 _EXACT = ("predictions", "validation")

@@ -109,12 +109,16 @@ def roc_curve(claims: Claims, weights: Floats) -> tuple[Floats, Floats]:
 
     Above the lowest threshold, a share is NaN if there are no such claims.
     """
-    of_claim = claims.weights * weights[claims.bins]
+    return curve_of(claims.scores, claims.right, claims.weights * weights[claims.bins])
+
+
+def curve_of(scores: Floats, right: NDArray[np.bool_], weights: Floats) -> tuple[Floats, Floats]:
+    """The roc_curve of claims in the order of their scores, lowest first, with these weights."""
     # Claims with equal scores become alarms together.
-    last_of_score = np.flatnonzero(np.diff(claims.scores, append=np.inf))
+    last_of_score = np.flatnonzero(np.diff(scores, append=np.inf))
     curves = []
-    for chosen in (claims.right, ~claims.right):
-        alarms = np.cumsum(np.where(chosen, of_claim, 0.0))
+    for chosen in (right, ~right):
+        alarms = np.cumsum(np.where(chosen, weights, 0.0))
         shares = alarms[last_of_score] / (alarms[-1] or math.nan)
         curves.append(np.concatenate([[0.0], shares]))
     return curves[0], curves[1]
@@ -126,7 +130,11 @@ def roc_metrics(claims: Claims, weights: Floats) -> dict[str, float]:
     The area is the probability that a wrong claim scores below a right one, and NaN if there are no
     wrong claims.
     """
-    false_alarms, found = roc_curve(claims, weights)
+    return metrics_of(*roc_curve(claims, weights))
+
+
+def metrics_of(false_alarms: Floats, found: Floats) -> dict[str, float]:
+    """The roc_metrics of a curve."""
     last = np.searchsorted(false_alarms, FALSE_ALARMS, side="right") - 1
     at = zip(FALSE_ALARMS, found[last], strict=True)
     found_at = {f"found_at_{100 * share:.0f}": float(value) for share, value in at}
