@@ -16,6 +16,7 @@ from stages.formats.shards import read_rejects, shard_paths, whole_parquet
 from stages.formats.tables import read_csv, read_json, write_csv
 from stages.reporting.content import (
     by_metric,
+    by_witness,
     doubtful,
     majority_metrics,
     sample,
@@ -37,6 +38,7 @@ from stages.scoring.results import (
     ENSEMBLE,
     METRICS,
     PLOTS,
+    WITNESS,
     evaluated,
     read_metrics,
     read_tables,
@@ -78,6 +80,8 @@ def main() -> str:
         by_majority=by_majority,
         intervals=by_metric(tables["intervals"]),
         comparison=comparison.to_dict("records"),
+        witnesses=by_witness(read_tables(paths.REPORTS / WITNESS)["verification"]),
+        witness=read_metrics(paths.REPORTS / WITNESS),
         by_chance=false_alarms_by_chance(
             len(tables["validation"][ENSEMBLE]), params.evaluate.false_alarm
         ),
@@ -94,7 +98,7 @@ def main() -> str:
         unusable=len(read_rejects(paths.QUARANTINE)),
         sets=bins["set"].value_counts().to_dict(),
         training=training_settings(params, networks),
-        digests={path.as_posix(): md5(path) for path in identifying_files(models)},
+        digests={path.as_posix(): md5(path) for path in identifying_files([*models, WITNESS])},
     )
     write_text(PAGE, page)
     return f"open {PAGE} in a browser"

@@ -134,7 +134,7 @@ def test_the_report_depends_on_all_reports_of_each_model() -> None:
         *reports_of("baseline"),
         *reports_of("ensemble"),
         *(path.replace("${key}", model) for model in MODELS for path in templates),
-        "reports/witness/tables",
+        *reports_of("witness"),
     ]
     of_models = [key for key in STAGES["report"]["params"] if key.startswith("train.")]
     assert of_models == [f"train.{model}" for model in MODELS]

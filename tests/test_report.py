@@ -37,7 +37,7 @@ from stages.scoring.evaluation import (
     per_quantity_table,
     precision_table,
 )
-from stages.scoring.results import BASELINE, ENSEMBLE, PLOTS, write_results
+from stages.scoring.results import BASELINE, ENSEMBLE, PLOTS, WITNESS, write_results
 from stages.scoring.scored import Scored
 from stages.scoring.verification import rates_by_count, roc_table
 from tests.browser import PHONE, Browser, running_browser
@@ -200,6 +200,25 @@ def write_project() -> None:
     write_inputs(rows)
     for model in RESULTS:
         write_model(model, rows)
+    write_witness(["picks", "swaps"])
+
+
+def write_witness(kinds: list[str]) -> None:
+    """Write the files of the witness stage, in which each witness is better than the one before."""
+    rows = [
+        (kind, witness, metric, value, value - 0.05, value + 0.05)
+        for kind in kinds
+        for witness, better in zip(("record", "count", "items", "both"), range(4), strict=True)
+        for metric, value in (
+            *(("auroc", 0.5 + 0.0711 * better), ("gain", 0.0711 * (better - 1))),
+            *(("found_at_5", 0.05 + 0.1011 * better), ("found", 0.06 + 0.1021 * better)),
+            ("false_alarms", 0.0601),
+        )
+    ]
+    columns = ["errors", "witness", "metric", "value", "low", "high"]
+    reports = Path("reports", WITNESS)
+    write_csv(reports / "tables/verification.csv", pd.DataFrame(rows, columns=columns))
+    write_json(reports / "metrics.json", {f"{kind}_records": 1428 for kind in kinds})
 
 
 def write_inputs(rows: list[dict[str, Any]]) -> None:
@@ -372,6 +391,24 @@ def test_the_tables_show_what_was_found_and_how_each_model_was_trained(page: Pag
         ],
     ):
         assert row in rows
+
+
+def test_both_kinds_of_wrong_records_are_shown_for_each_witness(page: Page) -> None:
+    record = ["the record alone", "0.5000.450 to 0.550", "", "5.0%0.0% to 10.0%"]
+    assert page.rows.count([*record, "6.0%1.0% to 11.0%", "6.0%1.0% to 11.0%"]) == 2
+    both = ["both", "0.7130.663 to 0.763", "0.1420.092 to 0.192", "35.3%30.3% to 40.3%"]
+    assert page.rows.count([*both, "36.6%31.6% to 41.6%", "6.0%1.0% to 11.0%"]) == 2
+    assert "A pick was not booked: 1,428 wrong records" in page.words()
+
+
+@pytest.mark.usefixtures("project")
+def test_a_kind_of_wrong_records_that_test_lacks_is_named() -> None:
+    write_witness(["swaps"])
+
+    page = made_page()
+
+    assert "A pick was not booked: the test set has no two bins" in page.words()
+    assert "The items are in the wrong bin: 1,428 wrong records" in page.words()
 
 
 @pytest.mark.usefixtures("project")

@@ -22,6 +22,16 @@ def by_metric(intervals: Mapping[str, pd.DataFrame]) -> dict[str, dict[Hashable,
     return {model: table.set_index("metric").to_dict("index") for model, table in intervals.items()}
 
 
+def by_witness(verification: pd.DataFrame) -> dict[str, dict[str, dict[Hashable, Any]]]:
+    """The rows of the witness stage's table, by the kind of wrong records, witness and metric."""
+    return {
+        str(kind): by_metric(
+            {str(name): rows for name, rows in of_kind.groupby("witness", sort=False)}
+        )
+        for kind, of_kind in verification.groupby("errors", sort=False)
+    }
+
+
 def majority_metrics(predictions: pd.DataFrame, majority: int) -> dict[str, float]:
     """The metrics of always answering `majority`."""
     actual = predictions["actual"].to_numpy()
