@@ -76,7 +76,9 @@ def test_the_numbers_of_a_record_are_those_of_all_its_items() -> None:
         {"unit": "IN", "value": None},
         {"unit": "IN", "value": 0.0},
         {"unit": "IN", "value": -2.0},
+        {"unit": "IN", "value": 1e-300},
         {"unit": "IN", "value": float("inf")},
+        {"unit": "IN", "value": float("nan")},
         {"unit": "CM", "value": 2.0},
         {"unit": None, "value": 2.0},
     ],
@@ -190,12 +192,12 @@ def test_the_number_that_speaks_against_a_record_is_found_with_its_direction() -
     deviations[0, 1], deviations[1, 1] = 3, -3
     deviations[2, :3] = expected[2, :3]
 
-    doubts = witness.doubts(expected, deviations)
+    numbers, above = witness.strongest_doubts(expected, deviations)
 
-    assert np.abs(doubts).argmax(axis=1)[:2].tolist() == [1, 1]
-    assert doubts[0, 1] > 0 > doubts[1, 1]
-    # The last record is unusual, but just what the photograph lets one expect.
-    assert not doubts[2, :3].any()
+    assert numbers[:2].tolist() == [1, 1]
+    assert above[:2].tolist() == [True, False]
+    # The last record is unusual, but in just what the photograph lets one expect.
+    assert numbers[2] > 2
 
 
 def test_evidence_without_wrong_records_to_check_it_by_has_no_weight() -> None:

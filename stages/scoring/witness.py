@@ -40,6 +40,8 @@ NUMBERS = (
 #: In train, this share of records lies below and above the limits of each number. Numbers beyond
 #: them are moved there, so that a slip like inches for millimeters cannot decide everything.
 TAIL = 0.01
+#: Inches or pounds. What is shorter, lighter, longer or heavier is no item in a bin.
+SMALLEST, LARGEST = 1e-6, 1e6
 # The covariances are averaged with unit variances that count as much as so many records, so they
 # can be inverted however few there are: the mean under an inverse Wishart prior.
 _PRIOR_RECORDS = len(NUMBERS)
@@ -104,20 +106,21 @@ class Witness:
         """The logarithm of a record's density among records with its count, up to a constant."""
         return -squared_distances(deviations, self.prior_precision) / 2
 
-    def doubts(self, expected: Floats, deviations: Floats) -> Floats:
-        """Which number speaks against each record, and in which direction: [bins, numbers].
+    def strongest_doubts(
+        self, expected: Floats, deviations: Floats
+    ) -> tuple[Counts, NDArray[np.bool_]]:
+        """The number that speaks most against each record (its position), and if it is too high.
 
-        It is the evidence of each number alone, turned around, with the sign of how far the number
-        lies above (+) or below (-) what the photograph lets one expect; 0 if it speaks for the
-        record.
+        That is the number with the least evidence of its own. It is too high if it lies above what
+        the photograph lets one expect.
         """
         variance, prior = (
             np.diag(np.linalg.inv(one)) for one in (self.precision, self.prior_precision)
         )
         above = deviations - expected
-        against = (above**2 / variance - deviations**2 / prior + np.log(variance / prior)) / 2
-        doubts: Floats = np.sign(above) * np.maximum(against, 0)
-        return doubts
+        alone = (deviations**2 / prior - above**2 / variance - np.log(variance / prior)) / 2
+        least = alone.argmin(axis=1)
+        return least, above[np.arange(len(above)), least] > 0
 
 
 def record_numbers(items: Sequence[Mapping[str, Any]]) -> Floats:
@@ -125,33 +128,33 @@ def record_numbers(items: Sequence[Mapping[str, Any]]) -> Floats:
 
     The sum, largest and smallest value of the items' volumes (cubic inches) and weights (pounds),
     the longest side (inches), each as its natural logarithm, and how many products there are. Sides
-    and weights that are missing, not positive or in another unit are left out; a number is NaN if
-    nothing is left.
+    and weights that are missing, absurd or in another unit are left out; a number is NaN if nothing
+    is left.
     """
-    copies = np.array([max(1, item["quantity"] or 1) for item in items], dtype=np.float64)
-    sides = [
-        [measure(item[side], "IN") for side in ("height", "length", "width")] for item in items
-    ]
-    volumes = np.array([math.prod(three) for three in sides])
-    weights = np.array([measure(item["weight"], "pounds") for item in items])
-    longest = [side for three in sides for side in three if not math.isnan(side)]
-    numbers = [*spread(volumes, copies), *spread(weights, copies), max(longest, default=math.nan)]
-    return np.array([*np.log(numbers), float(len(items))])
+    volumes, weights, sides = [], [], []
+    for item in items:
+        copies = max(1, item["quantity"] or 1)
+        three = [measure(item[side], "IN") for side in ("height", "length", "width")]
+        volumes.append((copies, math.prod(three)))
+        weights.append((copies, measure(item["weight"], "pounds")))
+        sides += [side for side in three if not math.isnan(side)]
+    numbers = [*spread(volumes), *spread(weights), max(sides, default=math.nan)]
+    return np.array([*map(math.log, numbers), float(len(items))])
 
 
 def measure(value: Mapping[str, Any] | None, unit: str) -> float:
     """A positive length or weight; NaN if it is missing, absurd or in another unit."""
     number = None if value is None or value["unit"] != unit else value["value"]
-    return number if number is not None and 0 < number < math.inf else math.nan
+    return number if number is not None and SMALLEST <= number <= LARGEST else math.nan
 
 
-def spread(values: Floats, copies: Floats) -> tuple[float, float, float]:
+def spread(values: Sequence[tuple[int, float]]) -> tuple[float, float, float]:
     """The sum over all copies, the largest and the smallest of the known values."""
-    known = ~np.isnan(values)
-    if not known.any():
+    known = [(copies, value) for copies, value in values if not math.isnan(value)]
+    if not known:
         return math.nan, math.nan, math.nan
-    some = values[known]
-    return float(some @ copies[known]), float(some.max()), float(some.min())
+    total = sum(copies * value for copies, value in known)
+    return total, max(value for _, value in known), min(value for _, value in known)
 
 
 def fit_witness(components: Floats, numbers: Floats, columns: Counts, labels: int) -> Witness:

@@ -13,7 +13,9 @@ from tqdm import tqdm
 from stages.collecting.bucket import RECORDS
 from stages.collecting.ids import RECORD
 from stages.collecting.records import Record, RecordError, parse_record
+from stages.networks.calibration import Floats
 from stages.runtime.errors import UserError
+from stages.scoring.witness import record_numbers
 from tools.audit.counts import CountsError, match_ids, parse_counts
 from tools.audit.photographs import Content, Files, Photographs, Shards, open_folder
 
@@ -34,6 +36,8 @@ class Expected:
     problems: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     records: Files | None = None
+    #: The numbers of the records' items, if they were asked for and are known.
+    numbers: dict[str, Floats] = field(default_factory=dict)
 
     @property
     def left_out(self) -> list[str]:
@@ -45,6 +49,7 @@ class Expected:
         for bin_id in ids:
             self.counts.pop(bin_id, None)
             self.problems.pop(bin_id, None)
+            self.numbers.pop(bin_id, None)
 
     def items(self, ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
         """The items in the records of these bins, as parse_record returns them."""
@@ -56,21 +61,26 @@ class Expected:
         return items
 
 
-def find_expected(path: Path | None, photographs: Photographs) -> Expected:
-    """The counts at `path`, or beside the photographs. Raises UserError if there are none."""
+def find_expected(
+    path: Path | None, photographs: Photographs, *, measured: bool = False
+) -> Expected:
+    """The counts at `path`, or beside the photographs. Raises UserError if there are none.
+
+    `measured` asks for the numbers of the items too, which only records have.
+    """
     if path is not None and path.is_dir():
-        return read_records(Files(str(path), open_folder(path), "", RECORD))
+        return read_records(Files(str(path), open_folder(path), "", RECORD), measured=measured)
     if path is not None:
         return read_counts(path, photographs.ids)
     if isinstance(photographs, Shards):
         return read_column(photographs)
     if photographs.prefix:
         place = f"{photographs.place.rstrip('/')}/{RECORDS}"
-        return read_records(Files(place, photographs.store, RECORDS, RECORD))
+        return read_records(Files(place, photographs.store, RECORDS, RECORD), measured=measured)
     raise UserError(f"{photographs.place} has photographs but no counts: add --expected counts.csv")
 
 
-def read_records(records: Files) -> Expected:
+def read_records(records: Files, *, measured: bool) -> Expected:
     if not records.ids:
         raise UserError(
             f"there are no records <id>.json in {records.place}: add --expected counts.csv"
@@ -79,9 +89,13 @@ def read_records(records: Files) -> Expected:
     contents = chain.from_iterable(records.parts(0, _RECORDS_AT_ONCE))
     for content in tqdm(contents, "records", len(records.ids), disable=None, leave=False):
         try:
-            found.counts[content.id] = parse(content)["quantity"]
+            record = parse(content)
         except RecordError as error:
             found.problems[content.id] = f"unusable record: {error}"
+            continue
+        found.counts[content.id] = record["quantity"]
+        if measured:
+            found.numbers[content.id] = record_numbers(record["items"])
     return found
 
 

@@ -1,7 +1,7 @@
 """The models of an audit, whose probabilities are averaged."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from stages.features.layout import layout_features
 from stages.imaging import jpeg
 from stages.networks import inference
 from stages.networks.calibration import Floats, with_temperature
@@ -20,8 +21,12 @@ from stages.runtime.paths import MODELS
 from stages.scoring.claims import sibling_differences
 from stages.scoring.ensemble import average, ensemble_temperature
 from stages.scoring.evaluation import claims_about
+from stages.scoring.results import WITNESS
 from stages.scoring.scored import Scored
 from stages.scoring.verification import rates_by_count
+from stages.scoring.witness_files import SETTINGS as WITNESS_SETTINGS
+from stages.scoring.witness_files import WitnessRelease, load_witness
+from tools.audit.items import ItemsJudge
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class Ensemble:
 
     folders: list[Path]
     releases: list[Release]
+    #: It judges the items of records, where these are known.
+    witness: WitnessRelease | None = None
 
     @property
     def labels(self) -> list[int]:
@@ -42,7 +49,8 @@ class Ensemble:
     @property
     def identity(self) -> str:
         """Changes with anything that decides the probabilities; settings hold SHA-256 digests."""
-        return digest(*(release.settings for release in self.releases))
+        witness = [self.witness.settings] if self.witness else []
+        return digest(*(release.settings for release in self.releases), *witness)
 
     @cached_property
     def _members(self) -> list[Scored]:
@@ -54,9 +62,32 @@ class Ensemble:
         return ensemble_temperature(self._members)
 
     @cached_property
-    def validation(self) -> Scored:
+    def counted(self) -> Scored:
         """The validation bins with the calibrated average of the models' probabilities."""
         return average(self._members).with_temperature(self.temperature)
+
+    @cached_property
+    def validation(self) -> Scored:
+        """The validation bins with the scores of records: those of `counted`, or with a witness
+        the products of these and the probability that the record's items are the bin's.
+        """
+        if self.witness is None:
+            return self.counted
+        probabilities = self.counted.probabilities * self._right_items[:, None]
+        return replace(self.counted, probabilities=probabilities)
+
+    @property
+    def _right_items(self) -> Floats:
+        """The probability, by the witness, that the items in each validation record are right."""
+        assert self.witness is not None
+        evidence = [self.witness.validation[bin_id] for bin_id in self.counted.ids]
+        return self.witness.witness.belief(np.array(evidence))
+
+    @cached_property
+    def judge(self) -> ItemsJudge | None:
+        if self.witness is None:
+            return None
+        return ItemsJudge(self.witness.witness, self.counted.right_scores, self._right_items)
 
     def flagged_by_count(self, thresholds: Floats) -> pd.DataFrame:
         """The table of rates_by_count for the validation bins, if wrong records miss a pick."""
@@ -91,6 +122,47 @@ class Ensemble:
                 logits = release.classifier.logits(normalized(scaled))
             found.append(logits.double().softmax(1).cpu().numpy())
         return with_temperature(np.mean(found, axis=0), self.temperature)
+
+    @torch.inference_mode()
+    def expected(self, images: jpeg.Pixels) -> Floats:
+        """What the witness expects of the records of these images: [images, numbers]."""
+        assert self.witness is not None
+        features = layout_features(torch.from_numpy(images).permute(0, 3, 1, 2))
+        return self.witness.witness.expected(features.numpy())
+
+
+def with_witness(ensemble: Ensemble) -> Ensemble:
+    """The ensemble with the witness in models/witness, if there is one that goes with its models.
+
+    Raises UserError if its files are damaged.
+    """
+    folder = MODELS / WITNESS
+    if not (folder / WITNESS_SETTINGS).exists():
+        return ensemble
+    release = load_witness(folder)
+    first = ensemble.releases[0]
+    of_models = {
+        "counts": [str(label) for label in ensemble.labels],
+        "image sizes": first.settings.pixels,
+        "resizing": (first.settings.fit, first.settings.quality),
+        "validation bins": {*ensemble.counted.ids},
+    }
+    settings = release.settings
+    of_witness = (
+        settings.labels,
+        settings.pixels,
+        (settings.fit, settings.quality),
+        release.validation.keys(),
+    )
+    for (name, of_model), own in zip(of_models.items(), of_witness, strict=True):
+        if of_model != own:
+            print(
+                f"audit: {folder} is of another run than the models, since their {name} differ: the"
+                " items of records are not judged"
+            )
+            return ensemble
+    print(f"audit: the items of records are judged too, by {folder}")
+    return replace(ensemble, witness=release)
 
 
 def load_ensemble(folders: Sequence[Path]) -> Ensemble:

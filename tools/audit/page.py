@@ -49,6 +49,8 @@ class Facts(NamedTuple):
     left_out: int = 0
     trained_on: int = 0
     warning: str = ""
+    #: Whether the items of records were judged too.
+    items: bool = False
     #: The rows of rates_by_count for the validation bins.
     by_count: Sequence[Mapping[Any, Any]] = ()
 
@@ -149,6 +151,7 @@ def card(
         "expected_label": label_of(row["expected"], ordered),
         "seen": next(label for label in ordered if label == row["seen"]),
         "probabilities": dict(zip(ordered, shares, strict=True)),
+        "reason": row["reason"],
         "picture": pictures[row["id"]].url if row["id"] in pictures else "",
         "items": [describe_item(item) for item in listed[:_ITEMS]],
         "more_items": max(0, len(listed) - _ITEMS),

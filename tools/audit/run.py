@@ -11,12 +11,14 @@ from stages.networks.calibration import Floats
 from stages.runtime.errors import UserError
 from stages.runtime.files import digest, digest_files, write_text
 from stages.runtime.params import Threshold
-from stages.runtime.paths import SPLIT
+from stages.runtime.paths import MODELS, SPLIT
 from stages.runtime.work import resumable
 from stages.scoring.evaluation import thresholds_of
+from stages.scoring.results import WITNESS
+from stages.scoring.witness_files import SETTINGS as WITNESS_SETTINGS
 from tools.audit.decisions import Decided, read_decisions, still_hold, still_needed
 from tools.audit.expected import Expected, find_expected
-from tools.audit.models import Ensemble, load_ensemble
+from tools.audit.models import Ensemble, load_ensemble, with_witness
 from tools.audit.page import Facts, make_pictures, render_page
 from tools.audit.photographs import OPTIONS, Photographs, open_photographs
 from tools.audit.plausibility import warn
@@ -60,10 +62,13 @@ def audit(
     out.mkdir(parents=True, exist_ok=True)
     with explained_at(photographs, OPTIONS, anonymous=not signed):
         source = open_photographs(photographs, endpoint, region, signed=signed)
-        counts = find_expected(expected, source)
+        measured = (MODELS / WITNESS / WITNESS_SETTINGS).exists()
+        counts = find_expected(expected, source, measured=measured)
         refuse_strangers(source, counts)
         decided = read_decisions(decisions, source.ids)
         ensemble = load_ensemble(model)
+        if counts.numbers:
+            ensemble = with_witness(ensemble)
         left_out = 0 if with_trained else leave_out_trained(source, counts, ensemble)
         announce(source, counts, decided, ensemble, left_out)
         with resumable(
@@ -71,7 +76,7 @@ def audit(
         ) as folder:
             scored = score_photographs(source, ensemble, folder)
             thresholds = thresholds_of(ensemble.validation, false_alarm, threshold)
-            table = audit_table(scored, counts, ensemble.labels, thresholds)
+            table = audit_table(scored, counts, ensemble.labels, thresholds, ensemble.judge)
             facts = gather_facts(source, counts, ensemble, table, false_alarm, thresholds, left_out)
             alarms = flagged_at(scored, counts, ensemble, false_alarm, threshold, alarms_of(table))
             settled = still_hold(decided.by_id, counts.counts, source)
@@ -171,6 +176,7 @@ def gather_facts(
         left_out=left_out,
         trained_on=len(training_ids(ensemble).intersection(source.ids)),
         warning=warn(table, false_alarm, ensemble.validation.table()),
+        items=ensemble.witness is not None,
         by_count=[
             row | {"quantity": str(label)}
             for row, label in zip(by_count, ensemble.labels, strict=True)

@@ -20,6 +20,7 @@ from stages.formats.shards import shard_name, write_table
 from stages.imaging import jpeg
 from stages.networks.calibration import probability_columns
 from stages.runtime.machine import usable_cores
+from tools.audit.items import expected_columns
 from tools.audit.models import Ensemble
 from tools.audit.photographs import Content, Photographs, batched
 
@@ -38,6 +39,8 @@ class Prepared(NamedTuple):
 
 def score_photographs(photographs: Photographs, ensemble: Ensemble, folder: Path) -> pd.DataFrame:
     """A row per photograph: id, p<label> for each label, and the problem if it is unreadable.
+
+    With a witness, there also are the columns of expected_columns.
 
     `folder` is empty or holds the parts of a killed run with the same photographs and models. The
     next part is read and decoded while this one is scored.
@@ -84,13 +87,18 @@ def prepare(ensemble: Ensemble, content: Content) -> Prepared:
 
 def score(ensemble: Ensemble, batch: Sequence[Prepared]) -> pa.Table:
     """The rows of a batch; unreadable photographs have null probabilities."""
-    probabilities = np.full((len(batch), len(ensemble.labels)), np.nan)
+    names = probability_columns(ensemble.labels)
+    names += expected_columns() if ensemble.witness else []
+    scores = np.full((len(batch), len(names)), np.nan)
     images = {row: one.pixels for row, one in enumerate(batch) if one.pixels is not None}
     if images:
-        probabilities[list(images)] = ensemble.probabilities(np.stack(list(images.values())))
+        stacked = np.stack(list(images.values()))
+        found = [ensemble.probabilities(stacked)]
+        found += [ensemble.expected(stacked)] if ensemble.witness else []
+        scores[list(images)] = np.hstack(found)
     columns = {
         name: pa.array(values, from_pandas=True)
-        for name, values in zip(probability_columns(ensemble.labels), probabilities.T, strict=True)
+        for name, values in zip(names, scores.T, strict=True)
     }
     ids, problems = ([one.id for one in batch], [one.problem for one in batch])
     return pa.table({"id": pa.array(ids, pa.string()), **columns, "problem": pa.array(problems)})

@@ -59,6 +59,7 @@ def summary(
             {"folder": str(folder), "sha256": release.settings.sha256}
             for folder, release in zip(ensemble.folders, ensemble.releases, strict=True)
         ],
+        "witness": None if ensemble.witness is None else ensemble.witness.settings.sha256,
         "false_alarm": facts.false_alarm,
         "thresholds": {row["quantity"]: row["threshold"] for row in facts.by_count},
         "bins": numbers._asdict(),

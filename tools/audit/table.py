@@ -8,10 +8,15 @@ import pandas as pd
 from stages.networks.calibration import Floats, probability_columns
 from stages.runtime.counts import AndMore
 from tools.audit.expected import NO_COUNT, Expected
+from tools.audit.items import ItemsJudge
 
 
 def audit_table(
-    scored: pd.DataFrame, expected: Expected, labels: Sequence[int], thresholds: Floats
+    scored: pd.DataFrame,
+    expected: Expected,
+    labels: Sequence[int],
+    thresholds: Floats,
+    judge: ItemsJudge | None = None,
 ) -> pd.DataFrame:
     """A row for each bin with a photograph or an expected count, the most suspicious first.
 
@@ -19,26 +24,41 @@ def audit_table(
     an alarm; suspicion is 1 - score. Bins that cannot be judged come last, by id, with a reason
     instead of suspicion and alarm. `scored` has the columns id, p<label> for each label, and
     problem; `thresholds` are in the order of `labels`.
+
+    With a `judge`, the score is multiplied by the probability that the record's items are those of
+    the bin, a column `items`. Each alarm then has a reason too. `scored` also has the columns of
+    expected_columns.
     """
     columns = probability_columns(list(labels))
     bins = scored.merge(expected_table(expected), on="id", how="outer")
     score, threshold = pd.Series(np.nan, bins.index), pd.Series(np.nan, bins.index)
-    for label, column, of_label in zip(labels, columns, thresholds, strict=True):
+    position = pd.Series(-1, bins.index)
+    for number, (label, column) in enumerate(zip(labels, columns, strict=True)):
         counts = bins["expected"]
         has_label = (counts.ge(label) if isinstance(label, AndMore) else counts.eq(label)).fillna(
             value=False
         )
         score = score.mask(has_label, bins[column])
-        threshold = threshold.mask(has_label, of_label)
+        threshold = threshold.mask(has_label, thresholds[number])
+        position = position.mask(has_label, number)
     most_probable = np.array(labels)[bins[columns].fillna(0.0).to_numpy().argmax(axis=1)]
     seen = pd.Series(most_probable, bins.index, dtype="Int64").where(bins[columns[0]].notna())
     bins["seen"] = seen
+    counted = score
+    if judge is not None:
+        judged = judge.judge(bins, expected.numbers, position)
+        bins["items"] = judged["items"]
+        score = counted * judged["items"].fillna(1.0)
     bins["suspicion"] = 1 - score
     bins["alarm"] = np.where(score.isna(), "", np.where(score < threshold, "yes", "no"))
     bins["reason"] = reasons(bins, score.isna(), labels)
+    if judge is not None:
+        alarm = bins["alarm"] == "yes"
+        bins["reason"] = bins["reason"].mask(alarm, judge.reasons(bins, counted, judged))
     # By score, since rounding makes 1 - score the same for many tiny scores.
     order = bins.assign(score=score).sort_values(["score", "id"]).index
-    names = ["id", "expected", "seen", "suspicion", "alarm", *columns, "reason"]
+    shown = [*columns, *(["items"] if judge else [])]
+    names = ["id", "expected", "seen", "suspicion", "alarm", *shown, "reason"]
     return bins.loc[order, names].reset_index(drop=True)
 
 

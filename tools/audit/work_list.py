@@ -69,6 +69,6 @@ def flagged_at(
     found = dict.fromkeys(alarms, false_alarm)
     for share in sorted((share for share in SHARES if share < false_alarm), reverse=True):
         thresholds = thresholds_of(ensemble.validation, share, threshold)
-        table = audit_table(own, expected, ensemble.labels, thresholds)
+        table = audit_table(own, expected, ensemble.labels, thresholds, ensemble.judge)
         found |= dict.fromkeys(table.loc[table["alarm"] == "yes", "id"], share)
     return found
