@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from stages import resize
 from stages.collecting.reading import Reader
 from stages.collecting.records import parse_record
+from stages.features.layout import layout_features
 from stages.formats.shards import IMAGES, write_table
 from stages.formats.tables import read_csv
 from stages.imaging import jpeg
@@ -34,6 +35,8 @@ from stages.runtime.params import Resize
 from stages.scoring.ensemble import average, ensemble_temperature
 from stages.scoring.scored import Scored
 from stages.scoring.verification import threshold_for
+from stages.scoring.witness import Witness, record_numbers
+from stages.scoring.witness_files import load_witness, save_witness
 from tests.browser import running_browser
 from tests.builders import (
     SIZE,
@@ -906,3 +909,146 @@ def test_help_does_not_import_large_libraries() -> None:
     assert "exit codes, for a nightly job" in done.stdout
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert not imported & {"torch", "pandas", "pyarrow", "obstore"}
+
+
+@pytest.fixture
+def bucket(folder: Path) -> Path:
+    """Photographs with records of small items, but of large ones for 00007 and no item for 00009.
+
+    models/witness expects small items in every photograph.
+    """
+    rows = bin_rows(QUANTITIES)
+    records = {row["id"]: record_of(row["quantity"], [1.0, 2.0]) for row in rows}
+    records["00007"] = record_of(2, [20.0, 40.0])
+    records["00009"] = record_of(4, [])
+    for row in rows:
+        for name, data in (("bin-images", row["image"]), ("metadata", records[row["id"]])):
+            path = Path("bucket", name, row["id"] + (".jpg" if name == "bin-images" else ".json"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+    write_witness([row["id"] for row in rows], SIZE)
+    return folder
+
+
+def record_of(quantity: int, sides: list[float]) -> bytes:
+    """A record with one item of each of these sides, in inches."""
+    contents = {
+        f"B{number}": {
+            **{name: {"unit": "IN", "value": side} for name in ("height", "length", "width")},
+            "weight": {"unit": "pounds", "value": 0.5},
+            "quantity": 1,
+            "name": "Tea",
+        }
+        for number, side in enumerate(sides)
+    }
+    return json.dumps({"BIN_FCSKU_DATA": contents, "EXPECTED_QUANTITY": quantity}).encode()
+
+
+def write_witness(ids: list[str], size: int) -> None:
+    """A witness to whom all photographs look the same."""
+    usual = record_numbers(parse_record(record_of(2, [1.0, 2.0]))["items"])
+    images = torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8)
+    ones, identity = np.ones(len(usual)), np.eye(len(usual))
+    witness = Witness(
+        usual=usual,
+        lowest=usual - 20,
+        highest=usual + 20,
+        means=np.tile(usual, (len(LABELS), 1)),
+        scale=ones,
+        slopes=np.zeros((layout_features(images).shape[1], len(usual))),
+        offset=0 * ones,
+        precision=4 * identity,
+        prior_precision=identity,
+    )
+    right = witness.evidence(np.zeros((1, len(usual))), np.zeros((1, len(usual))))
+    form = FORM.model_copy(update={"size": size})
+    save_witness(Path("models/witness"), witness, LABELS, form, ids, np.repeat(right, len(ids)))
+
+
+@pytest.mark.usefixtures("bucket")
+def test_a_record_with_the_right_count_and_wrong_items_is_flagged_with_its_reason(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("bucket", *SURE) == 1
+
+    table = audited().set_index("id")
+    assert table.index[0] == "00007"
+    first = table.iloc[0]
+    assert (first["expected"], first["seen"], first["alarm"]) == (2, 2, "yes")
+    assert first["items"] < 0.01
+    assert table.loc["00008", "items"] > 0.9
+    assert first["suspicion"] == pytest.approx(1 - first["p2"] * first["items"], abs=1e-5)
+    like = "the items of the record together look too large for what is in the bin"
+    assert first["reason"] == like
+    assert set(table.loc[table["alarm"] == "no", "reason"]) == {""}
+    assert "items of records are judged too, by models/witness" in capsys.readouterr().out
+    page = Path("audit/index.html").read_text()
+    assert f"Flagged, since {like}." in page
+    assert "times the one that it lists the right items, is below" in page
+    summary = json.loads(Path("audit/audit.json").read_text())
+    assert summary["witness"] == load_witness(Path("models/witness")).settings.sha256
+
+
+@pytest.mark.usefixtures("bucket")
+def test_a_wrong_count_is_said_even_if_the_items_were_judged(run: Run) -> None:
+    Path("bucket/metadata/00003.json").write_bytes(record_of(1, [1.0, 2.0]))
+    Path("bucket/metadata/00004.json").write_bytes(record_of(9, [1.0, 2.0]))
+    Path("bucket/bin-images/00005.jpg").write_bytes(b"no picture")
+    Path("bucket/metadata/00006.json").unlink()
+
+    assert run("bucket", *SURE) == 1
+
+    reasons = audited().set_index("id")["reason"]
+    assert reasons["00004"] == "the models count only 1 to 5 items"
+    assert reasons["00005"] == "unreadable photograph: not an image"
+    assert reasons["00006"] == "no expected count"
+    assert reasons["00003"] == "the photograph looks like 3 items, the record says 1"
+
+
+@pytest.mark.usefixtures("bucket")
+def test_a_sample_does_not_tell_which_bins_have_a_reason(run: Run) -> None:
+    run("bucket", *SURE, "--sample", 5)
+
+    assert "Flagged, since" not in Path("audit/index.html").read_text()
+
+
+@pytest.mark.usefixtures("bucket")
+def test_counts_without_records_are_judged_as_if_there_were_no_witness(run: Run) -> None:
+    write_counts({row["id"]: row["quantity"] for row in bin_rows(QUANTITIES)})
+    words = ["bucket", "--expected", "counts.csv", *SURE]
+    run(*words)
+    with_it = Path("audit/audit.csv").read_bytes()
+    shutil.rmtree("models/witness")
+
+    run(*words)
+
+    assert Path("audit/audit.csv").read_bytes() == with_it
+    assert b"00007,2,2" in with_it
+
+
+@pytest.mark.usefixtures("bucket")
+@pytest.mark.parametrize(
+    ("ids", "size", "said"),
+    [
+        ([f"{number:05d}" for number in range(1, 40)], SIZE, "validation bins"),
+        ([f"{number:05d}" for number in range(1, 41)], 64, "image sizes"),
+    ],
+)
+def test_a_witness_of_another_run_judges_nothing(
+    run: Run, ids: list[str], size: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_witness(ids, size)
+
+    run("bucket", *SURE)
+
+    assert f"since their {said} differ: the items of records are not" in capsys.readouterr().out
+    assert list(audited()) == ["id", "expected", "seen", "suspicion", "alarm", *COLUMNS, "reason"]
+
+
+@pytest.mark.usefixtures("bucket")
+def test_a_damaged_witness_is_an_error(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("models/witness/witness.safetensors").write_bytes(b"")
+
+    assert run("bucket") == 2
+
+    assert "models/witness/witness.safetensors is damaged" in capsys.readouterr().err

@@ -6,19 +6,20 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from stages.networks.calibration import Floats
+from stages.networks.calibration import Counts, Floats
 from stages.scoring.witness import NUMBERS, Witness
 
-_LIKE = "the items of the record look {} for what is in the bin"
+_EACH = "the items of the record look too {} for what is in the bin"
+_TOGETHER = "the items of the record together look too {} for what is in the bin"
 # What a number of a record means that is too high, and too low.
 _WORDS = {
-    "volume": (_LIKE.format("too large in all"), _LIKE.format("too small in all")),
-    "largest_volume": (_LIKE.format("too large"), _LIKE.format("too small")),
-    "smallest_volume": (_LIKE.format("too large"), _LIKE.format("too small")),
-    "weight": (_LIKE.format("too heavy in all"), _LIKE.format("too light in all")),
-    "largest_weight": (_LIKE.format("too heavy"), _LIKE.format("too light")),
-    "smallest_weight": (_LIKE.format("too heavy"), _LIKE.format("too light")),
-    "longest_side": (_LIKE.format("too long"), _LIKE.format("too short")),
+    "volume": (_TOGETHER.format("large"), _TOGETHER.format("small")),
+    "largest_volume": (_EACH.format("large"), _EACH.format("small")),
+    "smallest_volume": (_EACH.format("large"), _EACH.format("small")),
+    "weight": (_TOGETHER.format("heavy"), _TOGETHER.format("light")),
+    "largest_weight": (_EACH.format("heavy"), _EACH.format("light")),
+    "smallest_weight": (_EACH.format("heavy"), _EACH.format("light")),
+    "longest_side": (_EACH.format("long"), _EACH.format("short")),
     "products": (
         "the record lists more products than seem to be in the bin",
         "the record lists fewer products than seem to be in the bin",
@@ -39,23 +40,22 @@ class ItemsJudge:
     right_items: Floats
 
     def judge(
-        self, bins: pd.DataFrame, numbers: Mapping[str, Floats], labels: "pd.Series[int]"
+        self, bins: pd.DataFrame, numbers: Mapping[str, Floats], positions: Counts
     ) -> pd.DataFrame:
         """The columns `items`, the probability that these are the bin's, and `doubt`, in words.
 
         `bins` has the columns id and those of expected_columns, `numbers` those of each record by
-        id, and `labels` the position of each record's count. Both are missing for a bin without
-        one of them.
+        id, and `positions` the position of each record's label, or -1. Both columns are empty for a
+        bin that lacks one of these.
         """
         found = pd.DataFrame({"items": np.nan, "doubt": ""}, bins.index)
-        known = (
-            bins[expected_columns()[0]].notna() & bins["id"].isin(numbers.keys()) & (labels >= 0)
-        )
+        known = bins[expected_columns()[0]].notna() & bins["id"].isin(numbers.keys())
+        known &= positions >= 0
         if not known.any():
             return found
         expected = bins.loc[known, expected_columns()].to_numpy(np.float64)
         of_records = np.stack([numbers[bin_id] for bin_id in bins.loc[known, "id"]])
-        deviations = self.witness.deviations(of_records, np.asarray(labels[known], np.int64))
+        deviations = self.witness.deviations(of_records, positions[known.to_numpy()])
         evidence = self.witness.evidence(expected, deviations)
         found.loc[known, "items"] = self.witness.belief(evidence)
         doubts = zip(*self.witness.strongest_doubts(expected, deviations), strict=True)
@@ -64,32 +64,30 @@ class ItemsJudge:
         ]
         return found
 
-    def reasons(
-        self, bins: pd.DataFrame, counted: "pd.Series[float]", judged: pd.DataFrame
-    ) -> "pd.Series[str]":
-        """Why each bin would be flagged: what is less usual among right records, count or items.
+    def reasons(self, alarms: pd.DataFrame) -> list[str]:
+        """Why bins are flagged: what is less usual among right records, their count or their items.
 
-        `counted` is the probability of the record's count, and `judged` what judge returned.
+        `alarms` has the columns that judge returns, expected, label (that of the record),
+        looks_like (the most probable label), and counted (the probability of the record's label).
         """
-        by_count = usual(self.right_counts, np.asarray(counted, np.float64))
-        by_items = usual(self.right_items, np.asarray(judged["items"].fillna(1.0), np.float64))
-        same = (bins["seen"] == bins["expected"]).fillna(value=False).to_numpy(dtype=bool)
-        looks = [
-            f"the photograph looks like {number_of_items(seen)}, the record says {expected}"
-            for seen, expected in zip(bins["seen"], bins["expected"], strict=True)
+        by_count = usual(self.right_counts, alarms["counted"].to_numpy(np.float64))
+        by_items = usual(self.right_items, alarms["items"].to_numpy(np.float64))
+        of_items = (by_items < by_count) | (alarms["label"] == alarms["looks_like"]).to_numpy()
+        return [
+            row["doubt"] if about_items else count_reason(row["looks_like"], row["expected"])
+            for row, about_items in zip(alarms.to_dict("records"), of_items, strict=True)
         ]
-        reasons: list[str] = np.where((by_items < by_count) | same, judged["doubt"], looks).tolist()
-        return pd.Series(reasons, bins.index, dtype="str")
 
 
 def usual(right: Floats, values: Floats) -> Floats:
-    """The share of right records that score below each value."""
-    below: Floats = np.searchsorted(np.sort(right), values) / len(right)
-    return below
+    """The share of right records that score at most as high as each value."""
+    shares: Floats = np.searchsorted(np.sort(right), values, side="right") / len(right)
+    return shares
 
 
-def number_of_items(count: int) -> str:
-    return "1 item" if count == 1 else f"{count} items"
+def count_reason(looks_like: str, expected: int) -> str:
+    items = "1 item" if looks_like == "1" else f"{looks_like} items"
+    return f"the photograph looks like {items}, the record says {expected}"
 
 
 def expected_columns() -> list[str]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from stages.networks.calibration import Floats, probability_columns
 from stages.runtime.counts import AndMore
@@ -31,35 +32,39 @@ def audit_table(
     """
     columns = probability_columns(list(labels))
     bins = scored.merge(expected_table(expected), on="id", how="outer")
-    score, threshold = pd.Series(np.nan, bins.index), pd.Series(np.nan, bins.index)
-    position = pd.Series(-1, bins.index)
-    for number, (label, column) in enumerate(zip(labels, columns, strict=True)):
-        counts = bins["expected"]
-        has_label = (counts.ge(label) if isinstance(label, AndMore) else counts.eq(label)).fillna(
-            value=False
-        )
-        score = score.mask(has_label, bins[column])
-        threshold = threshold.mask(has_label, thresholds[number])
-        position = position.mask(has_label, number)
-    most_probable = np.array(labels)[bins[columns].fillna(0.0).to_numpy().argmax(axis=1)]
-    seen = pd.Series(most_probable, bins.index, dtype="Int64").where(bins[columns[0]].notna())
-    bins["seen"] = seen
-    counted = score
+    probabilities = bins[columns].to_numpy(np.float64)
+    positions = label_positions(bins["expected"], labels)
+    most_probable = np.nan_to_num(probabilities).argmax(axis=1)
+    seen = pd.Series(np.array(labels)[most_probable], bins.index, dtype="Int64")
+    bins["seen"] = seen.where(bins[columns[0]].notna())
+    has_label = positions >= 0
+    score = np.where(has_label, probabilities[np.arange(len(bins)), positions], np.nan)
     if judge is not None:
-        judged = judge.judge(bins, expected.numbers, position)
-        bins["items"] = judged["items"]
-        score = counted * judged["items"].fillna(1.0)
+        names = np.array([str(label) for label in labels])
+        bins["label"], bins["looks_like"] = names[positions], names[most_probable]
+        bins["counted"] = score
+        bins = bins.join(judge.judge(bins, expected.numbers, positions))
+        score = score * bins["items"].fillna(1.0).to_numpy()
     bins["suspicion"] = 1 - score
-    bins["alarm"] = np.where(score.isna(), "", np.where(score < threshold, "yes", "no"))
-    bins["reason"] = reasons(bins, score.isna(), labels)
+    alarm = score < np.where(has_label, thresholds[positions], np.nan)
+    bins["alarm"] = np.where(np.isnan(score), "", np.where(alarm, "yes", "no"))
+    bins["reason"] = reasons(bins, np.isnan(score), labels)
     if judge is not None:
-        alarm = bins["alarm"] == "yes"
-        bins["reason"] = bins["reason"].mask(alarm, judge.reasons(bins, counted, judged))
+        bins.loc[alarm, "reason"] = judge.reasons(bins[alarm])
     # By score, since rounding makes 1 - score the same for many tiny scores.
     order = bins.assign(score=score).sort_values(["score", "id"]).index
-    shown = [*columns, *(["items"] if judge else [])]
-    names = ["id", "expected", "seen", "suspicion", "alarm", *shown, "reason"]
-    return bins.loc[order, names].reset_index(drop=True)
+    of_items = ["items"] if judge else []
+    shown = ["id", "expected", "seen", "suspicion", "alarm", *columns, *of_items, "reason"]
+    return bins.loc[order, shown].reset_index(drop=True)
+
+
+def label_positions(counts: "pd.Series[int]", labels: Sequence[int]) -> NDArray[np.int64]:
+    """The position of each count's label, -1 for a count that has none or is missing."""
+    positions = np.full(len(counts), -1)
+    for position, label in enumerate(labels):
+        of_label = counts.ge(label) if isinstance(label, AndMore) else counts.eq(label)
+        positions[of_label.fillna(value=False).to_numpy(dtype=bool)] = position
+    return positions
 
 
 def expected_table(expected: Expected) -> pd.DataFrame:
@@ -74,7 +79,7 @@ def expected_table(expected: Expected) -> pd.DataFrame:
     )
 
 
-def reasons(bins: pd.DataFrame, unjudged: pd.Series, labels: Sequence[int]) -> pd.Series:
+def reasons(bins: pd.DataFrame, unjudged: NDArray[np.bool_], labels: Sequence[int]) -> pd.Series:
     """Why each bin could not be judged, or ""."""
     only = f"the models count only {describe_labels(labels)} items"
     reason = pd.Series(np.where(unjudged, only, ""), bins.index, dtype="str")
