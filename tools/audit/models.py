@@ -68,8 +68,10 @@ class Ensemble:
 
     @cached_property
     def validation(self) -> Scored:
-        """The validation bins with the scores of records: those of `counted`, or with a witness
-        the products of these and the probability that the record's items are the bin's.
+        """The validation bins with the scores that records would have, for each count.
+
+        They are the probabilities of `counted`. With a witness, they are multiplied by the
+        probability that the items of the bin's own record are right.
         """
         if self.witness is None:
             return self.counted
@@ -140,29 +142,26 @@ def with_witness(ensemble: Ensemble) -> Ensemble:
     if not (folder / WITNESS_SETTINGS).exists():
         return ensemble
     release = load_witness(folder)
-    first = ensemble.releases[0]
-    of_models = {
-        "counts": [str(label) for label in ensemble.labels],
-        "image sizes": first.settings.pixels,
-        "resizing": (first.settings.fit, first.settings.quality),
-        "validation bins": {*ensemble.counted.ids},
-    }
-    settings = release.settings
-    of_witness = (
-        settings.labels,
-        settings.pixels,
-        (settings.fit, settings.quality),
-        release.validation.keys(),
-    )
-    for (name, of_model), own in zip(of_models.items(), of_witness, strict=True):
-        if of_model != own:
-            print(
-                f"audit: {folder} is of another run than the models, since their {name} differ: the"
-                " items of records are not judged"
-            )
-            return ensemble
+    if name := differing(ensemble, release):
+        print(
+            f"audit: {folder} is of another run than the models, since their {name} differ: the"
+            " items of records are not judged"
+        )
+        return ensemble
     print(f"audit: the items of records are judged too, by {folder}")
     return replace(ensemble, witness=release)
+
+
+def differing(ensemble: Ensemble, release: WitnessRelease) -> str:
+    """What shows that a witness is of another run than the models, or ""."""
+    of_models, settings = properties(ensemble.releases[0]), release.settings
+    pairs = {
+        "counts": (of_models["counts"], settings.labels),
+        "image sizes": (of_models["image sizes"], settings.pixels),
+        "resizing": (of_models["resizing"], (settings.fit, settings.quality)),
+        "validation bins": ({*ensemble.counted.ids}, release.validation.keys()),
+    }
+    return next((name for name, (of_model, own) in pairs.items() if of_model != own), "")
 
 
 def load_ensemble(folders: Sequence[Path]) -> Ensemble:
