@@ -18,7 +18,7 @@ from stages.features.layout import layout_features
 from stages.features.projection import feature_batches, fit_projection, linear_map, project
 from stages.formats.items import MEASURED
 from stages.formats.shards import whole_parquet
-from stages.formats.tables import write_csv, write_json
+from stages.formats.tables import read_csv, write_csv, write_json
 from stages.imaging.loader import Bins, load_bins
 from stages.networks.calibration import Counts, Floats
 from stages.networks.inference import class_numbers
@@ -29,7 +29,7 @@ from stages.runtime.params import Resize, load_params
 from stages.runtime.work import publish_folder, scratch
 from stages.scoring.results import ENSEMBLE, METRICS, TABLES, WITNESS, read_tables
 from stages.scoring.scored import Scored
-from stages.scoring.witness import Witness, fit_weight, fit_witness, record_numbers
+from stages.scoring.witness import NUMBERS, Witness, fit_weight, fit_witness, record_numbers
 from stages.scoring.witness_files import save_witness
 from stages.scoring.wrong_records import SWAPS, Witnessed, verification_table
 
@@ -65,8 +65,20 @@ def load_seen(size: int) -> list[Seen]:
     """The bins of train, validation and test."""
     names = ["train", "validation", "test"]
     loaded = load_bins(paths.RESIZED, paths.SPLIT, *names, size=size, stage=WITNESS)
-    records = read_numbers({bin_id for bins in loaded for bin_id in bins.ids})
-    return [Seen(bins, np.stack([records[bin_id] for bin_id in bins.ids])) for bins in loaded]
+    records = read_numbers({bin_id for bins in loaded for bin_id in bins.ids} - corrected_ids())
+    unknown = np.full(len(NUMBERS), np.nan)
+    return [
+        Seen(bins, np.stack([records.get(bin_id, unknown) for bin_id in bins.ids]))
+        for bins in loaded
+    ]
+
+
+def corrected_ids() -> set[str]:
+    """The bins whose count people have corrected: their records do not list the items."""
+    sets = read_csv(paths.SPLIT)
+    if "recorded" not in sets:
+        return set()
+    return {*sets.loc[sets["quantity"] != sets["recorded"], "id"]}
 
 
 def read_numbers(ids: set[str]) -> dict[str, Floats]:

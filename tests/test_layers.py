@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,13 +20,15 @@ from stages.networks.classifier import (
 from stages.networks.inference import normalizer
 from stages.networks.layers import depths_of, layers_of
 from stages.runtime.errors import UserError
-from stages.training.engine import set_training_mode
+from stages.training.engine import Trainer, set_training_mode
 from stages.training.optimization import learning_rate_scales
+from stages.training.processes import synchronize_batch_norm
 from tests.builders import (
     SIZE,
     TINY_RESNET,
     TINY_VIT,
     logits,
+    make_bins,
     model_params,
     noise_images,
     one_torch_thread,
@@ -75,6 +78,7 @@ def of_timm(name: str) -> nn.Module:
         ),
         # Most of its weights are in the head, which has no layers of its own.
         (of_torchvision("vgg11"), ["features", "classifier"]),
+        (of_torchvision("mobilenet_v3_small"), [f"features.{number}" for number in range(13)]),
         (of_transformers("vit"), [f"vit.layers.{number}" for number in range(12)]),
         (of_transformers("swin"), [f"swin.encoder.layers.{number}" for number in range(4)]),
     ],
@@ -88,6 +92,8 @@ def test_the_layers_of_known_networks_are_found(network: nn.Module, layers: list
     [
         ("resnet18", [f"layer{number}" for number in range(1, 5)]),
         ("tf_efficientnet_lite0", [f"blocks.{number}" for number in range(7)]),
+        # Its first batch normalization contains an activation.
+        ("mobilenetv3_small_100", [f"blocks.{number}" for number in range(6)]),
         ("vit_tiny_patch16_224", [f"blocks.{number}" for number in range(12)]),
         ("convnext_tiny", [f"stages.{number}" for number in range(4)]),
     ],
@@ -197,6 +203,37 @@ def test_gradients_from_recomputed_activations_are_the_same(config: dict[str, An
     )
     assert len(before) == len(after)
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_recomputed_activations_would_count_batches_twice_in_batch_normalization(
+    tmp_path: Path,
+) -> None:
+    bins = make_bins(tmp_path, [1, 2, 3, 4])
+    settings = model_params(
+        "vit", config=TINY_RESNET, pretrained=False, checkpoint_gradients=True, batch_size=4
+    )
+
+    with pytest.raises(UserError, match=r"^checkpoint_gradients computes layers twice, so batch"):
+        Trainer(random_classifier(settings), bins, bins, settings, 4)
+
+
+def test_a_network_of_timm_that_cannot_recompute_activations_says_so() -> None:
+    with pytest.raises(UserError, match=r"^checkpoint_gradients: "):
+        checkpoint_gradients(of_timm("vgg11"))
+
+
+def test_synchronized_batch_normalization_of_timm_keeps_its_activation() -> None:
+    timm = pytest.importorskip("timm", reason="timm isn't installed")
+    network = timm.create_model("mobilenetv3_small_050", num_classes=5).eval()
+    images = noise_images()
+    with torch.inference_mode():
+        before = network(images)
+
+    synchronize_batch_norm(network)
+
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
+    with torch.inference_mode():
+        torch.testing.assert_close(network(images), before)
 
 
 def test_networks_of_torchvision_cannot_recompute_activations() -> None:

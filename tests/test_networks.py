@@ -190,6 +190,18 @@ def test_a_config_that_changes_no_parameter_is_taken(tmp_path: Path) -> None:
     assert 0.25 in {one.p for one in network.modules() if isinstance(one, nn.Dropout)}
 
 
+def test_a_head_of_our_own_is_kept_for_the_same_labels_only(tmp_path: Path) -> None:
+    trained = random_classifier(DINOV3, LABELS, seed=1)
+    save_classifier(trained, DINOV3, tmp_path, "squeeze")
+    record_source(tmp_path, "somewhere")
+
+    same = build_classifier(PRETRAINED_DINOV3, tmp_path, LABELS, SIZE)
+    others = build_classifier(PRETRAINED_DINOV3, tmp_path, [*LABELS, 9], SIZE)
+
+    assert equal(weights_of(same.network), weights_of(trained.network))
+    assert weights_of(others.network)["classifier.bias"].shape == (len(LABELS) + 1,)
+
+
 @pytest.mark.parametrize(
     ("make", "config", "size", "reason"),
     [

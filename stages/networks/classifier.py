@@ -105,8 +105,8 @@ def checkpoint_gradients(network: nn.Module) -> None:
         if enable := getattr(network, name, None):
             try:
                 enable()
-            # transformers' networks all have the method, but not all of them support it.
-            except ValueError as error:
+            # The networks of a library all have the method, but not all of them support it.
+            except (ValueError, AssertionError) as error:
                 raise UserError(f"checkpoint_gradients: {reason_of(error)}") from None
             return
     raise UserError("checkpoint_gradients is true, but networks of torchvision do not offer it")

@@ -42,6 +42,8 @@ def place(classifier: Classifier, device: torch.device, *, deterministic: bool =
             # cuBLAS reads this when it starts. Without it, torch refuses to multiply matrices.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = not deterministic
+        # By default, convolutions of float32 numbers use 10 bits of their fractions.
+        torch.backends.cudnn.allow_tf32 = classifier.precision != "float32"
         torch.use_deterministic_algorithms(deterministic)
     classifier.network.to(device).to(memory_format=torch.channels_last)
 

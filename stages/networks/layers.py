@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 # A child with a larger share of the weights is not a layer, but contains the layers.
 MOST_OF_THE_WEIGHTS = 0.8
@@ -12,8 +13,9 @@ def layers_of(network: nn.Module, outputs: Iterable[nn.Module]) -> dict[str, nn.
     """The repeated parts of a network by name, like layer1 to layer4 of a ResNet, or ViT's blocks.
 
     Networks of all libraries have a stem, a sequence of such parts, and a head. A child without
-    children of its own, like a first convolution, belongs to the stem or the head. `outputs` are
-    the layers that compute the scores, whose weights do not count.
+    children of its own, like a first convolution, belongs to the stem or the head. So does a batch
+    normalization, which in timm may contain its activation. `outputs` are the layers that compute
+    the scores, whose weights do not count.
     """
     ignored = {id(parameter) for layer in outputs for parameter in layer.parameters()}
 
@@ -22,15 +24,26 @@ def layers_of(network: nn.Module, outputs: Iterable[nn.Module]) -> dict[str, nn.
 
     prefix, parent = "", network
     while True:
-        children = {prefix + name: child for name, child in parent.named_children()}
-        parts = {name: child for name, child in children.items() if [*child.children()]}
-        largest = max(parts, key=lambda name: weights(parts[name]), default="")
-        if not largest or weights(parts[largest]) <= MOST_OF_THE_WEIGHTS * weights(parent):
-            break
-        if not any([*child.children()] for child in parts[largest].children()):
-            break
+        parts = {
+            prefix + name: child for name, child in _containers(parent).items() if weights(child)
+        }
+        nested = [name for name, part in parts.items() if _containers(part)]
+        largest = max(nested, key=lambda name: weights(parts[name]), default="")
+        if not largest:
+            return parts
+        most = weights(parts[largest]) > MOST_OF_THE_WEIGHTS * weights(parent)
+        if not most and len(nested) > 1:
+            return parts
         prefix, parent = f"{largest}.", parts[largest]
-    return {name: part for name, part in parts.items() if weights(part)}
+
+
+def _containers(module: nn.Module) -> dict[str, nn.Module]:
+    """The children that have children of their own."""
+    return {
+        name: child
+        for name, child in module.named_children()
+        if [*child.children()] and not isinstance(child, _BatchNorm)
+    }
 
 
 def depths_of(network: nn.Module, layers: Iterable[str]) -> dict[str, int]:

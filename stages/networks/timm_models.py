@@ -8,6 +8,7 @@ from typing import Any
 import timm
 from safetensors import safe_open
 from safetensors.torch import load_model, save_model
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from stages.formats.tables import write_json
@@ -20,6 +21,8 @@ from stages.networks.model_files import (
     refuse_random_layers,
 )
 from stages.runtime.params import ModelParams
+
+__all__ = ["build", "convert_sync_batchnorm", "download", "load", "save"]
 
 # This module checks itself which layers start at random.
 logging.getLogger("timm").setLevel(logging.ERROR)

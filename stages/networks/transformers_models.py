@@ -71,13 +71,12 @@ def load(folder: Path, labels: list[int]) -> nn.Module:
     auto = transformers.AutoModel if has_backbone else transformers.AutoModelForImageClassification
     network, loading = _from_pretrained(folder, None, auto)
     wrong = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
-    head = {}
+    wrong |= {*loading["unexpected_keys"]}
     if has_backbone:
-        weights = load_file(folder / WEIGHTS)
-        head = {name: value for name, value in weights.items() if name.startswith(HEAD)}
+        head = _head(folder)
+        wrong -= {HEAD + name for name in head}
         network = BackboneClassifier(network, len(labels))
-        network.classifier.load_state_dict({name.removeprefix(HEAD): head[name] for name in head})
-    wrong |= {*loading["unexpected_keys"]} - head.keys()
+        network.classifier.load_state_dict(head)
     if wrong:
         raise ValueError(f"{min(wrong)} does not fit {CONFIG}, or is missing from {WEIGHTS}")
     return network
@@ -116,7 +115,20 @@ def _pretrained(
         mismatched -= _set_positions(network, mismatched, positions)
     of_head = [] if auto is transformers.AutoModel else labels
     refuse_random_layers([*loading["missing_keys"], *mismatched], network, of_head)
-    return _complete(network, len(labels))
+    complete = _complete(network, len(labels))
+    if isinstance(complete, BackboneClassifier):
+        head = _head(folder)
+        if head and len(head["bias"]) == len(labels):
+            complete.classifier.load_state_dict(head)
+    return complete
+
+
+def _head(folder: Path) -> dict[str, Tensor]:
+    """The weights of a BackboneClassifier's last layer, if the file in the folder has them."""
+    weights = load_file(folder / WEIGHTS)
+    return {
+        name.removeprefix(HEAD): value for name, value in weights.items() if name.startswith(HEAD)
+    }
 
 
 def _from_pretrained(folder: Path, config: Any, auto: Any) -> tuple[nn.Module, dict[str, Any]]:

@@ -134,7 +134,9 @@ def roc_metrics(claims: Claims, weights: Floats) -> dict[str, float]:
 
 
 def metrics_of(false_alarms: Floats, found: Floats) -> dict[str, float]:
-    """The roc_metrics of a curve."""
+    """The roc_metrics of a curve; all are NaN if it has only right or only wrong claims."""
+    if np.isnan(false_alarms[-1] + found[-1]):
+        found = np.full_like(found, math.nan)
     last = np.searchsorted(false_alarms, FALSE_ALARMS, side="right") - 1
     at = zip(FALSE_ALARMS, found[last], strict=True)
     found_at = {f"found_at_{100 * share:.0f}": float(value) for share, value in at}

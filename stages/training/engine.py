@@ -80,6 +80,11 @@ class Trainer:
         if self.normalizes_batches:
             refuse_single_images(len(train_bins), params.batch_size)
         if params.checkpoint_gradients:
+            if self.normalizes_batches:
+                raise UserError(
+                    "checkpoint_gradients computes layers twice, so batch normalization would count"
+                    " each batch twice: set this model's checkpoint_gradients to false"
+                )
             checkpoint_gradients(classifier.network)
         self.state = start_state(classifier, params)
         self.module = self.processes.distribute(classifier.network)

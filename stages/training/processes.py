@@ -83,7 +83,7 @@ class Processes:
         if self.size == 1:
             return network
         if self.device.type == "cuda":
-            nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+            synchronize_batch_norm(network)
         elif has_batch_norm(network):
             raise UserError(
                 "batch normalization cannot be shared by several processes on CPUs: set"
@@ -94,6 +94,19 @@ class Processes:
         # A static graph allows unused parameters, which some networks of transformers have. But it
         # does not support no_sync, so gradients are exchanged after each part of a batch.
         return DistributedDataParallel(network, gradient_as_bucket_view=True, static_graph=True)
+
+
+def synchronize_batch_norm(network: nn.Module) -> None:
+    """Let batch normalization use the images of all processes.
+
+    timm has layers that normalize and activate. torch would make them normalize only.
+    """
+    if type(network).__module__.startswith("timm."):
+        from stages.networks.timm_models import convert_sync_batchnorm  # noqa: PLC0415 - optional
+
+        convert_sync_batchnorm(network)
+    else:
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
 
 
 def has_batch_norm(network: nn.Module, *, training: bool = False) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -72,10 +73,11 @@ class ItemsJudge:
         """
         by_count = usual(self.right_counts, alarms["counted"].to_numpy(np.float64))
         by_items = usual(self.right_items, alarms["items"].to_numpy(np.float64))
-        of_items = (by_items < by_count) | (alarms["label"] == alarms["looks_like"]).to_numpy()
         return [
-            row["doubt"] if about_items else count_reason(row["looks_like"], row["expected"])
-            for row, about_items in zip(alarms.to_dict("records"), of_items, strict=True)
+            alarm["doubt"] if about_items else count_reason(alarm)
+            for alarm, about_items in zip(
+                alarms.to_dict("records"), by_items < by_count, strict=True
+            )
         ]
 
 
@@ -85,7 +87,12 @@ def usual(right: Floats, values: Floats) -> Floats:
     return shares
 
 
-def count_reason(looks_like: str, expected: int) -> str:
+def count_reason(alarm: Mapping[Any, Any]) -> str:
+    looks_like, expected = alarm["looks_like"], alarm["expected"]
+    if alarm["label"] == looks_like:
+        return (
+            f"the photograph hardly looks more like the record's {expected} than like other counts"
+        )
     items = "1 item" if looks_like == "1" else f"{looks_like} items"
     return f"the photograph looks like {items}, the record says {expected}"
 

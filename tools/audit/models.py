@@ -28,6 +28,9 @@ from stages.scoring.witness_files import SETTINGS as WITNESS_SETTINGS
 from stages.scoring.witness_files import WitnessRelease, load_witness
 from tools.audit.items import ItemsJudge
 
+# A witness whose evidence counts less than this changes no probability by a tenth of a percent.
+LEAST_WEIGHT = 1e-3
+
 
 @dataclass(frozen=True)
 class Ensemble:
@@ -145,6 +148,12 @@ def with_witness(ensemble: Ensemble) -> Ensemble:
     if name := differing(ensemble, release):
         print(
             f"audit: {folder} is of another run than the models, since their {name} differ: the"
+            " items of records are not judged"
+        )
+        return ensemble
+    if release.witness.weight < LEAST_WEIGHT:
+        print(
+            f"audit: {folder} could not tell swapped records of validation from right ones: the"
             " items of records are not judged"
         )
         return ensemble
