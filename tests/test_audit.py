@@ -57,6 +57,7 @@ from tests.test_audit_deciding import press, reload, saved
 from tools.audit import __main__ as audit
 from tools.audit import run as audit_run
 from tools.audit.decisions import COLUMNS as DECISION_COLUMNS
+from tools.audit.items import count_reason
 from tools.audit.models import Ensemble
 from tools.audit.plausibility import ADVICE, EITHER, PHOTOGRAPHS, RECORDS
 from tools.s3 import serving
@@ -1003,6 +1004,28 @@ def test_a_wrong_count_is_said_even_if_the_items_were_judged(run: Run) -> None:
     assert reasons["00005"] == "unreadable photograph: not an image"
     assert reasons["00006"] == "no expected count"
     assert reasons["00003"] == "the photograph looks like 3 items, the record says 1"
+
+
+@pytest.mark.usefixtures("bucket")
+def test_a_witness_that_learned_nothing_judges_nothing(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = Path("models/witness/witness.json")
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"weight": 0.0}))
+
+    run("bucket", *SURE)
+
+    assert "items" not in audited().columns
+    assert "could not tell swapped records of validation" in capsys.readouterr().out
+
+
+def test_the_reason_of_an_alarm_blames_no_items_that_fit() -> None:
+    alarm = {"label": "3", "looks_like": "3", "expected": 3}
+
+    assert count_reason(alarm).startswith("the photograph hardly looks more like the record's 3 ")
+    assert count_reason(alarm | {"looks_like": "1"}) == (
+        "the photograph looks like 1 item, the record says 3"
+    )
 
 
 @pytest.mark.usefixtures("bucket")

@@ -149,6 +149,12 @@ def test_rates_are_those_of_a_plain_loop(seed: int, digits: int) -> None:
             assert found == pytest.approx(expected, abs=1e-12)
 
 
+def test_claims_that_are_all_right_have_no_metrics() -> None:
+    metrics = roc_metrics(random_claims(0).off_by_at_most(0), np.ones(40))
+
+    assert all(np.isnan(value) for value in metrics.values())
+
+
 def test_rates_worked_by_hand() -> None:
     claims = hand_claims()
 
