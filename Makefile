@@ -52,10 +52,10 @@ doctor:  ## what would fail on this machine, and how to fix it
 	@# Without setup, which may be what fails.
 	@$$(command -v python || command -v python3) -m tools.doctor
 
-test: setup  ## the tests that take seconds each; 4 minutes on 2 cores
+test: setup  ## the tests that take seconds each; 5 minutes on 2 cores
 	python -m pytest -n 2 --no-loadscope-reorder -m "not slow"
 
-test-slow: setup  ## kills, several processes, browsers, Ray, SageMaker, fuzzing; 17 minutes
+test-slow: setup  ## kills, several processes, browsers, Ray, SageMaker, fuzzing; 20 minutes
 	python -m pytest -n 2 --no-loadscope-reorder -m slow
 
 test-all: test test-slow  ## all tests

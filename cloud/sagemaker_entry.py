@@ -18,8 +18,9 @@ ML = Path(os.environ.get("SAGEMAKER_BASE_DIR", "/opt/ml"))
 INPUT = ML / "input/data"
 REPOSITORY = ML / "repository"
 SITE = ML / "site"
-# The packages that training imports, except torch and torchvision: the image has builds of those
-# for its GPU.
+# The image has builds of these for its GPU.
+OF_IMAGE = {"torch", "torchvision"}
+# The packages that training imports, except those of the image.
 PACKAGES = {
     "filelock",
     "huggingface-hub",
@@ -32,6 +33,7 @@ PACKAGES = {
     "safetensors",
     "scipy",
     "simplejpeg",
+    "timm",
     "tqdm",
     "transformers",
 }
@@ -73,13 +75,13 @@ def install_missing(lock: str) -> None:
 
 
 def needed_packages(lock: str) -> list[tuple[str, str, str]]:
-    """Name, version and text in requirements.txt of PACKAGES and their dependencies."""
+    """Name, version and text in requirements.txt of PACKAGES and of what these need."""
     blocks = re.findall(r"^[^\s#].*\n(?:\s.*\n?)*", lock, re.MULTILINE)
     needed, before = set(PACKAGES), set[str]()
     while needed != before:
         before = set(needed)
         # Each block says which packages need it: "# via transformers".
-        needed |= {name_of(text) for text in blocks if before & set(words_of_via(text))}
+        needed |= {name_of(text) for text in blocks if before & set(words_of_via(text))} - OF_IMAGE
     chosen = [text for text in blocks if name_of(text) in needed]
     return [(name_of(text), re.findall(r"==([^\s;]+)", text)[0], text) for text in chosen]
 

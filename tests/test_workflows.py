@@ -72,7 +72,7 @@ def test_dvc_status_names_the_stages_that_changed_knobs_run(clone: Clone) -> Non
     change_params(clone, {"resize.quality": 89, "run.processes": 1, "train.vit.seed": 1})
     status = json.loads(clone.run("dvc", "status", "--json"))
     trained = {f"train@{model}" for model in MODELS}
-    assert status.keys() == {"resize", *trained, "evaluate@vit", "report"}
+    assert status.keys() == {"resize", *trained, "evaluate@vit", "report", "witness"}
 
 
 def test_a_wrong_knob_stops_before_any_work(clone: Clone) -> None:
