@@ -387,7 +387,7 @@ def test_each_of_our_workers_has_its_own_gpu(
     tiny.environment["CUDA_VISIBLE_DEVICES"] = "3"
     queue(tiny, "see", "number=range(1,3)")
     tiny.run(*start)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while tiny.run("git", "for-each-ref", "refs/exps").count("/see-") < 2:
         assert time.monotonic() < deadline
         time.sleep(0.2)
