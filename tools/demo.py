@@ -160,7 +160,7 @@ The clone and its S3 server stay up so you can experiment. In a shell, first:
   export {settings}
 
 1. Change one setting. Only the stages that depend on it run again: train@vit, evaluate@vit,
-   ensemble and report. The second command draws both runs into dvc_plots/index.html.
+   ensemble, witness and report. The second command draws both runs into dvc_plots/index.html.
 
   dvc exp run -S train.vit.learning_rate=1e-3
   dvc plots diff HEAD workspace
