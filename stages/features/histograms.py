@@ -37,10 +37,10 @@ def color_histogram(images: Tensor) -> Tensor:
 def edge_histograms(grey: Tensor) -> Tensor:
     """The strength of the edges of images [batch, side, side]: [batch, DIRECTIONS, CELLS, CELLS].
 
-    `side` is a multiple of CELLS.
-    Dalal and Triggs, Histograms of Oriented Gradients for Human Detection, 2005, sections 6.2 and
-    6.3: a gradient counts for the two directions next to its own, and its sign does not matter.
-    Their blocks are not normalized here, since the strength of the edges tells how full a bin is.
+    `side` is a multiple of CELLS. See Dalal and Triggs, Histograms of Oriented Gradients for Human
+    Detection, 2005, sections 6.2 and 6.3: a gradient counts for the two directions next to its own,
+    and its sign does not matter. Their blocks are not normalized here, since the strength of the
+    edges tells how full a bin is.
     """
     down, across = torch.gradient(grey, dim=(1, 2))
     strength = torch.hypot(down, across)

@@ -24,8 +24,8 @@ class Classifier:
 
     `network` takes float images [batch, 3, size, size] with values from 0 to 1, normalized by
     `mean` and `std` per channel. Its output i is the score of the quantity `labels[i]`, or if that
-    is AndMore, of it and all higher ones. `precision` is the one that it was trained in. If
-    `average_mirrored`, an image is scored as it is and mirrored.
+    is AndMore, of it and all higher ones. `precision` is the setting that it was trained
+    with. If `average_mirrored`, an image is scored as it is and mirrored.
     """
 
     network: nn.Module
@@ -39,6 +39,11 @@ class Classifier:
     @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the layers, see layers_of."""
+        return layers_of(self.network, output_layers(self.network, len(self.labels)))
 
     def logits(self, images: Tensor) -> Tensor:
         """The scores of the labels, [batch, labels]."""
@@ -84,22 +89,22 @@ def freeze_first_layers(classifier: Classifier, count: int) -> None:
 
     Raises UserError if the network does not have so many.
     """
-    network = classifier.network
-    layers = layers_of(network, output_layers(network, len(classifier.labels)))
+    layers = classifier.layers
     if count > len(layers):
         raise UserError(
             f"freeze is {count}, but the network has {len(layers)} layers"
             f" ({', '.join(layers)}): set this model's freeze to {len(layers)} or less"
         )
-    depths = depths_of(network, layers)
-    for name, parameter in network.named_parameters():
+    depths = depths_of(classifier.network, layers)
+    for name, parameter in classifier.network.named_parameters():
         parameter.requires_grad_(depths[name] > count)
 
 
 def checkpoint_gradients(network: nn.Module) -> None:
-    """Compute activations again when going backward, not keep them. Raises UserError if it can't.
+    """Recompute activations in the backward pass instead of keeping them.
 
-    Networks of transformers and timm offer this, each with a method of its own.
+    Networks of transformers and timm offer this, each with a method of its own. Raises UserError if
+    this network does not.
     """
     for name in ("activation_checkpointing_enable", "set_grad_checkpointing"):
         if enable := getattr(network, name, None):

@@ -9,8 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 MOST_OF_THE_WEIGHTS = 0.8
 
 
-def layers_of(network: nn.Module, outputs: Iterable[nn.Module]) -> dict[str, nn.Module]:
-    """The repeated parts of a network by name, like layer1 to layer4 of a ResNet, or ViT's blocks.
+def layers_of(network: nn.Module, outputs: Iterable[nn.Module]) -> list[str]:
+    """The names of a network's repeated parts, like layer1 to layer4 of a ResNet, or ViT's blocks.
 
     Networks of all libraries have a stem, a sequence of such parts, and a head. A child without
     children of its own, like a first convolution, belongs to the stem or the head. So does a batch
@@ -30,10 +30,10 @@ def layers_of(network: nn.Module, outputs: Iterable[nn.Module]) -> dict[str, nn.
         nested = [name for name, part in parts.items() if _containers(part)]
         largest = max(nested, key=lambda name: weights(parts[name]), default="")
         if not largest:
-            return parts
+            return [*parts]
         most = weights(parts[largest]) > MOST_OF_THE_WEIGHTS * weights(parent)
         if not most and len(nested) > 1:
-            return parts
+            return [*parts]
         prefix, parent = f"{largest}.", parts[largest]
 
 

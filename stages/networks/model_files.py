@@ -3,12 +3,16 @@
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from stages.runtime.errors import UserError
 from stages.runtime.files import sha256_file
+from stages.runtime.params import Block
+
+Settings = TypeVar("Settings", bound=Block)
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -39,6 +43,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise damaged(path, "not a JSON object")
     return found
+
+
+def read_settings(path: Path, kind: type[Settings]) -> Settings:
+    """Read a JSON object of this kind. Raises UserError if the file is something else."""
+    try:
+        return kind.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from stages.formats.tables import read_csv, write_csv, write_json
 from stages.networks.calibration import (
@@ -28,7 +28,7 @@ from stages.networks.model_files import (
     check_digests,
     damaged,
     digests,
-    read_json,
+    read_settings,
 )
 from stages.runtime.params import Block, ModelParams, Precision, Resize
 
@@ -43,8 +43,7 @@ class Settings(Block):
     The last layer is divided by `folded_temperature`, so the network's scores are calibrated.
     `epoch` is the one whose weights were kept; `precision` and `average_mirrored` are the model's.
     `pixels`, `fit` and `quality` are the size and settings of the resize stage; the network may
-    scale to fewer pixels.
-    `sha256` has the digest of each of FILES.
+    scale to fewer pixels. `sha256` has the digest of each of FILES.
     """
 
     folded_temperature: Annotated[float, Field(gt=0)]
@@ -118,7 +117,7 @@ def load_release(folder: Path) -> Release:
     Raises FileNotFoundError if a file is missing, and UserError if one is damaged or is not the one
     that was saved.
     """
-    settings = _read_settings(folder / SETTINGS)
+    settings = read_settings(folder / SETTINGS, Settings)
     check_digests(folder, FILES, settings.sha256, folder / SETTINGS)
     classifier = replace(
         load_classifier(folder),
@@ -126,14 +125,6 @@ def load_release(folder: Path) -> Release:
         average_mirrored=settings.average_mirrored,
     )
     return Release(classifier, settings, _read_validation(folder / VALIDATION, classifier.labels))
-
-
-def _read_settings(path: Path) -> Settings:
-    try:
-        return Settings.model_validate(read_json(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def _read_validation(path: Path, labels: list[int]) -> pd.DataFrame:

@@ -22,8 +22,6 @@ from stages.networks.model_files import (
 )
 from stages.runtime.params import ModelParams
 
-__all__ = ["build", "convert_sync_batchnorm", "download", "load", "save"]
-
 # This module checks itself which layers start at random.
 logging.getLogger("timm").setLevel(logging.ERROR)
 
@@ -86,6 +84,15 @@ def load(folder: Path, labels: list[int]) -> nn.Module:
     network = _network(config["name"], config["config"], len(labels), size)
     load_model(network, folder / WEIGHTS)
     return network
+
+
+def synchronize_batch_norm(network: nn.Module) -> None:
+    """Let batch normalization use the images of all processes.
+
+    timm has layers that normalize and activate. torch's own function would make them normalize
+    only.
+    """
+    convert_sync_batchnorm(network)
 
 
 def _network(

@@ -112,6 +112,8 @@ ListName = Annotated[
 Errors = Literal["picks", "uniform"]
 Threshold = Literal["global", "per_count"]
 Precision = Literal["auto", "float32", "bfloat16"]
+# Folders of other stages in models/ and reports/.
+_TAKEN = {"pretrained", "figures", "ensemble", "baseline", "witness"}
 _PART = "[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
@@ -266,14 +268,7 @@ class Params(Block):
     def _check_together(self) -> Self:
         if not self.train:
             raise ValueError("train has no model: give it a block for each")
-        # These are folders of other stages, in models/ and reports/.
-        for name in {
-            "pretrained",
-            "figures",
-            "ensemble",
-            "baseline",
-            "witness",
-        } & self.train.keys():
+        for name in _TAKEN & self.train.keys():
             raise ValueError(f"train.{name} has the name of another stage's folder: rename it")
         for name, model in self.train.items():
             if (model.image_size or 0) > self.resize.size:

@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 import numpy as np
 import pandas as pd
 import safetensors.numpy
-from pydantic import Field, ValidationError
+from pydantic import Field
 from safetensors import SafetensorError
 
 from stages.formats.tables import read_csv, write_csv, write_json
 from stages.networks.calibration import Floats
-from stages.networks.model_files import check_digests, damaged, digests, read_json, reason_of
+from stages.networks.model_files import check_digests, damaged, digests, read_settings, reason_of
 from stages.runtime.files import write_bytes
 from stages.runtime.params import Block, Resize
 from stages.scoring.witness import NUMBERS, Witness
@@ -82,14 +82,11 @@ def load_witness(folder: Path) -> WitnessRelease:
     that was saved.
     """
     path = folder / SETTINGS
+    settings = read_settings(path, Settings)
+    check_digests(folder, [ARRAYS, VALIDATION], settings.sha256, path)
     try:
-        settings = Settings.model_validate(read_json(path))
-        check_digests(folder, [ARRAYS, VALIDATION], settings.sha256, path)
         arrays = safetensors.numpy.load_file(folder / ARRAYS)
         witness = Witness(**{name: arrays[name] for name in array_names()}, weight=settings.weight)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except (SafetensorError, KeyError) as error:
         raise damaged(folder / ARRAYS, reason_of(error)) from None
     if settings.numbers != list(NUMBERS):

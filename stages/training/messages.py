@@ -3,8 +3,6 @@
 import torch
 from torch import nn
 
-from stages.networks.classifier import Classifier, output_layers
-from stages.networks.layers import layers_of
 from stages.training.compilation import NEEDS
 from stages.training.engine import Epoch, Trainer
 
@@ -22,11 +20,10 @@ def report_start(model: str, trainer: Trainer, *, resumed: bool) -> None:
     )
     if params.freeze or params.freeze_backbone:
         trained, weights = count_weights(trainer.classifier.network)
-        last = last_frozen(trainer.classifier, params.freeze) if not params.freeze_backbone else ""
-        print(
-            f"{model}: {trained:,} of {weights:,} weights are trained, the others are frozen"
-            + (f", up to {last}" if last else "")
-        )
+        text = f"{model}: {trained:,} of {weights:,} weights are trained, the others are frozen"
+        if not params.freeze_backbone:
+            text += f", up to {trainer.classifier.layers[params.freeze - 1]}"
+        print(text, flush=True)
     if resumed:
         print(f"{model}: continuing after epoch {state.epoch}, step {state.step}", flush=True)
     if trainer.compiling_problem:
@@ -41,12 +38,6 @@ def report_start(model: str, trainer: Trainer, *, resumed: bool) -> None:
             f" {params.epochs * steps} steps: the learning rate never reaches learning_rate",
             flush=True,
         )
-
-
-def last_frozen(classifier: Classifier, count: int) -> str:
-    """The name of the last of the first `count` layers."""
-    network = classifier.network
-    return [*layers_of(network, output_layers(network, len(classifier.labels)))][count - 1]
 
 
 def count_weights(network: nn.Module) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import Adam, AdamW, Optimizer
 
 from stages.networks.classifier import Classifier, output_layers
-from stages.networks.layers import depths_of, layers_of
+from stages.networks.layers import depths_of
 from stages.runtime.params import ModelParams
 
 OPTIMIZERS: dict[str, type[Adam]] = {"adam": Adam, "adamw": AdamW}
@@ -44,14 +44,13 @@ def learning_rate_scales(classifier: Classifier, params: ModelParams) -> dict[st
     The decay is that of Bao et al., BEiT, 2021 (arXiv:2106.08254), appendix: 1 for what follows the
     last layer, and a factor of `layer_decay` for each layer before.
     """
-    network = classifier.network
-    outputs = output_layers(network, len(classifier.labels))
-    layers = layers_of(network, outputs)
-    depths = depths_of(network, layers)
+    network, layers = classifier.network, classifier.layers
     scales = {
-        name: params.layer_decay ** (len(layers) + 1 - depth) for name, depth in depths.items()
+        name: params.layer_decay ** (len(layers) + 1 - depth)
+        for name, depth in depths_of(network, layers).items()
     }
     if params.head_learning_rate is not None:
+        outputs = output_layers(network, len(classifier.labels))
         of_head = {id(parameter) for layer in outputs for parameter in layer.parameters()}
         ratio = params.head_learning_rate / params.learning_rate
         scales |= {name: ratio for name, one in network.named_parameters() if id(one) in of_head}

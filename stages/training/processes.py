@@ -97,14 +97,11 @@ class Processes:
 
 
 def synchronize_batch_norm(network: nn.Module) -> None:
-    """Let batch normalization use the images of all processes.
-
-    timm has layers that normalize and activate. torch would make them normalize only.
-    """
+    """Let batch normalization use the images of all processes."""
     if type(network).__module__.startswith("timm."):
-        from stages.networks.timm_models import convert_sync_batchnorm  # noqa: PLC0415 - optional
+        from stages.networks import timm_models  # noqa: PLC0415 - timm is optional
 
-        convert_sync_batchnorm(network)
+        timm_models.synchronize_batch_norm(network)
     else:
         nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
 

@@ -24,7 +24,6 @@ from stages.scoring.evaluation import claims_about
 from stages.scoring.results import WITNESS
 from stages.scoring.scored import Scored
 from stages.scoring.verification import rates_by_count
-from stages.scoring.witness_files import SETTINGS as WITNESS_SETTINGS
 from stages.scoring.witness_files import WitnessRelease, load_witness
 from tools.audit.items import ItemsJudge
 
@@ -137,13 +136,11 @@ class Ensemble:
 
 
 def with_witness(ensemble: Ensemble) -> Ensemble:
-    """The ensemble with the witness in models/witness, if there is one that goes with its models.
+    """The ensemble with the witness in models/witness, if it goes with the models.
 
     Raises UserError if its files are damaged.
     """
     folder = MODELS / WITNESS
-    if not (folder / WITNESS_SETTINGS).exists():
-        return ensemble
     release = load_witness(folder)
     if name := differing(ensemble, release):
         print(
