@@ -1036,9 +1036,10 @@ def test_a_sample_does_not_tell_which_bins_have_a_reason(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("bucket")
-def test_counts_without_records_are_judged_as_if_there_were_no_witness(run: Run) -> None:
+@pytest.mark.parametrize("option", [["--expected", "counts.csv"], ["--counts-only"]])
+def test_counts_alone_are_judged_as_if_there_were_no_witness(run: Run, option: list[str]) -> None:
     write_counts({row["id"]: row["quantity"] for row in bin_rows(QUANTITIES)})
-    words = ["bucket", "--expected", "counts.csv", *SURE]
+    words = ["bucket", *option, *SURE]
     run(*words)
     with_it = Path("audit/audit.csv").read_bytes()
     shutil.rmtree("models/witness")

@@ -16,7 +16,7 @@ from tests.conftest import jpeg_file
 from tests.test_audit_page import page_of
 from tools.audit.decisions import Decision, read_decisions
 from tools.audit.expected import Expected
-from tools.audit.page import Facts, Picture, render_page
+from tools.audit.page import Facts, Items, Picture, render_page
 from tools.audit.table import audit_table
 from tools.audit.work_list import WorkList, make_list
 from tools.audit.worth import Estimate, Part, worth, worth_of
@@ -52,13 +52,18 @@ def list_of(
 
 
 def write_page(
-    folder: Path, sample: int = 0, top: int = 200, carried: Sequence[Decision] = ()
+    folder: Path,
+    sample: int = 0,
+    top: int = 200,
+    carried: Sequence[Decision] = (),
+    items: Items | None = None,
 ) -> Path:
     """The page of these bins, without pictures."""
     table, work = list_of(sample, top)
     pictures = {bin_id: Picture("", f"sha256:{bin_id:0>16}") for bin_id in work.ids}
     path = folder / "index.html"
-    path.write_text(render_page(FACTS, table, [1, 2], work, pictures, {}, carried), "utf-8")
+    text = render_page(FACTS, table, [1, 2], work, pictures, items or {}, carried)
+    path.write_text(text, "utf-8")
     return path
 
 
@@ -192,6 +197,23 @@ def test_decisions_are_made_by_mouse(browser: Browser, tmp_path: Path) -> None:
     # A click makes a bin the one that keys are about.
     page.evaluate(click.format(8, "right"))
     assert current(page) == "Bin 00010"
+
+
+def test_a_record_may_list_other_items_than_the_bin_has(browser: Browser, tmp_path: Path) -> None:
+    tea = {"00002": [{"name": "Tea", "asin": "B1", "quantity": 2}]}
+    page = opened(browser, write_page(tmp_path, items=tea))
+    press(page, "j", "i")
+    assert progress(page) == "0 of 12 checked, 0 records wrong", "this record lists no items"
+    press(page, "j", "i")
+    assert progress(page) == "1 of 12 checked, 1 record wrong"
+    assert texts(page, ".decided .verdict") == ["Record is wrong: 2 other items"]
+    assert texts(page, "#worth-alarms") == ["1 of 1"]
+    reload(page)
+
+    (decision,) = read_decisions([saved(page, tmp_path)], []).by_id.values()
+
+    assert (decision.id, decision.decision, decision.counted) == ("00002", "other_items", 2)
+    assert (decision.expected, decision.is_wrong) == (2, True)
 
 
 def test_only_undecided_bins_are_shown_if_wanted(browser: Browser, tmp_path: Path) -> None:

@@ -57,6 +57,14 @@ def test_the_file_of_a_page_is_read(tmp_path: Path) -> None:
     assert found.notes == []
 
 
+def test_a_record_with_the_right_count_and_other_items_is_wrong(tmp_path: Path) -> None:
+    row = ROWS[0].replace("right", "other_items")
+    found = read_decisions([write(tmp_path / "decisions.csv", [row])], IDS).by_id["00001"]
+
+    assert found == READ["00001"]._replace(decision="other_items")
+    assert (found.counted, found.is_wrong) == (3, True)
+
+
 def test_a_file_that_went_through_a_spreadsheet_is_read_as_counts_are(tmp_path: Path) -> None:
     lines = "\n".join([HEADER, *ROWS]).replace("T08:00:00.000Z", " 08:00:00").replace("0000", "")
     path = tmp_path / "decisions.csv"
@@ -97,6 +105,7 @@ def test_of_several_decisions_about_a_bin_the_one_made_last_holds(
         (ROWS[0].replace("3,3,right", "3,3,wrong"), "do not fit together: save the file again"),
         (ROWS[0].replace("3,3,right", "3,,wrong"), "do not fit together"),
         (ROWS[0].replace("3,3,right", "3,3,unclear"), "do not fit together"),
+        (ROWS[0].replace("3,3,right", "3,4,other_items"), "do not fit together"),
         (ROWS[0].replace("3,3,right", ",,right"), "do not fit together"),
         (ROWS[0].replace("right", "ok"), "decision 'ok' do not fit together"),
         (ROWS[0].replace("3,3", "3,x"), "line 2: the count of 00001 is 'x'"),

@@ -241,7 +241,8 @@ def run_with_corrections(text: str, quantities: tuple[int | str, ...] = (1, 2, 3
 
 
 def test_corrected_counts_replace_the_records_which_stay_beside_them() -> None:
-    line = run_with_corrections("00001,1,3,wrong,x\n00002,2,2,right,x\n00004,2,,unclear,x\n")
+    decisions = ["00001,1,3,wrong", "00002,2,2,right", "00003,1,1,other_items", "00004,2,,unclear"]
+    line = run_with_corrections("".join(f"{decision},x\n" for decision in decisions))
 
     sets = pd.read_csv("data/split.csv", dtype=str).set_index("id")
     assert [*sets.loc["00001", ["set", "quantity", "recorded"]]] == ["train", "3", "1"]
@@ -289,6 +290,7 @@ def test_corrections_of_unknown_bins_and_changed_records_are_named_and_not_appli
         "00001,1,1,wrong,x",
         "00001,1,2,right,x",
         "00001,1,2,unclear,x",
+        "00001,1,2,other_items,x",
         "00001,one,2,wrong,x",
         "00001,1,2,=1+1,x",
         "00001,1,\u0663,wrong,x",

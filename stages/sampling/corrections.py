@@ -12,7 +12,7 @@ from stages.runtime.errors import UserError
 from stages.sampling.lists import read_list, some
 
 _COLUMNS = ("id", "expected", "counted", "decision")
-_DECISIONS = ("right", "wrong", "unclear")
+_DECISIONS = ("right", "wrong", "other_items", "unclear")
 
 
 class Corrected(NamedTuple):
@@ -86,6 +86,7 @@ def refuse_other_rows(name: str, bin_id: str, expected: str, counted: str, decis
     whole = re.compile("[0-9]{1,9}", re.ASCII)
     makes_sense = whole.fullmatch(expected) and {
         "right": counted == expected,
+        "other_items": counted == expected,
         "wrong": counted != expected and whole.fullmatch(counted),
         "unclear": counted == "",
     }.get(decision)

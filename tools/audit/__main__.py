@@ -120,6 +120,13 @@ def make_parser() -> argparse.ArgumentParser:
         " threshold flags few records of the middle counts; default: global",
     )
     parser.add_argument(
+        "--counts-only",
+        action="store_true",
+        help="do not judge the items of records, which finds more wrong counts, and no record with"
+        " the right count and other items; without it, items are judged if records list them and"
+        " there is a folder models/witness",
+    )
+    parser.add_argument(
         "--top",
         type=whole,
         default=200,

@@ -17,9 +17,10 @@ class Decision(NamedTuple):
     """A row of decisions.csv: what somebody decided about a bin's record, and when.
 
     `photograph` is the fingerprint of the file that was looked at, and `expected` identifies the
-    record. `counted` is None if the decision is "unclear". In lists with a sample, the bin was
-    drawn at random from the `part_bins` bins of its `part`; in others, `part_bins` is None.
-    `flagged_at` is the smallest false-alarm share at which the bin is flagged, if it was.
+    record. `counted` is None if the decision is "unclear", and as expected if it is "other_items":
+    then only the items of the record are wrong. In lists with a sample, the bin was drawn at random
+    from the `part_bins` bins of its `part`; in others, `part_bins` is None. `flagged_at` is the
+    smallest false-alarm share at which the bin is flagged, if it was.
     """
 
     id: str
@@ -32,6 +33,10 @@ class Decision(NamedTuple):
     part: str
     part_bins: int | None
     flagged_at: float | None
+
+    @property
+    def is_wrong(self) -> bool:
+        return self.decision in ("wrong", "other_items")
 
 
 COLUMNS = Decision._fields
@@ -129,6 +134,7 @@ def parse_row(line: int, cells: Sequence[str], separator: str) -> Decision:
     decision = {
         "right": counted == expected,
         "wrong": counted not in (expected, None),
+        "other_items": counted == expected,
         "unclear": counted is None,
     }
     if expected is None or not decision.get(row["decision"]):

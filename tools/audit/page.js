@@ -14,6 +14,7 @@ let storageFails = false;
 const VERDICTS = {
   right: () => "Record is right",
   wrong: (counted) => `Record is wrong: counted ${counted}`,
+  other_items: (counted) => `Record is wrong: ${counted} other ${counted === 1 ? "item" : "items"}`,
   unclear: () => "Cannot tell",
 };
 
@@ -58,7 +59,7 @@ function readKept(position) {
 
 function decide(position, decision, counted) {
   const expected = page.bins[position].expected;
-  if (decision === "right") counted = expected;
+  if (decision === "right" || decision === "other_items") counted = expected;
   if (decision === "wrong" && counted === expected) decision = "right";
   const made = { decision, counted, decided_at: new Date().toISOString() };
   decisions.set(position, made);
@@ -69,6 +70,11 @@ function decide(position, decision, counted) {
   const next = nextOpen(position);
   if (next === undefined) element("progress").focus();
   else goTo(next);
+}
+
+// Only where the record lists items.
+function otherItems(position) {
+  if (cards[position].querySelector("[data-action=otherItems]")) decide(position, "other_items");
 }
 
 function undo(position) {
@@ -105,7 +111,7 @@ function show(position) {
 }
 
 function summarize() {
-  const wrong = [...decisions.values()].filter((made) => made.decision === "wrong").length;
+  const wrong = [...decisions.values()].filter(isWrong).length;
   const records = wrong === 1 ? "record" : "records";
   element("progress").textContent =
     `${grouped(decisions.size)} of ${grouped(cards.length)} checked, ${grouped(wrong)} ${records} wrong`;
@@ -114,6 +120,10 @@ function summarize() {
   element("save-state").textContent = saveState(unsaved);
   element("save-state").classList.toggle("alarming", storageFails && unsaved > 0);
   showWorth();
+}
+
+function isWrong(made) {
+  return made.decision === "wrong" || made.decision === "other_items";
 }
 
 function saveState(unsaved) {
@@ -255,12 +265,12 @@ function bestShare(alarms, weight, wrongRecords) {
 function worthOfDecisions() {
   const clear = [...decisions].filter(([, made]) => made.decision !== "unclear");
   const of = (part) => clear.filter(([position]) => page.bins[position].part === part);
-  const countWrong = (made) => made.filter(([, { decision }]) => decision === "wrong").length;
+  const countWrong = (made) => made.filter(([, one]) => isWrong(one)).length;
   const [flagged, others] = ["flagged", "other"].map((part) => ({
     bins: page.parts[part], checked: of(part).length, wrong: countWrong(of(part)),
   }));
   if (!page.sampled) return { checked: flagged.checked, wrong: flagged.wrong };
-  const alarms = of("flagged").map(([position, made]) => [page.bins[position].flagged_at, made.decision === "wrong"]);
+  const alarms = of("flagged").map(([position, made]) => [page.bins[position].flagged_at, isWrong(made)]);
   return worth(flagged, others, alarms);
 }
 
@@ -312,6 +322,7 @@ function placePictures() {
 
 const KEYS = {
   r: () => decide(current, "right"),
+  i: () => otherItems(current),
   x: () => decide(current, "unclear", null),
   l: () => enlarge(),
   j: () => move(1),
@@ -358,6 +369,7 @@ function leaveField(field) {
 const ACTIONS = {
   right: (position) => decide(position, "right"),
   count: takeCount,
+  otherItems,
   unclear: (position) => decide(position, "unclear", null),
   undo,
   enlarge: () => enlarge(),

@@ -32,7 +32,12 @@ FIRST_PICTURES = 12
 _NAME_LETTERS = 70
 _ITEMS = 5
 _EXAMPLES = 5
-_VERDICTS = {"right": "record is right", "wrong": "record is wrong", "unclear": "cannot tell"}
+_VERDICTS = {
+    "right": "record is right",
+    "wrong": "record is wrong",
+    "other_items": "record lists other items",
+    "unclear": "cannot tell",
+}
 
 Items = Mapping[str, list[dict[str, Any]]]
 

@@ -52,6 +52,7 @@ def audit(
     endpoint: str | None,
     region: str,
     *,
+    counts_only: bool,
     signed: bool,
     with_trained: bool,
 ) -> int:
@@ -62,7 +63,7 @@ def audit(
     out.mkdir(parents=True, exist_ok=True)
     with explained_at(photographs, OPTIONS, anonymous=not signed):
         source = open_photographs(photographs, endpoint, region, signed=signed)
-        measured = (MODELS / WITNESS / WITNESS_SETTINGS).exists()
+        measured = not counts_only and (MODELS / WITNESS / WITNESS_SETTINGS).exists()
         counts = find_expected(expected, source, measured=measured)
         refuse_strangers(source, counts)
         decided = read_decisions(decisions, source.ids)

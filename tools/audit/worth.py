@@ -65,12 +65,12 @@ def worth_of(decisions: Collection[Decision]) -> Worth | None:
     flagged, others = (
         count_part([one for one in clear if one.part == part]) for part in ("flagged", "other")
     )
-    wrong = [one.decision == "wrong" for one in alarms]
+    wrong = [one.is_wrong for one in alarms]
     if flagged is None or others is None:
         return Worth(
             len(alarms), sum(wrong), None if flagged is None else share_of_right_alarms(flagged)
         )
-    shares = [(one.flagged_at or 0.0, one.decision == "wrong") for one in alarms]
+    shares = [(one.flagged_at or 0.0, one.is_wrong) for one in alarms]
     return worth(flagged, others, shares)
 
 
@@ -78,7 +78,7 @@ def count_part(decisions: Sequence[Decision]) -> Part | None:
     """None if nothing of it was decided, or if it was not drawn at random."""
     if not decisions or decisions[0].part_bins is None:
         return None
-    wrong = sum(one.decision == "wrong" for one in decisions)
+    wrong = sum(one.is_wrong for one in decisions)
     return Part(decisions[0].part_bins, len(decisions), wrong)
 
 
