@@ -135,6 +135,29 @@ def test_experiments_with_other_data_are_not_compared() -> None:
     assert not list(differences(groups))
 
 
+def test_splits_are_compared_one_by_one_and_their_overlap_widens_intervals() -> None:
+    of_splits = [
+        experiment(
+            0.25 * seed + gain,
+            {"split.seed": seed, "split.train": 80, "split.test": 20, "train.vit.epochs": epochs},
+            models="vit baseline",
+        )
+        for epochs, gains in ((3, (0.0, 0.0, 0.0)), (5, (0.03, 0.04, 0.02)))
+        for seed, gain in enumerate(gains)
+    ]
+    groups = read_groups(revisions(*of_splits), splits=True)
+
+    assert [(group.model, group.values("accuracy")) for group in groups[:2]] == [
+        ("vit", [0.0, 0.25, 0.5]),
+        ("baseline", [0.0, 0.25, 0.5]),
+    ]
+    (row,) = (row for row in differences(groups[:1] + groups[2:3]) if row["metric"] == "accuracy")
+    assert row["mean"] == pytest.approx(-0.03)
+    # Student's factor with two degrees of freedom, a third for three splits, a quarter for 20 / 80.
+    half = 4.303 * np.std([0.03, 0.04, 0.02], ddof=1) * np.sqrt(1 / 3 + 1 / 4)
+    assert row["high"] - row["mean"] == pytest.approx(half, rel=1e-3)
+
+
 @pytest.mark.parametrize("state", ["queued", "running", "failed"])
 def test_experiments_that_have_not_finished_do_not_count(state: str) -> None:
     (group,) = read_groups(revisions(*three(), experiment(0.9, {SEED: 7}, state)))
@@ -153,6 +176,10 @@ def test_fewer_than_two_seeds_are_an_error_that_says_how_to_get_more(
         run_tool(monkeypatch, [experiment(0.5), experiment(None, {SEED: 1}, "queued")])
     with pytest.raises(SystemExit, match="resnet34 has fewer than two"):
         run_tool(monkeypatch, three(), "resnet34")
+    with pytest.raises(
+        SystemExit, match=r"vit has fewer .* of the split; .*split.seed=range\(0,3\)"
+    ):
+        run_tool(monkeypatch, three(), "vit", "--splits")
 
 
 def test_a_seed_that_was_trained_but_not_evaluated_is_refused(

@@ -2,7 +2,8 @@
 
 This reads the finished experiments of the current commit, as `dvc exp show` lists them. For each
 model and metric, it prints the mean over the seeds, the standard deviation, and the mean's 95% t
-interval; then the differences between models, with Welch's t interval.
+interval; then the differences between models, with Welch's t interval. With --splits, it is the
+seed of the split that matters, and models are compared on the same splits.
 """
 
 import argparse
@@ -19,7 +20,17 @@ import pandas as pd
 from scipy.special import stdtrit
 
 #: Of reports/<model>/metrics.json. Models are chosen by those of validation.
-METRICS = ("validation_accuracy", "validation_rmse", "accuracy", "rmse", "auroc", "found")
+METRICS = (
+    "validation_accuracy",
+    "validation_rmse",
+    "accuracy",
+    "rmse",
+    "rmse_of_mean",
+    "nll",
+    "auroc",
+    "found",
+)
+SPLIT_SEED = "split.seed"
 
 Settings = frozenset[tuple[str, str]]
 Metrics = dict[str, float]
@@ -29,11 +40,13 @@ class Group(NamedTuple):
     """The trainings of one model that differ only in the seed.
 
     `settings` are dotted keys of params.yaml with their values, without those of other models.
+    `overlap` is the size of test as a share of train if splits differ, and 0 if trainings do.
     """
 
     model: str
     settings: Settings
     metrics: dict[int, Metrics]  # by seed
+    overlap: float = 0.0
 
     def values(self, metric: str) -> list[float]:
         return [self.metrics[seed][metric] for seed in sorted(self.metrics)]
@@ -44,16 +57,23 @@ def main() -> None:
     parser.add_argument(
         "models", nargs="*", help="keys of params.yaml's train block (default: all)"
     )
-    models = parser.parse_args().models
-    groups = [group for group in read_groups(shown()) if not models or group.model in models]
+    parser.add_argument(
+        "--splits",
+        action="store_true",
+        help="compare experiments that differ in split.seed, not in the seed of the training",
+    )
+    models, splits = vars(parser.parse_args()).values()
+    groups = read_groups(shown(), splits=splits)
+    groups = [group for group in groups if not models or group.model in models]
     groups = [group for group in groups if len(group.metrics) > 1]
     for group in groups:
         refuse_stale(group)
     if not groups:
         sys.exit(
             f"seeds: error: {' and '.join(models) or 'every model'} has fewer than two finished"
-            " experiments of this commit that differ only in the seed; make them like this:"
-            " dvc exp run --queue -S 'train.vit.seed=range(0,3)' && dvc exp run --run-all"
+            f" experiments of this commit that differ only in the seed{' of the split' * splits};"
+            " make them like this: dvc exp run --queue -S"
+            f" '{SPLIT_SEED if splits else 'train.vit.seed'}=range(0,3)' && dvc exp run --run-all"
         )
     for rows in (list(spread(groups)), list(differences(groups))):
         if rows:
@@ -70,20 +90,26 @@ def shown() -> list[dict[str, Any]]:
     return revisions
 
 
-def read_groups(revisions: Sequence[dict[str, Any]]) -> list[Group]:
+def read_groups(revisions: Sequence[dict[str, Any]], *, splits: bool = False) -> list[Group]:
     """Group what `shown` returns by model and settings."""
     groups: dict[tuple[str, Settings], Group] = {}
     for data in finished(revisions):
         params = dict(flat(data["params"]["params.yaml"].get("data", {})))
         for path, metrics in data["metrics"].items():
             model = path.split("/")[1]
-            seed = params.get(f"train.{model}.seed")
-            # The baseline is not trained by a seed, and an unreadable file has no data.
-            if seed is not None and "data" in metrics:
-                settings = settings_of(model, params)
-                group = groups.setdefault((model, settings), Group(model, settings, {}))
-                group.metrics.setdefault(int(seed), metrics["data"])
+            key = SPLIT_SEED if splits else f"train.{model}.seed"
+            # The baseline is not trained by a seed, an unreadable file has no data, and the witness
+            # has other metrics.
+            if key in params and metrics.get("data", {}).keys() >= {*METRICS}:
+                settings = settings_of(model, params, key)
+                overlap = overlap_of(params) if splits else 0.0
+                group = groups.setdefault((model, settings), Group(model, settings, {}, overlap))
+                group.metrics.setdefault(int(params[key]), metrics["data"])
     return [*groups.values()]
+
+
+def overlap_of(params: dict[str, str]) -> float:
+    return int(params["split.test"]) / int(params["split.train"])
 
 
 def finished(revisions: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -110,8 +136,9 @@ def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield prefix, json.dumps(value)
 
 
-def settings_of(model: str, params: dict[str, str]) -> Settings:
-    own, seed = f"train.{model}.", f"train.{model}.seed"
+def settings_of(model: str, params: dict[str, str], seed: str) -> Settings:
+    """All settings but the key `seed` and those of other models."""
+    own = f"train.{model}."
     return frozenset(
         (key, value)
         for key, value in params.items()
@@ -134,7 +161,8 @@ def spread(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
     for group, metric in product(groups, METRICS):
         values = group.values(metric)
         row = {"trained": label(group, groups), "metric": metric, "seeds": len(values)}
-        yield row | estimate(values) | {"deviation": statistics.stdev(values)}
+        estimated = estimate(values, overlap=group.overlap)
+        yield row | estimated | {"deviation": statistics.stdev(values)}
 
 
 def differences(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
@@ -143,16 +171,25 @@ def differences(groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
         if data_of(first) == data_of(second):
             names = f"{label(first, groups)} - {label(second, groups)}"
             row = {"difference": names, "metric": metric}
-            yield row | estimate(first.values(metric), second.values(metric))
+            if not first.overlap:
+                yield row | estimate(first.values(metric), second.values(metric))
+            elif len(both := sorted(first.metrics.keys() & second.metrics.keys())) > 1:
+                gains = [first.metrics[one][metric] - second.metrics[one][metric] for one in both]
+                yield row | estimate(gains, overlap=first.overlap)
 
 
-def estimate(values: list[float], *others: list[float]) -> dict[str, float]:
+def estimate(values: list[float], *others: list[float], overlap: float = 0.0) -> dict[str, float]:
     """The mean, or the difference between two, with its 95% t interval.
 
-    Welch, The generalization of Student's problem, 1947. For one mean, this is Student's.
+    Welch, The generalization of Student's problem, 1947. For one mean, this is Student's. Results
+    of several splits are alike, since these share most of their bins. That makes the variance of
+    the mean larger by `overlap`, the size of test as a share of train (Nadeau and Bengio, Inference
+    for the Generalization Error, 2003).
     """
     mean = statistics.mean(values) - sum(map(statistics.mean, others))
-    variances = [statistics.variance(some) / len(some) for some in (values, *others)]
+    variances = [
+        statistics.variance(some) * (1 / len(some) + overlap) for some in (values, *others)
+    ]
     total = sum(variances)
     if total == 0:
         return {"mean": mean, "low": mean, "high": mean}
