@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import json
+import operator
 import os
 import resource
 import subprocess
@@ -27,6 +28,7 @@ from stages.networks.classifier import (
     Classifier,
     build_classifier,
     load_classifier,
+    output_layers,
     save_classifier,
 )
 from stages.networks.inference import normalizer
@@ -162,6 +164,30 @@ def test_all_but_the_last_layer_comes_from_the_pretrained_weights(
     assert weights.pop(f"{head}.bias").shape == (len(LABELS),)
     assert equal(weights, {name: pretrained[name] for name in weights})
     assert logits(classifier).shape == (2, len(LABELS))
+
+
+@pytest.mark.parametrize(
+    ("library", "maker", "name"),
+    [
+        ("torchvision", "models.get_model", "mnasnet0_5"),
+        pytest.param("timm", "create_model", "mobilenetv3_small_050", marks=with_timm),
+    ],
+)
+def test_a_new_last_layer_is_not_surer_than_one_of_torch(
+    library: Any, maker: str, name: str, tmp_path: Path
+) -> None:
+    """Its random weights would otherwise be 20 times as large, and spoil the pretrained ones."""
+    make = operator.attrgetter(maker)(importlib.import_module(library))
+    (tmp_path / "config.json").write_text("{}")
+    saved_weights(make(name, num_classes=1000), tmp_path)
+
+    classifier = build_classifier(
+        model_params("resnet34", library=library, name=name), tmp_path, LABELS, SIZE
+    )
+
+    (layer,) = output_layers(classifier.network, len(LABELS))
+    assert isinstance(layer, nn.Linear)
+    assert 0 < float(layer.weight.abs().max()) <= layer.in_features**-0.5
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,10 @@ def load_fitting_weights(
 ) -> None:
     """Load the weights, except those of a last layer for another number of labels.
 
-    Raises ValueError if other parameters of the network are not among them.
+    Such a layer starts with torch's own random weights. Those of EfficientNets and MNASNets are
+    larger the fewer labels there are. With five, the first scores would be so far off that learning
+    them would spoil all other weights. Raises ValueError if other parameters of the network are not
+    among the weights.
     """
     own = network.state_dict()
     fitting = {
@@ -81,8 +84,12 @@ def load_fitting_weights(
         for name, weight in weights.items()
         if name in own and own[name].shape == weight.shape
     }
-    refuse_random_layers(own.keys() - fitting.keys(), network, labels)
-    load_weights(network, own | fitting)
+    missing = own.keys() - fitting.keys()
+    refuse_random_layers(missing, network, labels)
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and f"{name}.weight" in missing:
+            module.reset_parameters()
+    load_weights(network, network.state_dict() | fitting)
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
