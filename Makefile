@@ -86,7 +86,7 @@ bench-data: setup $(VENV)/.bench-installed .venv-img2dataset/.installed  ## fetc
 bench-dvc: setup  ## DVC's own time, with shards and with single files; 12 minutes, undisturbed
 	python -m benchmarks.dvc_operations
 
-bench-gpu:  ## training on this GPU; 9 minutes
+bench-gpu:  ## training on this GPU, and what takes the time of a step; 14 minutes
 	@# Without setup: benchmarks/README.md says what a GPU machine needs.
 	@$$(command -v python || command -v python3) -m benchmarks.gpu
 

@@ -36,7 +36,7 @@ from stages.imaging.loader import Bins, Images, open_bins, pack_bins
 from stages.networks.inference import autocast
 from stages.runtime import params
 from stages.runtime.machine import usable_cores
-from stages.runtime.params import ModelParams
+from stages.runtime.params import ModelParams, Precision
 from tools.synthetic import SyntheticBin, synthetic_bins
 
 T = TypeVar("T")
@@ -230,8 +230,8 @@ def describe_machine(device: torch.device, packages: Sequence[str]) -> str:
     return table(["machine", ""], rows.items())
 
 
-def computes_in_bfloat16(device: torch.device) -> bool:
-    with autocast(device):
+def computes_in_bfloat16(device: torch.device, precision: Precision = "auto") -> bool:
+    with autocast(device, precision):
         return torch.is_autocast_enabled(device.type)
 
 

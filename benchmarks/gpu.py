@@ -24,7 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from benchmarks import checks, common, training
+from benchmarks import checks, common, gpu_steps, training
+from benchmarks.gpu_steps import WAYS, Way
 from benchmarks.training import Stopwatch, Task
 from stages.imaging.loader import load_batches
 from stages.networks.classifier import logits_of
@@ -48,6 +49,11 @@ SMALL_NETWORKS: dict[str, dict[str, Any]] = {
 }
 # Steps before the timed ones, in which kernels are chosen and memory is allocated.
 SKIP = 10
+# A batch that fills the GPU, as a multiple of the usual one.
+LARGE = 4
+# Models and multiples of their batch sizes for which ways of compiling are compared. With a quarter
+# of its batch, ResNet34 left half of an H200's time unused, waiting for kernels to be started.
+COMPILED: list[tuple[str, float]] = [("vit", 1), ("resnet34", 1 / 4), ("resnet34", 1)]
 # For the check of a batch that is too large: bytes of GPU memory, and images.
 MEMORY, TOO_MANY = 4 * 2**30, 1024
 
@@ -61,18 +67,18 @@ class Scale:
     matrix: int
     # The models of params.yaml that are measured, with changes of their params.
     networks: dict[str, dict[str, Any]]
-    # Batch sizes, as multiples of those in params.yaml.
-    batches: list[float]
+    # A multiple of the batch sizes in params.yaml.
+    batch: float
     seconds: float
 
 
 # Shows on any machine that everything runs.
-SMALL_SCALE = Scale(32, 64, 256, SMALL_NETWORKS, [1 / 16], 0.5)
+SMALL_SCALE = Scale(32, 64, 256, SMALL_NETWORKS, 1 / 16, 0.5)
 
 
 def full_scale() -> Scale:
     size = common.load_params()["resize"]["size"]
-    return Scale(size, 2048, 8192, {model: {} for model in SMALL_NETWORKS}, [1, 4], 5)
+    return Scale(size, 2048, 8192, {model: {} for model in SMALL_NETWORKS}, 1, 5)
 
 
 @dataclass
@@ -126,6 +132,11 @@ def make_task(scale: Scale, folder: Path, model: str, **changes: Any) -> Task:
     settings = training.comparable_settings(model, **scale.networks[model] | changes)
     images = common.load_params()["split"]["train"]
     return Task(model, settings, folder, scale.size, images, default_device())
+
+
+def batch_of(scale: Scale, model: str, factor: float = 1) -> int:
+    """A multiple of the model's batch size."""
+    return round(factor * scale.batch * common.model_params(model).batch_size)
 
 
 def matrix_rate(size: int) -> float:
@@ -220,7 +231,11 @@ def speeds_of_hugging_face(task: Task, seconds: float) -> list[Speed]:
     return [as_speed(f"Hugging Face Trainer, {workers} workers", task, stopwatch)]
 
 
-Measure = Callable[[Task, float], list[Speed]]
+def speeds_of_way(way: Way, task: Task, seconds: float) -> list[Speed]:
+    """Of one batch on the device, with a step that is compiled in this way."""
+    stopwatch = Stopwatch(task.device, SKIP, seconds)
+    training.repeat_one_batch(way.trainer(task), stopwatch)
+    return [as_speed(way.name, task, stopwatch)]
 
 
 def as_speed(way: str, task: Task, stopwatch: Stopwatch) -> Speed:
@@ -258,33 +273,57 @@ SPEED_HEADER = [
 ]
 
 
-def speed_cases(scale: Scale, folder: Path) -> Iterator[tuple[Measure, Task]]:
-    """The cases to measure. Batches of params.yaml come first, in case the time runs out."""
-    for factor in scale.batches:
-        for model in scale.networks:
-            size = round(factor * common.model_params(model).batch_size)
-            make = partial(make_task, scale, folder, model, batch_size=size)
-            if default_device().type == "cuda":
-                yield speeds_of_ours, make(compile=True)
-            yield speeds_of_ours, make(compile=False)
-            yield speeds_of_hugging_face, make()
+@dataclass(frozen=True)
+class Case:
+    """A row or more of a table of speeds."""
+
+    name: str
+    measure: Callable[[Task, float], list[Speed]]
+    task: Task
 
 
-def add_speeds(report: Report, scale: Scale, folder: Path, rate: float) -> None:
+def speed_cases(factor: float, scale: Scale, folder: Path) -> Iterator[Case]:
+    for model in scale.networks:
+        size = batch_of(scale, model, factor)
+        make = partial(make_task, scale, folder, model, batch_size=size)
+        if default_device().type == "cuda":
+            yield Case("ours", speeds_of_ours, make(compile=True))
+        yield Case("ours, not compiled", speeds_of_ours, make(compile=False))
+        yield Case("Hugging Face Trainer", speeds_of_hugging_face, make())
+
+
+def way_cases(scale: Scale, folder: Path) -> Iterator[Case]:
+    """The ways of compiling, for all networks before the next way, in case the time runs out."""
+    for way in WAYS:
+        for model, factor in COMPILED:
+            size = batch_of(scale, model, factor)
+            task = make_task(scale, folder, model, batch_size=size, compile=False)
+            yield Case(way.name, partial(speeds_of_way, way), task)
+
+
+def add_speeds(
+    heading: str,
+    cases: Callable[[Scale, Path], Iterator[Case]],
+    report: Report,
+    scale: Scale,
+    folder: Path,
+    rate: float,
+) -> None:
     """Measure the speeds, and add them to the report. `rate` is from matrix_rate."""
     operations = {
         model: operations_an_image(make_task(scale, folder, model)) for model in scale.networks
     }
     needed = [f"{value / 1e9:.4g} GFLOP an image of {model}" for model, value in operations.items()]
     rows: list[list[str]] = []
-    for measure, task in speed_cases(scale, folder):
+    for case in cases(scale, folder):
         if report.seconds_left < 0:
             break
+        task = case.task
         try:
-            speeds = common.in_fresh_process(measure, task, scale.seconds)
+            speeds = common.in_fresh_process(case.measure, task, scale.seconds)
             new = speed_rows(task, operations[task.model] / rate, speeds)
         except Exception as error:  # noqa: BLE001 - other cases are still worth measuring
-            way = f"{measure.__name__}: {describe(error)}"
+            way = f"{case.name}: {describe(error)}"
             new = [[task.model, str(task.settings.batch_size), way, *[""] * 5]]
         rows += new
         note = (
@@ -293,7 +332,7 @@ def add_speeds(report: Report, scale: Scale, folder: Path, rate: float) -> None:
             " without its tests."
         )
         text = f"{note}\n\n{common.table(SPEED_HEADER, rows)}"
-        report.add("Images per second", text, news=common.table(SPEED_HEADER, new))
+        report.add(heading, text, news=common.table(SPEED_HEADER, new))
 
 
 def stop_section(scale: Scale, folder: Path) -> str:
@@ -335,12 +374,43 @@ def accuracy_section(options: argparse.Namespace, model: str, seconds: float) ->
     return common.in_fresh_process(checks.accuracies, options.data, model, settings, seconds)
 
 
-SECTIONS = {
-    "loader": ("The loader alone", loader_section),
-    "stop": ("Stopped and resumed", stop_section),
-    "memory": ("A batch too large", memory_section),
+def profile_section(scale: Scale, folder: Path) -> str:
+    parts = []
+    for model in scale.networks:
+        task = make_task(scale, folder, model, batch_size=batch_of(scale, model))
+        stopwatch = Stopwatch(task.device, SKIP, scale.seconds)
+        parts.append(common.in_fresh_process(gpu_steps.profile_steps, task, stopwatch))
+    return "\n".join(parts)
+
+
+def attention_section(scale: Scale, folder: Path) -> str:
+    task = make_task(scale, folder, "vit", batch_size=batch_of(scale, "vit"))
+    return common.in_fresh_process(gpu_steps.time_attention, task, scale.seconds / 10)
+
+
+def add_section(
+    heading: str,
+    make: Callable[[Scale, Path], str],
+    report: Report,
+    scale: Scale,
+    folder: Path,
+    _rate: float,
+) -> None:
+    if report.seconds_left > 0:
+        report.add_if_it_works(heading, partial(make, scale, folder))
+
+
+PARTS: dict[str, Callable[[Report, Scale, Path, float], None]] = {
+    "loader": partial(add_section, "The loader alone", loader_section),
+    "stop": partial(add_section, "Stopped and resumed", stop_section),
+    "memory": partial(add_section, "A batch too large", memory_section),
+    # Before the parts below, since a network that was compiled before starts sooner.
+    "speed": partial(add_speeds, "Images per second", partial(speed_cases, 1)),
+    "profile": partial(add_section, "What takes the time of a step", profile_section),
+    "attention": partial(add_section, "Ways to compute attention", attention_section),
+    "ways": partial(add_speeds, "Ways to compile a step, with one batch on the GPU", way_cases),
+    "large": partial(add_speeds, "With larger batches", partial(speed_cases, LARGE)),
 }
-SPEED = "speed"
 
 
 def describe_setup(scale: Scale, folder: Path, rate: float) -> str:
@@ -362,11 +432,9 @@ def main() -> None:
         rate = common.in_fresh_process(matrix_rate, scale.matrix)
         with common.synthetic_data(scale.bins, 0, scale.size) as folder:
             report.add("", describe_setup(scale, folder, rate))
-            for name, (heading, make) in SECTIONS.items():
+            for name, add in PARTS.items():
                 if name in options.parts:
-                    report.add_if_it_works(heading, partial(make, scale, folder))
-            if SPEED in options.parts:
-                add_speeds(report, scale, folder, rate)
+                    add(report, scale, folder, rate)
     else:
         report.add("", common.describe_machine(default_device(), PACKAGES))
     for model in options.models if options.data else []:
@@ -375,13 +443,14 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parts = [*SECTIONS, SPEED]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=common.RESULTS / "train-gpu.md")
     parser.add_argument(
-        "--minutes", type=float, default=7.5, help="no measurement begins after (default: 7.5)"
+        "--minutes", type=float, default=12, help="no measurement begins after (default: 12)"
     )
-    parser.add_argument("--parts", nargs="*", choices=parts, default=parts, help="default: all")
+    parser.add_argument(
+        "--parts", nargs="*", choices=PARTS, default=list(PARTS), help="default: all"
+    )
     parser.add_argument(
         "--small", action="store_true", help="use tiny sizes, only to see that it runs"
     )

@@ -6,6 +6,7 @@ with the same weights, flip half of the images, and use AdamW without weight dec
 
 import itertools
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,13 +111,13 @@ class Task:
             return Classifier(network, labels, self.size, self.settings.mean, self.settings.std)
         return build_classifier(self.settings, NO_WEIGHTS, labels, self.size)
 
-    def trainer(self, *, deterministic: bool = False) -> Trainer:
+    def trainer(self, *, deterministic: bool = False, kind: type[Trainer] = Trainer) -> Trainer:
         (bins,) = common.load_data(self.folder, "train")
         bins = common.repeated(bins, self.images)
         classifier = self.classifier()
         place(classifier, self.device, deterministic=deterministic)
         processes = Processes(device=self.device)
-        return Trainer(classifier, bins, bins, self.settings, 64, processes)
+        return kind(classifier, bins, bins, self.settings, 64, processes)
 
 
 def comparable_settings(model: str, **changes: Any) -> ModelParams:
@@ -159,14 +160,20 @@ def train_on_one_batch(task: Task, stopwatch: Stopwatch) -> None:
 
 def repeat_one_batch(trainer: Trainer, stopwatch: Stopwatch) -> None:
     """The same, with a trainer that has been compiled already."""
+    step = step_on_one_batch(trainer)
+    while not stopwatch.step():
+        step()
+
+
+def step_on_one_batch(trainer: Trainer) -> Callable[[], None]:
+    """Start an epoch. The function returned takes its next step, always with the same images."""
     bins, classifier, settings = trainer.train_bins, trainer.classifier, trainer.params
     plan = plan_epoch(bins, classifier, settings, trainer.processes, epoch=1)
     (batch,) = load_batches(bins, [plan.rows(slice(settings.batch_size))], classifier.device)
     images = itertools.repeat(batch.images)
     trainer.state.start_epoch(1)
     trainer.module.train()
-    while not stopwatch.step():
-        trainer.train_step(plan, images)
+    return lambda: trainer.train_step(plan, images)
 
 
 class _Rows(Dataset[dict[str, Any]]):
