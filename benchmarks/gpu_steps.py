@@ -86,7 +86,8 @@ def kernels_of(step: Callable[[], object], device: torch.device) -> list[Kernel]
 class WholeTrainer(Trainer):
     """Computes losses from loaded images in one function, so that all of it can be compiled.
 
-    Trainer compiles the network alone. The results are the same, except for rounding.
+    Trainer compiles the network alone. The results are the same, except for rounding and, once
+    compiled for a GPU, for what dropout draws.
     """
 
     def add_gradients(
