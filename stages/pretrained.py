@@ -1,6 +1,6 @@
 """Keep the pretrained weights beside the data: models/pretrained/<model>."""
 
-from stages.networks.model_files import SOURCE, read_json
+from stages.networks.model_files import SOURCE, read_json_object
 from stages.networks.pretrained import mark_random_start, obtain_pretrained
 from stages.runtime import paths
 from stages.runtime.command import run_stage
@@ -19,7 +19,7 @@ def main(model: str) -> str:
                 obtain_pretrained(params, folder)
             else:
                 mark_random_start(folder)
-        source = read_json(folder / SOURCE)
+        source = read_json_object(folder / SOURCE)
         publish_folder(folder, paths.PRETRAINED / model)
     return (
         f"weights from {source['source']}"

@@ -30,7 +30,7 @@ from stages.runtime.counts import open_label
 from stages.runtime.files import write_bytes, write_text
 from stages.runtime.params import load_params
 from stages.runtime.work import publish_folder, scratch
-from stages.scoring.bins import majority_quantity, read_bins
+from stages.scoring.bins import corrected_ids, majority_quantity, read_bins
 from stages.scoring.comparison import compare_models
 from stages.scoring.results import (
     BASELINE,
@@ -97,6 +97,7 @@ def main() -> str:
         sampled=pq.read_metadata(paths.SUBSET).num_rows,
         unusable=len(read_rejects(paths.QUARANTINE)),
         sets=bins["set"].value_counts().to_dict(),
+        corrected=len(corrected_ids(bins)),
         training=training_settings(params, networks),
         digests={path.as_posix(): md5(path) for path in identifying_files([*models, WITNESS])},
     )

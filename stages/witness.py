@@ -27,6 +27,7 @@ from stages.runtime.command import run_stage
 from stages.runtime.errors import UserError
 from stages.runtime.params import Resize, load_params
 from stages.runtime.work import publish_folder, scratch
+from stages.scoring.bins import corrected_ids
 from stages.scoring.results import ENSEMBLE, METRICS, TABLES, WITNESS, read_tables
 from stages.scoring.scored import Scored
 from stages.scoring.witness import NUMBERS, Witness, fit_weight, fit_witness, record_numbers
@@ -65,20 +66,14 @@ def load_seen(size: int) -> list[Seen]:
     """The bins of train, validation and test."""
     names = ["train", "validation", "test"]
     loaded = load_bins(paths.RESIZED, paths.SPLIT, *names, size=size, stage=WITNESS)
-    records = read_numbers({bin_id for bins in loaded for bin_id in bins.ids} - corrected_ids())
+    # A record whose count was wrong does not list the items.
+    wrong = corrected_ids(read_csv(paths.SPLIT))
+    records = read_numbers({bin_id for bins in loaded for bin_id in bins.ids} - wrong)
     unknown = np.full(len(NUMBERS), np.nan)
     return [
         Seen(bins, np.stack([records.get(bin_id, unknown) for bin_id in bins.ids]))
         for bins in loaded
     ]
-
-
-def corrected_ids() -> set[str]:
-    """The bins whose count people have corrected: their records do not list the items."""
-    sets = read_csv(paths.SPLIT)
-    if "recorded" not in sets:
-        return set()
-    return {*sets.loc[sets["quantity"] != sets["recorded"], "id"]}
 
 
 def read_numbers(ids: set[str]) -> dict[str, Floats]:

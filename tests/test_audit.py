@@ -700,6 +700,19 @@ def test_other_bins_are_drawn_into_the_list_and_say_how_many_records_are_wrong(
     )
 
 
+def test_records_without_a_photograph_are_counted(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_night()
+    for name in ("00001", "00002"):
+        Path(f"photographs/{name}.jpg").unlink()
+
+    run(*WITH_COUNTS, *SURE)
+
+    line = "38 photographs, 2 alarms (5.3%), 2 not judged (2 have no photograph); audit/index.html"
+    assert line in capsys.readouterr().out
+
+
 def test_a_summary_for_machines_lies_beside_the_page(run: Run) -> None:
     write_night()
     run(*WITH_COUNTS, *SURE, "--sample", 5)
@@ -710,6 +723,7 @@ def test_a_summary_for_machines_lies_beside_the_page(run: Run) -> None:
         "photographs": 40,
         "judged": 40,
         "not_judged": 0,
+        "without_photograph": 0,
         "left_out": 0,
         "alarms": 3,
         "open_alarms": 3,

@@ -86,6 +86,19 @@ def test_a_model_gets_better_with_the_corrections_of_its_spoiled_records() -> No
 
 
 @pytest.mark.usefixtures("workspace")
+def test_corrections_leave_each_bin_in_its_set() -> None:
+    write_spoiled_project()
+    sizes = {"split.train": 200, "split.validation": 40, "split.test": 60}
+    by_seed = KNOBS | sizes | {"split.by": "group", "split.file": None}
+    drawn = []
+    for corrections in (None, "decisions.csv"):
+        write_params(Path.cwd(), by_seed | {"split.corrections": corrections})
+        split.main()
+        drawn.append(pd.read_csv("data/split.csv", dtype=str)[["id", "set"]].values.tolist())
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.usefixtures("workspace")
 def test_evaluation_and_report_know_the_corrected_counts() -> None:
     write_spoiled_project()
     write_params(Path.cwd(), KNOBS | {"split.corrections": "decisions.csv"})

@@ -96,6 +96,10 @@ def test_the_layers_of_known_networks_are_found(network: nn.Module, layers: list
         ("mobilenetv3_small_100", [f"blocks.{number}" for number in range(6)]),
         ("vit_tiny_patch16_224", [f"blocks.{number}" for number in range(12)]),
         ("convnext_tiny", [f"stages.{number}" for number in range(4)]),
+        # The batch normalization after its first layer is part of that.
+        ("resnet18d", ["conv1", *(f"layer{number}" for number in range(1, 5))]),
+        # The scores are computed in its last layer.
+        ("hgnetv2_b0", ["stem", "stages", "head"]),
     ],
 )
 def test_the_layers_of_networks_of_timm_are_found(name: str, layers: list[str]) -> None:
@@ -103,13 +107,18 @@ def test_the_layers_of_networks_of_timm_are_found(name: str, layers: list[str]) 
 
 
 def check_layers(network: nn.Module, layers: list[str]) -> None:
-    found = layers_of(network, output_layers(network, len(LABELS)))
+    outputs = output_layers(network, len(LABELS))
+    found = layers_of(network, outputs)
 
     assert [*found] == layers
-    depths = depths_of(network, found)
+    depths = depths_of(network, found, outputs)
     assert [*depths.values()] == sorted(depths.values())
-    for name, depth in depths.items():
-        assert depth in {0, len(layers) + 1} or name.startswith(f"{layers[depth - 1]}.")
+    scores = {id(parameter) for layer in outputs for parameter in layer.parameters()}
+    for name, parameter in network.named_parameters():
+        own = [number for number, one in enumerate(layers, 1) if name.startswith(f"{one}.")]
+        if id(parameter) in scores:
+            own = [len(layers) + 1]
+        assert not own or depths[name] == own[0]
     assert set(depths.values()) >= set(range(1, len(layers) + 1))
 
 

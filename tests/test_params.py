@@ -182,6 +182,11 @@ def test_a_wrong_element_is_named_by_its_position() -> None:
     [
         (f"{RESNET}.accumulation", 513, f"{RESNET}: accumulation (513) is more than batch_size"),
         (f"{VIT}.config", {}, f"{VIT}: config.model_type should be the type"),
+        (
+            VIT,
+            FILE["train"]["vit"] | {"freeze": 2, "freeze_backbone": True},
+            f"{VIT}: freeze is 2, but freeze_backbone freezes all layers",
+        ),
         (f"{VIT}.config", {"model_type": 5}, f"{VIT}: config.model_type should be the type"),
         ("subset.bins", 1000, "split.train, split.validation and split.test are 230000 bins"),
         ("split.by", "file", "split: by is file, but file is null: name a CSV in lists/"),

@@ -148,12 +148,12 @@ def resize(pixels: Pixels, size: int, fit: str) -> Pixels:
     """Resize [height, width, 3] to [size, size, 3], bicubic with antialiasing.
 
     `fit` "squeeze" stretches the whole picture onto the square; "pad" keeps its aspect ratio,
-    centred on black.
+    centred on black. Its shorter side is rounded down, as image processors of transformers do.
     """
     height, width, _ = pixels.shape
     if fit == "pad":
         scale = size / max(height, width)
-        height, width = max(1, round(height * scale)), max(1, round(width * scale))
+        height, width = max(1, int(height * scale)), max(1, int(width * scale))
     else:
         height, width = size, size
     # A view in channels_last, for which torch's uint8 kernel is vectorized.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from stages.formats.tables import write_json
 from stages.networks.layers import depths_of, layers_of
 from stages.networks.libraries import library_of
-from stages.networks.model_files import CONFIG, PREPROCESSOR, damaged, read_json, reason_of
+from stages.networks.model_files import CONFIG, PREPROCESSOR, damaged, read_json_object, reason_of
 from stages.networks.pretrained import check_pretrained
 from stages.runtime.counts import parse_label
 from stages.runtime.errors import UserError
@@ -41,9 +41,19 @@ class Classifier:
         return next(self.network.parameters()).device
 
     @property
+    def outputs(self) -> list[nn.Module]:
+        """The layers that compute the scores, see output_layers."""
+        return output_layers(self.network, len(self.labels))
+
+    @property
     def layers(self) -> list[str]:
         """The names of the layers, see layers_of."""
-        return layers_of(self.network, output_layers(self.network, len(self.labels)))
+        return layers_of(self.network, self.outputs)
+
+    @property
+    def depths(self) -> dict[str, int]:
+        """How deep each parameter is, see depths_of."""
+        return depths_of(self.network, self.layers, self.outputs)
 
     def logits(self, images: Tensor) -> Tensor:
         """The scores of the labels, [batch, labels]."""
@@ -80,7 +90,7 @@ def output_layers(network: nn.Module, labels: int) -> list[nn.Module]:
 def freeze_backbone(classifier: Classifier) -> None:
     """Freeze everything except the layers that compute the scores."""
     classifier.network.requires_grad_(requires_grad=False)
-    for layer in output_layers(classifier.network, len(classifier.labels)):
+    for layer in classifier.outputs:
         layer.requires_grad_()
 
 
@@ -95,7 +105,7 @@ def freeze_first_layers(classifier: Classifier, count: int) -> None:
             f"freeze is {count}, but the network has {len(layers)} layers"
             f" ({', '.join(layers)}): set this model's freeze to {len(layers)} or less"
         )
-    depths = depths_of(classifier.network, layers)
+    depths = classifier.depths
     for name, parameter in classifier.network.named_parameters():
         parameter.requires_grad_(depths[name] > count)
 
@@ -120,7 +130,7 @@ def checkpoint_gradients(network: nn.Module) -> None:
 @torch.no_grad()
 def divide_logits(classifier: Classifier, temperature: float) -> None:
     """Change the weights so that all logits are divided by the temperature."""
-    for layer in output_layers(classifier.network, len(classifier.labels)):
+    for layer in classifier.outputs:
         for parameter in layer.parameters():
             parameter.div_(temperature)
 
@@ -185,7 +195,7 @@ def load_classifier(folder: Path) -> Classifier:
 
     Raises UserError if a file is damaged, and OSError if this machine fails.
     """
-    config, preparation = read_json(folder / CONFIG), read_json(folder / PREPROCESSOR)
+    config, preparation = read_json_object(folder / CONFIG), read_json_object(folder / PREPROCESSOR)
     library = library_of(config.get("library", "transformers"))
     try:
         names = config["id2label"]

@@ -1,6 +1,7 @@
 """The layers of a network, in the order in which images pass through them."""
 
 from collections.abc import Iterable
+from itertools import takewhile
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -46,17 +47,22 @@ def _containers(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def depths_of(network: nn.Module, layers: Iterable[str]) -> dict[str, int]:
+def depths_of(
+    network: nn.Module, layers: Iterable[str], outputs: Iterable[nn.Module]
+) -> dict[str, int]:
     """How deep each parameter is: 0 in the stem, 1 in the first layer, and so on.
 
-    What comes after the last layer, like a last normalization and the scores, is one deeper.
+    What lies between two layers, like the batch normalization after a first convolution that is a
+    layer, belongs to the first of them. What comes after the last layer is one deeper, and so are
+    the `outputs`, wherever they are.
     """
     numbers = {f"{name}.": number for number, name in enumerate(layers, start=1)}
     depths, depth = {}, 0
     for name, _ in network.named_parameters():
-        own = next((number for prefix, number in numbers.items() if name.startswith(prefix)), None)
-        if own is None and depth:
-            own = len(numbers) + 1
-        depth = own or 0
+        of_layer = (number for prefix, number in numbers.items() if name.startswith(prefix))
+        depth = next(of_layer, depth)
         depths[name] = depth
-    return depths
+    after_layers = takewhile(lambda name: not name.startswith((*numbers,)), reversed([*depths]))
+    scores = {id(parameter) for layer in outputs for parameter in layer.parameters()}
+    of_scores = [name for name, one in network.named_parameters() if id(one) in scores]
+    return depths | dict.fromkeys([*after_layers, *of_scores], len(numbers) + 1)

@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from stages.formats.tables import write_json
-from stages.networks.model_files import CONFIG, WEIGHTS, read_json, reason_of
+from stages.networks.model_files import CONFIG, WEIGHTS, read_json_object, reason_of
 from stages.runtime.errors import UserError
 from stages.runtime.files import atomic_write, sha256_file
 from stages.runtime.params import ModelParams
@@ -60,7 +60,7 @@ def _find_in_folder(folder: Path) -> Path:
                 " transformers or save_for_hf(..., safe_serialization=True) of timm"
             )
     try:
-        read_json(folder / CONFIG)
+        read_json_object(folder / CONFIG)
     except UserError:
         raise UserError(f"{folder / CONFIG} is not a JSON object: copy the folder again") from None
     return folder / WEIGHTS

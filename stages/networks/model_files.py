@@ -34,7 +34,7 @@ def reason_of(error: Exception) -> str:
     return " ".join(str(error).split())[:400] or type(error).__name__
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises UserError if the file is something else."""
     try:
         found = json.loads(path.read_bytes())
@@ -48,7 +48,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_settings(path: Path, kind: type[Settings]) -> Settings:
     """Read a JSON object of this kind. Raises UserError if the file is something else."""
     try:
-        return kind.model_validate(read_json(path))
+        return kind.model_validate(read_json_object(path))
     except ValidationError as error:
         first = error.errors()[0]
         raise damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None

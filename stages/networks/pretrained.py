@@ -11,7 +11,7 @@ from stages.networks.model_files import (
     WEIGHTS,
     check_digests,
     digests,
-    read_json,
+    read_json_object,
 )
 from stages.runtime.errors import UserError
 from stages.runtime.params import ModelParams
@@ -45,7 +45,7 @@ def mark_random_start(folder: Path) -> None:
 def check_pretrained(folder: Path) -> None:
     """Raise UserError if the weights are not those that the pretrained stage wrote."""
     record = folder / SOURCE
-    source = read_json(record)
+    source = read_json_object(record)
     if source.get("pretrained") is False:
         raise UserError(
             f"{folder} has no weights, since pretrained was false: `dvc repro` downloads them"

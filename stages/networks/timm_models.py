@@ -17,7 +17,7 @@ from stages.networks.model_files import (
     CONFIG,
     WEIGHTS,
     load_fitting_weights,
-    read_json,
+    read_json_object,
     refuse_random_layers,
 )
 from stages.runtime.params import ModelParams
@@ -79,7 +79,7 @@ def save(network: nn.Module, params: ModelParams, labels: list[int], folder: Pat
 
 
 def load(folder: Path, labels: list[int]) -> nn.Module:
-    config = read_json(folder / CONFIG)
+    config = read_json_object(folder / CONFIG)
     size = config["input_size"][-1]
     network = _network(config["name"], config["config"], len(labels), size)
     load_model(network, folder / WEIGHTS)

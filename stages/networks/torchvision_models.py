@@ -14,7 +14,7 @@ from stages.networks.model_files import (
     WEIGHTS,
     load_fitting_weights,
     load_weights,
-    read_json,
+    read_json_object,
 )
 from stages.runtime.errors import UserError
 from stages.runtime.params import ModelParams
@@ -59,7 +59,7 @@ def save(network: nn.Module, params: ModelParams, labels: list[int], folder: Pat
 
 
 def load(folder: Path, labels: list[int]) -> nn.Module:
-    config = read_json(folder / CONFIG)
+    config = read_json_object(folder / CONFIG)
     network = _network(config["name"], labels, config["config"])
     load_weights(network, load_file(folder / WEIGHTS))
     return network

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stages.networks import hub
 from stages.networks.backbone_classifier import BackboneClassifier
-from stages.networks.model_files import CONFIG, WEIGHTS, read_json, refuse_random_layers
+from stages.networks.model_files import CONFIG, WEIGHTS, read_json_object, refuse_random_layers
 from stages.networks.positions import resize_positions
 from stages.runtime.params import ModelParams
 
@@ -37,7 +37,7 @@ def build(params: ModelParams, pretrained: Path, labels: list[int], size: int) -
         config = _config(params, {}, labels, size)
         auto = _auto_class(config)
         return _complete(auto.from_config(config, trust_remote_code=False), len(labels))
-    values = read_json(pretrained / CONFIG)
+    values = read_json_object(pretrained / CONFIG)
     if values.get("model_type") != params.config["model_type"]:
         raise ValueError(f"its weights have the model_type {values.get('model_type')}")
     positions = _positions(pretrained / WEIGHTS)
@@ -67,7 +67,8 @@ def _save_backbone_classifier(network: BackboneClassifier, folder: Path) -> None
 
 
 def load(folder: Path, labels: list[int]) -> nn.Module:
-    has_backbone = read_json(folder / CONFIG).get("architectures") == [BackboneClassifier.__name__]
+    config = read_json_object(folder / CONFIG)
+    has_backbone = config.get("architectures") == [BackboneClassifier.__name__]
     auto = transformers.AutoModel if has_backbone else transformers.AutoModelForImageClassification
     network, loading = _from_pretrained(folder, None, auto)
     wrong = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}

@@ -224,6 +224,10 @@ class ModelParams(Block):
             raise ValueError(
                 f"accumulation ({self.accumulation}) is more than batch_size ({self.batch_size})"
             )
+        if self.freeze_backbone and self.freeze:
+            raise ValueError(
+                f"freeze is {self.freeze}, but freeze_backbone freezes all layers: set only one"
+            )
         if self.library == "transformers" and not isinstance(self.config.get("model_type"), str):
             raise ValueError("config.model_type should be the type of the network, like vit")
         return self

@@ -22,6 +22,13 @@ def read_bins() -> pd.DataFrame:
     return subset.merge(sets, on="id")
 
 
+def corrected_ids(sets: pd.DataFrame) -> set[str]:
+    """The bins in data/split.csv whose count people have corrected."""
+    if "recorded" not in sets:
+        return set()
+    return {*sets.loc[sets["quantity"] != sets["recorded"], "id"]}
+
+
 def read_products() -> pd.DataFrame:
     """A row per item in the records of the bucket: id (of its bin) and asin (of its product)."""
     with whole_parquet(paths.INDEX):

@@ -7,6 +7,7 @@ import pandas as pd
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from stages.runtime.params import Params
+from stages.scoring.bins import corrected_ids
 
 TEMPLATE = Path(__file__).with_name("card.md")
 # The hub lists these metrics as results; the text of the card has all of them.
@@ -57,6 +58,7 @@ def model_card(
         for_pipeline=for_pipeline,
         chosen=chosen_by(params),
         sets=sets["set"].value_counts().to_dict(),
+        corrected=len(corrected_ids(sets)),
         intervals=intervals,
         alarms=tables["alarms"].to_dict("records")[0],
         thresholds=thresholds_in_words(tables["alarms_by_count"], params.subset.quantities),

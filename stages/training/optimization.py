@@ -5,8 +5,7 @@ import math
 from torch import nn
 from torch.optim import Adam, AdamW, Optimizer
 
-from stages.networks.classifier import Classifier, output_layers
-from stages.networks.layers import depths_of
+from stages.networks.classifier import Classifier
 from stages.runtime.params import ModelParams
 
 OPTIMIZERS: dict[str, type[Adam]] = {"adam": Adam, "adamw": AdamW}
@@ -44,16 +43,17 @@ def learning_rate_scales(classifier: Classifier, params: ModelParams) -> dict[st
     The decay is that of Bao et al., BEiT, 2021 (arXiv:2106.08254), appendix: 1 for what follows the
     last layer, and a factor of `layer_decay` for each layer before.
     """
-    network, layers = classifier.network, classifier.layers
+    deepest = len(classifier.layers) + 1
     scales = {
-        name: params.layer_decay ** (len(layers) + 1 - depth)
-        for name, depth in depths_of(network, layers).items()
+        name: params.layer_decay ** (deepest - depth) for name, depth in classifier.depths.items()
     }
     if params.head_learning_rate is not None:
-        outputs = output_layers(network, len(classifier.labels))
-        of_head = {id(parameter) for layer in outputs for parameter in layer.parameters()}
+        of_head = {
+            id(parameter) for layer in classifier.outputs for parameter in layer.parameters()
+        }
         ratio = params.head_learning_rate / params.learning_rate
-        scales |= {name: ratio for name, one in network.named_parameters() if id(one) in of_head}
+        named = classifier.network.named_parameters()
+        scales |= {name: ratio for name, parameter in named if id(parameter) in of_head}
     return scales
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 from tools.audit.decisions import Decision
 from tools.audit.models import Ensemble
 from tools.audit.page import Facts
+from tools.audit.table import NO_PHOTOGRAPH
 from tools.audit.work_list import WorkList
 from tools.audit.worth import worth_of
 
@@ -18,11 +19,15 @@ SUMMARY = "audit.json"
 
 
 class Numbers(NamedTuple):
-    """Numbers of bins. `open_alarms` were not decided before, and `drawn` ones are listed too."""
+    """Numbers of bins. `open_alarms` were not decided before, and `drawn` ones are listed too.
+
+    Those `without_photograph` are among the ones that were not judged.
+    """
 
     photographs: int
     judged: int
     not_judged: int
+    without_photograph: int
     left_out: int
     alarms: int
     open_alarms: int
@@ -38,6 +43,7 @@ def count_bins(facts: Facts, photographs: int, table: pd.DataFrame, work: WorkLi
         photographs=photographs,
         judged=int(judged),
         not_judged=int(len(table) - judged),
+        without_photograph=int((table["reason"] == NO_PHOTOGRAPH).sum()),
         left_out=facts.left_out,
         alarms=int(alarms.sum()),
         open_alarms=int((alarms & ~table["id"].isin(work.settled.keys())).sum()),
@@ -72,12 +78,13 @@ def summary(
 
 def last_line(facts: Facts, numbers: Numbers) -> str:
     """Like "102 photographs, 15 alarms (14.7%), 0 not judged"."""
-    settled = numbers.alarms - numbers.open_alarms
+    settled, missing = numbers.alarms - numbers.open_alarms, numbers.without_photograph
     parts = [
         f"{numbers.photographs} photographs",
         f"{numbers.alarms} alarms ({numbers.alarms / numbers.judged:.1%})",
         *([f"{settled} of them decided before"] if numbers.decided_before else []),
-        f"{numbers.not_judged} not judged",
+        f"{numbers.not_judged} not judged"
+        + (f" ({missing} have no photograph)" if missing else ""),
         *([f"{facts.left_out} left out (trained on)"] if facts.left_out else []),
     ]
     return ", ".join(parts)

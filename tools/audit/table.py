@@ -11,6 +11,8 @@ from stages.runtime.counts import AndMore
 from tools.audit.expected import NO_COUNT, Expected
 from tools.audit.items import ItemsJudge
 
+NO_PHOTOGRAPH = "photograph missing"
+
 
 def audit_table(
     scored: pd.DataFrame,
@@ -86,7 +88,7 @@ def reasons(bins: pd.DataFrame, unjudged: NDArray[np.bool_], labels: Sequence[in
     reason = reason.mask(bins["expected"].isna(), NO_COUNT)
     reason = reason.mask(bins["record_problem"].fillna("") != "", bins["record_problem"])
     reason = reason.mask(bins["problem"].fillna("") != "", bins["problem"])
-    return reason.mask(bins["problem"].isna(), "photograph missing")
+    return reason.mask(bins["problem"].isna(), NO_PHOTOGRAPH)
 
 
 def describe_labels(labels: Sequence[int]) -> str:
