@@ -15,8 +15,13 @@ from stages.features.histograms import photograph_features
 from stages.features.projection import Features, fit_projection, project
 from stages.formats.tables import read_csv
 from stages.imaging.loader import Bins, load_bins
-from stages.networks.calibration import Counts, Floats, fit_temperature, negative_log_likelihood
-from stages.networks.inference import class_numbers
+from stages.networks.calibration import (
+    Counts,
+    Floats,
+    fit_temperature,
+    negative_log_likelihood,
+    positions_of,
+)
 from stages.runtime import paths
 from stages.runtime.command import run_stage
 from stages.runtime.errors import UserError
@@ -56,7 +61,7 @@ def main() -> str:
 
 def make_examples(projection: Pipeline, bins: Bins, labels: list[int]) -> Examples:
     """Raises UserError if the quantity of a bin is not among the labels."""
-    targets = class_numbers(bins, labels).numpy()
+    targets = positions_of(bins.quantities, labels)
     features = project(projection, bins, photograph_features, BASELINE)
     return Examples(bins, features, targets)
 

@@ -20,8 +20,7 @@ from stages.formats.items import MEASURED
 from stages.formats.shards import whole_parquet
 from stages.formats.tables import read_csv, write_csv, write_json
 from stages.imaging.loader import Bins, load_bins
-from stages.networks.calibration import Counts, Floats
-from stages.networks.inference import class_numbers
+from stages.networks.calibration import Counts, Floats, positions_of
 from stages.runtime import paths
 from stages.runtime.command import run_stage
 from stages.runtime.errors import UserError
@@ -94,7 +93,7 @@ def fit(train: Seen, labels: list[int]) -> Witness:
     components = min(COMPONENTS, max(1, len(bins) // BINS_PER_COMPONENT))
     projection = fit_projection(bins, components, layout_features, WITNESS)
     projected = project(projection, bins, layout_features, WITNESS).astype(np.float64)
-    columns = class_numbers(bins, labels).numpy()
+    columns = positions_of(bins.quantities, labels)
     witness = fit_witness(projected, train.numbers, columns, len(labels))
     matrix, offset = linear_map(projection)
     return replace(

@@ -11,8 +11,11 @@ from stages.networks.calibration import (
     LOWEST,
     fit_temperature,
     negative_log_likelihood,
+    positions_of,
     with_temperature,
 )
+from stages.runtime.counts import AndMore
+from stages.runtime.errors import UserError
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
@@ -117,3 +120,9 @@ def test_a_likelihood_worked_by_hand() -> None:
 
     # The last loss is that of float32's smallest normal number, 2 ** -126.
     assert losses.tolist() == pytest.approx([np.log(2), 0, np.log(10), 126 * np.log(2)])
+
+
+def test_counts_have_positions_among_the_labels_and_others_are_refused() -> None:
+    assert positions_of(np.array([5, 1, 6, 5]), [1, 5, AndMore(6)]).tolist() == [1, 0, 2, 1]
+    with pytest.raises(UserError, match=r"knows the quantities \[1, 3\+\], not \[2, 4\]"):
+        positions_of(np.array([4, 1, 2, 4]), [1, AndMore(3)])

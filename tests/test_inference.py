@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from stages.imaging.loader import CPU, Bins
 from stages.networks import inference
-from stages.networks.inference import class_numbers, evaluate, normalizer, place, predict
-from stages.runtime.errors import Stopped, UserError
+from stages.networks.inference import evaluate, normalizer, place, predict
+from stages.runtime.errors import Stopped
 from tests.builders import (
     SIZE,
     equal,
@@ -183,17 +182,3 @@ def test_bfloat16_is_for_processors_that_compute_in_it(
 
     with inference.autocast(CPU):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
-
-
-def test_class_numbers_are_places_in_the_labels(tmp_path: Path) -> None:
-    bins = make_bins(tmp_path, [5, 1, 3, 5])
-
-    numbers = class_numbers(bins, [1, 3, 5])
-
-    assert numbers.dtype == torch.int64
-    assert numbers.tolist() == [2, 0, 1, 2]
-
-
-def test_quantities_that_the_model_does_not_know_are_refused(held_out: Bins) -> None:
-    with pytest.raises(UserError, match=r"knows the quantities \[1\], not \[2, 3\]"):
-        class_numbers(held_out, [1])

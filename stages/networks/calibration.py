@@ -1,8 +1,12 @@
 """Temperature scaling: adjusting probabilities so that they are as often right as they say."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
+
+from stages.runtime.errors import UserError
 
 Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -49,6 +53,16 @@ def negative_log_likelihood(probabilities: NDArray[np.floating], targets: Counts
     chosen = probabilities[np.arange(len(targets)), targets].astype(np.float64)
     likelihood: Floats = -np.log(np.maximum(chosen, TINY))
     return likelihood
+
+
+def positions_of(counts: Counts, labels: Sequence[int]) -> Counts:
+    """The position of each count among the labels. Raises UserError if one is not among them."""
+    is_label = counts[:, None] == np.array(labels)
+    if not is_label.any(axis=1).all():
+        unknown = np.unique(counts[~is_label.any(axis=1)])
+        raise UserError(f"the model knows the quantities {list(labels)}, not {unknown.tolist()}")
+    positions: Counts = is_label.argmax(axis=1)
+    return positions
 
 
 def probability_columns(labels: list[int]) -> list[str]:

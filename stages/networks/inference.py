@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy, interpolate
 from tqdm import tqdm
 
 from stages.imaging.loader import Bins, load_batches
+from stages.networks.calibration import positions_of
 from stages.networks.classifier import Classifier
-from stages.runtime.errors import UserError
 from stages.runtime.params import Precision
 
 
@@ -123,7 +123,7 @@ def evaluate(classifier: Classifier, bins: Bins, batch_size: int) -> Scores:
 def scores_of(logits: Tensor, bins: Bins, labels: list[int]) -> Scores:
     """The scores for logits [bins, labels] of all bins, in their order, on any device."""
     logits = logits.cpu()
-    targets = class_numbers(bins, labels)
+    targets = torch.from_numpy(positions_of(bins.quantities, labels))
     return Scores(
         loss=cross_entropy(logits, targets).item(),
         accuracy=(logits.argmax(1) == targets).double().mean().item(),
@@ -143,15 +143,3 @@ def progress_bar(images: int, description: str) -> "tqdm[Never]":
         disable=None if os.environ.get("RANK", "0") == "0" else True,
         leave=False,
     )
-
-
-def class_numbers(bins: Bins, labels: list[int]) -> Tensor:
-    """The position in `labels` of each bin's quantity, int64 [bins].
-
-    Raises UserError if a quantity is not among the labels.
-    """
-    numbers = {label: number for number, label in enumerate(labels)}
-    unknown = set(bins.quantities.tolist()) - set(labels)
-    if unknown:
-        raise UserError(f"the model knows the quantities {labels}, not {sorted(unknown)}")
-    return torch.tensor([numbers[quantity] for quantity in bins.quantities.tolist()])

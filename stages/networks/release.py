@@ -12,6 +12,7 @@ from pydantic import Field
 from stages.formats.tables import read_csv, write_csv, write_json
 from stages.networks.calibration import (
     fit_temperature,
+    positions_of,
     probability_columns,
     with_temperature,
 )
@@ -86,7 +87,7 @@ def save_release(
     The network itself is calibrated, and moved to the CPU.
     """
     labels = np.array(classifier.labels)
-    targets = (validation["actual"].to_numpy()[:, None] == labels).argmax(axis=1)
+    targets = positions_of(validation["actual"].to_numpy(), classifier.labels)
     temperature = fit_temperature(probabilities, targets)
     # In the weights, so that every program that loads the model gives calibrated probabilities.
     divide_logits(classifier, temperature)

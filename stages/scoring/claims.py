@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from stages.networks.calibration import Counts, Floats
+from stages.networks.calibration import Counts, Floats, positions_of
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def pick_errors(
     `differences` is the table of sibling_differences. If it has none of these, all counts are.
     """
     first, second = adjacent_siblings(ids, groups)
-    columns = (actual[:, None] == np.array(labels)).argmax(axis=1)
+    columns = positions_of(actual, labels)
     claimed = np.zeros((len(actual), len(labels)))
     np.add.at(claimed, (first, columns[second]), 1)
     np.add.at(claimed, (second, columns[first]), 1)

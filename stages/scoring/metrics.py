@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from stages.networks.calibration import Counts, Floats, negative_log_likelihood
+from stages.networks.calibration import Counts, Floats, negative_log_likelihood, positions_of
 from stages.runtime.counts import open_label
 
 CONFIDENCE_INTERVALS = 10
@@ -20,14 +20,8 @@ CONFIDENCE_INTERVALS = 10
 def confusion_matrix(
     actual: Counts, predicted: Counts, labels: list[int], weights: Floats | None = None
 ) -> Floats:
-    """The number of bins, [actual, predicted], in the order of `labels`.
-
-    The labels must contain every count.
-    """
-    order = np.argsort(labels)
-    rows, columns = (
-        order[np.searchsorted(labels, counts, sorter=order)] for counts in (actual, predicted)
-    )
+    """The number of bins, [actual, predicted], in the order of `labels`."""
+    rows, columns = (positions_of(counts, labels) for counts in (actual, predicted))
     size = len(labels)
     cells = np.bincount(rows * size + columns, weights, minlength=size**2)
     return cells.reshape(size, size).astype(np.float64)
@@ -95,7 +89,7 @@ def probability_metrics(
     weights = np.ones(len(actual)) if weights is None else weights
     known = closed_weights(actual, labels, weights)
     predicted = probabilities.argmax(axis=1)
-    targets = (actual[:, None] == np.array(labels)).argmax(axis=1)
+    targets = positions_of(actual, labels)
     error = probabilities @ np.array(labels) - actual
     loss = negative_log_likelihood(probabilities, targets)
     scores = ranked_probability_scores(actual, probabilities, labels)

@@ -6,7 +6,13 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from stages.networks.calibration import Counts, Floats, probability_columns, with_temperature
+from stages.networks.calibration import (
+    Counts,
+    Floats,
+    positions_of,
+    probability_columns,
+    with_temperature,
+)
 from stages.runtime.counts import parse_label
 from stages.scoring.metrics import (
     confusion_matrix,
@@ -58,8 +64,7 @@ class Scored:
     @cached_property
     def targets(self) -> Counts:
         """The position of each bin's count in `labels`."""
-        positions: Counts = (self.actual[:, None] == np.array(self.labels)).argmax(axis=1)
-        return positions
+        return positions_of(self.actual, self.labels)
 
     @property
     def right_scores(self) -> Floats:

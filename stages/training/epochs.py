@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.imaging.loader import Bins
+from stages.networks.calibration import positions_of
 from stages.networks.classifier import Classifier
-from stages.networks.inference import class_numbers
 from stages.runtime.counts import open_label
 from stages.runtime.params import ModelParams
 from stages.training.augmentation import (
@@ -65,7 +65,7 @@ def plan_epoch(
     """Draw an epoch's order, partners and changes, the same for any number of processes."""
     random = np.random.default_rng([params.seed, epoch])
     order = random.permutation(len(bins))
-    classes = class_numbers(bins, classifier.labels).numpy()
+    classes = positions_of(bins.quantities, classifier.labels)
     sums = sum_classes(classifier.labels)
     partners = draw_partners(classes, sums, params, epoch)
     changes = draw_changes(partners, params, epoch, random)
