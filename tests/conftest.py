@@ -45,6 +45,7 @@ PROJECT_FILES = {
     "test_plots_page.py",
     "test_readme.py",
     "test_secrets.py",
+    "test_seeds.py",
     "test_sky.py",
     "test_two_runs.py",
     "test_workflows.py",

@@ -34,6 +34,12 @@ KNOBS: dict[str, Any] = {
     "train.vit.epochs": 3,
     "train.vit.batch_size": 4,
     "train.vit.ema_decay": 0.9,
+    "train.vit.color_jitter": 0.2,
+    "train.vit.rotation": 5.0,
+    "train.vit.shift": 0.05,
+    "train.vit.blur": 1.0,
+    "train.vit.side_by_side": 0.2,
+    "train.vit.keep": "best",
 }
 forks = multiprocessing.get_context("forkserver")
 # Modules that stages import only when they need them.

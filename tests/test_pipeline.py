@@ -280,6 +280,7 @@ def test_a_clone_that_converts_line_endings_has_the_same_bytes(tmp_path: Path) -
         assert (clone / path).read_bytes() == (source / path).read_bytes(), path
 
 
+@pytest.mark.slow
 def test_every_bin_is_accounted_for(project: Project) -> None:
     counts = json.loads((project.folder / "data/index.json").read_text("utf-8"))
     assert counts["rejected"] == {"not JSON": 1}
@@ -292,6 +293,7 @@ def test_every_bin_is_accounted_for(project: Project) -> None:
     assert len(resized) + len(quarantine) == 70
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_each_model_is_trained_evaluated_and_loads(project: Project, model: str) -> None:
     metrics = project.metrics(model)
@@ -303,6 +305,7 @@ def test_each_model_is_trained_evaluated_and_loads(project: Project, model: str)
     assert f"# {model}" in (project.folder / f"models/{model}.md").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_the_ensemble_is_the_average_that_the_audit_uses(project: Project) -> None:
     assert project.metrics("ensemble")["test_bins"] == 20
     of_models = [Scored.from_table(predictions(project, model)) for model in MODELS]
@@ -317,6 +320,7 @@ def predictions(project: Project, model: str) -> pd.DataFrame:
     return read_csv(project.folder / f"reports/{model}/tables/predictions.csv")
 
 
+@pytest.mark.slow
 def test_transformers_loads_the_vit_by_its_folder(project: Project) -> None:
     network = transformers.AutoModelForImageClassification.from_pretrained(
         project.folder / "models/vit"
@@ -324,6 +328,7 @@ def test_transformers_loads_the_vit_by_its_folder(project: Project) -> None:
     assert network.config.id2label == {position: str(position + 1) for position in range(5)}
 
 
+@pytest.mark.slow
 def test_nothing_is_left_to_do_and_nothing_unfinished_is_left(project: Project) -> None:
     assert (project.folder / "stages/reporting/__pycache__").exists()
     text = project.run("dvc", "repro")
@@ -337,12 +342,14 @@ def test_nothing_is_left_to_do_and_nothing_unfinished_is_left(project: Project) 
     }
 
 
+@pytest.mark.slow
 def test_data_takes_space_only_once(project: Project) -> None:
     cached = {path.stat().st_ino for path in (project.folder / ".dvc/cache").rglob("*")}
     for path in ("data/resized/00000.parquet", "data/split.csv", "models/vit/model.safetensors"):
         assert (project.folder / path).stat().st_ino in cached
 
 
+@pytest.mark.slow
 def test_a_comment_runs_the_stages_whose_outputs_the_code_decides(
     project: Project, tmp_path: Path
 ) -> None:

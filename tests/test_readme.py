@@ -142,6 +142,7 @@ def test_no_test_is_named_for_a_command_that_is_gone() -> None:
     assert {start_of(command) for command in others} == ELSEWHERE.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", IN_A_PROJECT)
 def test_a_command_runs_in_a_project(command: str, project: Project) -> None:
     assert command in commands()

@@ -192,7 +192,8 @@ def test_a_seed_that_was_trained_but_not_evaluated_is_refused(
 @pytest.mark.slow
 def test_the_recipe_of_three_seeds(project: Project, tmp_path: Path) -> None:
     clone = project.copy(tmp_path / "clone")
-    clone.run("dvc", "exp", "run", "--queue", "--set-param", "train.vit.seed=range(1,3)")
+    words = ["--queue", "--set-param", f"{SEED}=range(1,3)", "evaluate@vit"]
+    clone.run("dvc", "exp", "run", *words)
     clone.run("dvc", "exp", "run", "--run-all")
 
     text = clone.run(sys.executable, "-m", "tools.seeds")
