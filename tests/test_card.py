@@ -62,11 +62,19 @@ def card_of(
     changes: Mapping[str, Any] | None = None,
     tables: Mapping[str, pd.DataFrame] | None = None,
     *,
+    sets: pd.DataFrame = SETS,
     for_pipeline: bool = True,
 ) -> str:
     params = Params.model_validate(changed_params(changes or {}))
     tables = TABLES | dict(tables or {})
-    return model_card(model, params, 3, SETS, tables, for_pipeline=for_pipeline)
+    return model_card(model, params, 3, sets, tables, for_pipeline=for_pipeline)
+
+
+def test_the_card_says_how_many_counts_people_have_corrected() -> None:
+    recorded = np.where(SETS.index < 1234, 2, 1)
+    sets = SETS.assign(id=SETS.index.astype(str), quantity=1, recorded=recorded)
+    assert "people have corrected 1,234 of these counts." in plain(card_of(sets=sets))
+    assert "corrected" not in card_of()
 
 
 def plain(text: str) -> str:
