@@ -18,7 +18,7 @@ from stages.runtime.command import run_stage
 from stages.runtime.errors import UserError
 from stages.runtime.params import load_params
 from stages.sampling.corrections import correct
-from stages.sampling.splitting import count_leaks, split
+from stages.sampling.splitting import SETS, count_leaks, split
 
 
 def main() -> str:
@@ -35,6 +35,7 @@ def main() -> str:
             bins, params.corrections, everything.subset.quantities
         )
         sets = without(sets, left_out).merge(counted[["id", "quantity", "recorded"]], on="id")
+        refuse_empty(sets, params.corrections)
     leaks = {params.by: count_leaks(sets)}
     if params.by != "file":
         other = params.model_copy(update={"by": "image" if params.by == "group" else "group"})
@@ -47,6 +48,13 @@ def main() -> str:
     done = f"{counts['train']} train, {counts['validation']} validation, {counts['test']} test"
     unusable = f"{len(quarantined)} unusable" + (f", {others} in no set" if others else "")
     return "; ".join(filter(None, [done, unusable, corrected]))
+
+
+def refuse_empty(sets: pd.DataFrame, corrections: str) -> None:
+    if empty := {*SETS} - {*sets["set"]}:
+        raise UserError(
+            f"{paths.LISTS / corrections} leaves no bin in the set {min(empty)}: make this larger"
+        )
 
 
 def without(sets: pd.DataFrame, ids: set[str]) -> pd.DataFrame:

@@ -260,6 +260,11 @@ def test_corrected_counts_replace_the_records_which_stay_beside_them() -> None:
     assert train.quantities[train.ids.index("00001")] == 3
 
 
+def test_corrections_that_leave_a_set_without_bins_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^lists/decisions.csv leaves no bin in the set valid"):
+        run_with_corrections("00003,1,,unclear,x\n")
+
+
 def test_counts_of_an_open_class_are_compared_as_its_lowest_count() -> None:
     text = "00002,5,4,wrong,x\n00001,1,7,wrong,x\n00007,2,2,right,x\n"
     line = run_with_corrections(text, quantities=(1, "2+"))
