@@ -55,7 +55,7 @@ doctor:  ## what would fail on this machine, and how to fix it
 test: setup  ## the tests that take seconds each; 5 minutes on 2 cores
 	python -m pytest -n 2 --no-loadscope-reorder -m "not slow"
 
-test-slow: setup  ## kills, several processes, browsers, Ray, SageMaker, fuzzing; 22 minutes
+test-slow: setup  ## the whole pipeline, kills, several processes, browsers, Ray, SageMaker, fuzzing; 22 minutes
 	python -m pytest -n 2 --no-loadscope-reorder -m slow
 
 test-all: test test-slow  ## all tests
