@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu
 
-It needs torch, torchvision, transformers, accelerate and simplejpeg, but neither DVC nor a network,
-and renders its own data. `--data FOLDER` also trains models on real data: resized/ and split.csv in
+It needs neither DVC nor a network, and renders its own data; benchmarks/README.md names the
+packages that it needs. `--data FOLDER` also trains models on real data: resized/ and split.csv in
 FOLDER, as the pipeline writes them.
 """
 

@@ -1,5 +1,7 @@
-"""A training step, for benchmarks/gpu.py: what takes its time, other ways to compile it, and the
-kernels that its attention may use. Each step takes the same batch, which lies on the device."""
+"""A training step: what takes its time, other ways to compile it, and kernels for its attention.
+
+benchmarks/gpu.py measures them. Each step takes the same batch, which lies on the device.
+"""
 
 from collections.abc import Callable
 from contextlib import nullcontext

@@ -51,6 +51,19 @@ TINY_CONVNEXT: dict[str, Any] = {
 COLORS = [(220, 40, 40), (40, 200, 60), (50, 60, 220), (230, 210, 40), (200, 60, 210)]
 
 
+#: Settings by which a training has all the state that a checkpoint keeps: averaged weights, those
+#: of the best epoch, and every random change of the images.
+ALL_STATE: dict[str, Any] = {
+    "train.vit.ema_decay": 0.9,
+    "train.vit.color_jitter": 0.2,
+    "train.vit.rotation": 5.0,
+    "train.vit.shift": 0.05,
+    "train.vit.blur": 1.0,
+    "train.vit.side_by_side": 0.2,
+    "train.vit.keep": "best",
+}
+
+
 def model_params(model: str, /, **settings: Any) -> ModelParams:
     """The repository's params of a model, with some of them changed."""
     block = load_params(REPOSITORY / "params.yaml").model(model)

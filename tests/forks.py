@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 
 from stages.runtime.work import exclusive_run
 from tests import lab
+from tests.builders import ALL_STATE
 from tests.conftest import changed_params
 from tests.faults import Fault, FaultProxy, at_random
 from tests.lab import SECONDS, finished_ids, written
@@ -33,13 +34,7 @@ KNOBS: dict[str, Any] = {
     "train.vit.config.hidden_dropout_prob": 0.1,
     "train.vit.epochs": 3,
     "train.vit.batch_size": 4,
-    "train.vit.ema_decay": 0.9,
-    "train.vit.color_jitter": 0.2,
-    "train.vit.rotation": 5.0,
-    "train.vit.shift": 0.05,
-    "train.vit.blur": 1.0,
-    "train.vit.side_by_side": 0.2,
-    "train.vit.keep": "best",
+    **ALL_STATE,
 }
 forks = multiprocessing.get_context("forkserver")
 # Modules that stages import only when they need them.

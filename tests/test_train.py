@@ -20,6 +20,7 @@ from stages.runtime.errors import UserError
 from stages.runtime.params import load_params
 from stages.training import checkpoint
 from tests.builders import (
+    ALL_STATE,
     REPOSITORY,
     SIZE,
     TINY_VIT,
@@ -45,13 +46,7 @@ KNOBS: dict[str, Any] = {
     "train.vit.warmup_steps": 5,
     "train.vit.epochs": EPOCHS,
     "train.vit.batch_size": 16,
-    "train.vit.ema_decay": 0.9,
-    "train.vit.color_jitter": 0.2,
-    "train.vit.rotation": 5.0,
-    "train.vit.shift": 0.05,
-    "train.vit.blur": 1.0,
-    "train.vit.side_by_side": 0.2,
-    "train.vit.keep": "best",
+    **ALL_STATE,
 }
 STAGE = [sys.executable, "-m", "stages.train", "vit"]
 SECONDS = 300
@@ -88,14 +83,14 @@ class Workspace:
             start_new_session=True,
         )
 
-    def run(self, command: Sequence[str] = STAGE) -> tuple[int, str]:
+    def run(self) -> tuple[int, str]:
         """Run it to its end; returns the exit code and the output."""
-        process = self.start(command)
+        process = self.start()
         output, _ = process.communicate(timeout=SECONDS)
         return process.returncode, output
 
-    def finish(self, command: Sequence[str] = STAGE) -> str:
-        code, output = self.run(command)
+    def finish(self) -> str:
+        code, output = self.run()
         assert code == 0, output
         assert not list((self.folder / ".cache").iterdir())
         return output

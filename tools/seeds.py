@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 from scipy.special import stdtrit
 
+from stages.scoring.results import ENSEMBLE
+
 #: Of reports/<model>/metrics.json. Models are chosen by those of validation.
 METRICS = (
     "validation_accuracy",
@@ -62,18 +64,21 @@ def main() -> None:
         action="store_true",
         help="compare experiments that differ in split.seed, not in the seed of the training",
     )
-    models, splits = vars(parser.parse_args()).values()
+    options = parser.parse_args()
+    models, splits = options.models, options.splits
     groups = read_groups(shown(), splits=splits)
     groups = [group for group in groups if not models or group.model in models]
     groups = [group for group in groups if len(group.metrics) > 1]
     for group in groups:
         refuse_stale(group)
     if not groups:
+        what, key = (
+            ("the seed of the split", SPLIT_SEED) if splits else ("the seed", "train.vit.seed")
+        )
         sys.exit(
             f"seeds: error: {' and '.join(models) or 'every model'} has fewer than two finished"
-            f" experiments of this commit that differ only in the seed{' of the split' * splits};"
-            " make them like this: dvc exp run --queue -S"
-            f" '{SPLIT_SEED if splits else 'train.vit.seed'}=range(0,3)' && dvc exp run --run-all"
+            f" experiments of this commit that differ only in {what}; make them like this:"
+            f" dvc exp run --queue -S '{key}=range(0,3)' && dvc exp run --run-all"
         )
     for rows in (list(spread(groups)), list(differences(groups))):
         if rows:
@@ -98,8 +103,8 @@ def read_groups(revisions: Sequence[dict[str, Any]], *, splits: bool = False) ->
         for path, metrics in data["metrics"].items():
             model = path.split("/")[1]
             key = SPLIT_SEED if splits else f"train.{model}.seed"
-            # The baseline is not trained by a seed, an unreadable file has no data, and the witness
-            # has other metrics.
+            # The baseline and the ensemble have no seed of their own, an unreadable file has no
+            # data, and the witness has other metrics.
             if key in params and metrics.get("data", {}).keys() >= {*METRICS}:
                 settings = settings_of(model, params, key)
                 overlap = overlap_of(params) if splits else 0.0
@@ -137,8 +142,8 @@ def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def settings_of(model: str, params: dict[str, str], seed: str) -> Settings:
-    """All settings but the key `seed` and those of other models."""
-    own = f"train.{model}."
+    """All settings but the key `seed` and those of other models; the ensemble has those of all."""
+    own = "train." if model == ENSEMBLE else f"train.{model}."
     return frozenset(
         (key, value)
         for key, value in params.items()
